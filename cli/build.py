@@ -1,0 +1,34 @@
+"""Compose a Hub folder, weights, processor and code, that loads with `from_pretrained`.
+
+examples:
+  lightvlm build --vision openai/clip-vit-large-patch14-336 --text microsoft/phi-2 --output-dir phi2-clip
+  lightvlm build --llava llava-hf/llava-1.5-7b-hf --num-image-tokens 64 --output-dir llava-light
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vision", help="folder or Hub name of a CLIP or SigLIP checkpoint")
+    parser.add_argument("--text", help="folder or Hub name of a causal language model")
+    parser.add_argument("--llava", help="folder or Hub name of a LLaVA checkpoint, instead of the two")
+    parser.add_argument("--num-image-tokens", type=int, default=144, help="default K of the new checkpoint (144)")
+    parser.add_argument("--score", choices=["cls", "mlp", "positional"], default="positional")
+    parser.add_argument("--seed", type=int, default=0, help="for the new projector's weights (0)")
+    parser.add_argument("--output-dir", required=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    if bool(args.llava) == bool(args.vision and args.text) or bool(args.vision) != bool(args.text):
+        raise ValueError("give either --vision and --text, or --llava")
+    from lightvlm.hub.build import build_from_llava, build_from_parts
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    config = {"num_image_tokens": args.num_image_tokens, "score": args.score}
+    if args.llava:
+        model = build_from_llava(args.llava, args.output_dir, **config)
+    else:
+        model = build_from_parts(args.vision, args.text, args.output_dir, **config)
+    count = sum(parameter.numel() for parameter in model.model.pruner.parameters())
+    print(f"{args.output_dir}: {model.num_parameters():,} parameters, {count:,} of them in the pruner")

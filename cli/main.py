@@ -1,0 +1,42 @@
+"""The `lightvlm` command: one module per verb, imported when it runs, so that `--help` is quick."""
+
+import argparse
+import importlib
+import sys
+
+VERBS = {
+    "infer": "ask questions about images, at one or several token budgets",
+    "eval": "measure a checkpoint's accuracy on LLaVA JSON questions, at several token budgets",
+    "build": "compose a Hub folder of a vision encoder and a language model, or of a LLaVA checkpoint",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; 0, or 2 with one clear sentence on standard error where the input is at fault."""
+    parser = argparse.ArgumentParser(
+        prog="lightvlm",
+        description="Vision-language answers from a fraction of the image's tokens.",
+        epilog="lightvlm VERB --help shows a verb's options and examples.",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        module = importlib.import_module(f"lightvlm.cli.{verb}")
+        subparser = verbs.add_parser(
+            verb,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"lightvlm {args.verb}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

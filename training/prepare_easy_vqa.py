@@ -1,0 +1,131 @@
+"""Write easy-VQA (PyPI `easy-vqa`, Victor Zhou, MIT) as LLaVA JSON files and an image folder.
+
+    python training/prepare_easy_vqa.py --output-dir data/easy-vqa
+
+`data/easy-vqa` then holds, for the package's own splits `train` (4,000 images) and `test` (1,000 images):
+
+    images/{split}/{id}.png   the 64 px images, as the package ships them
+    {split}.json              conversations of up to `--turns` questions about one image (test: one question each)
+    {split}_captions.json     one caption an image, "a small red circle in the top left", as in LLaVA's first stage
+
+The shape in a caption comes from the image's questions and answers, colour, size and place from its pixels.
+"""
+
+import argparse
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import easy_vqa
+import numpy as np
+from PIL import Image
+
+SHAPES = ("circle", "rectangle", "triangle")
+PALETTE = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (165, 42, 42),
+    "gray": (128, 128, 128),
+    "green": (0, 255, 0),
+    "red": (255, 0, 0),
+    "teal": (0, 128, 128),
+    "yellow": (255, 255, 0),
+}
+
+
+def foreground(image: Image.Image) -> np.ndarray:
+    """Mask of the shape, (height, width) bool: the pixels far from the background, the most frequent colour."""
+    pixels = np.asarray(image.convert("RGB")).astype(np.int32)
+    colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    return np.abs(pixels - colors[counts.argmax()]).max(axis=-1) > 40
+
+
+def color_name(image: Image.Image, mask: np.ndarray) -> str:
+    """Name of the palette colour nearest to the masked pixels."""
+    pixel = np.median(np.asarray(image.convert("RGB"))[mask], axis=0)
+    return min(PALETTE, key=lambda name: np.abs(pixel - PALETTE[name]).sum())
+
+
+def shape_name(questions: list[tuple[str, str]]) -> str | None:
+    """The shape that an image's questions and answers give away, if they do."""
+    excluded = set()
+    for question, answer in questions:
+        words = set(re.findall(r"[a-z]+", question))
+        named = words & set(SHAPES)
+        if answer in SHAPES:
+            return answer
+        if named:
+            absent = answer in ("yes", "no") and (answer == "no") != bool(words & {"not", "no"})
+            if not absent:
+                return named.pop()
+            excluded |= named
+    remaining = set(SHAPES) - excluded
+    return remaining.pop() if len(remaining) == 1 else None
+
+
+def caption(color: str, shape: str, mask: np.ndarray) -> str:
+    """Name the shape, its size as a share of the image's side, and the ninth of the image that holds its centre."""
+    rows, columns = np.nonzero(mask)
+    height, width = mask.shape
+    extent = max(np.ptp(rows) / height, np.ptp(columns) / width)
+    size = "small" if extent < 0.25 else "medium" if extent < 0.4 else "large"
+    row = ("top", "middle", "bottom")[int(3 * rows.mean() / height)]
+    column = ("left", "center", "right")[int(3 * columns.mean() / width)]
+    return f"a {size} {color} {shape} in the {row} {column}"
+
+
+def llava_row(row_id: str, image: str, turns: list[tuple[str, str]]) -> dict:
+    """One LLaVA conversation of (question, answer) turns, `<image>` in the first."""
+    conversations = []
+    for index, (question, answer) in enumerate(turns):
+        conversations.append({"from": "human", "value": ("<image>\n" if index == 0 else "") + question})
+        conversations.append({"from": "gpt", "value": answer})
+    return {"id": row_id, "image": image, "conversations": conversations}
+
+
+def write_split(split: str, output_dir: Path, turns: int, rng: random.Random) -> str:
+    """Write one split's images, questions and captions; return the counts as a sentence."""
+    if split == "train":
+        asked, paths = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
+    else:
+        asked, paths = easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()
+    questions = {image_id: [] for image_id in sorted(paths)}
+    for question, answer, image_id in zip(*asked, strict=True):
+        questions[image_id].append((question, answer))
+
+    (output_dir / "images" / split).mkdir(parents=True, exist_ok=True)
+    rows, captions = [], []
+    for image_id, pairs in questions.items():
+        name = f"{split}/{image_id}.png"
+        shutil.copyfile(paths[image_id], output_dir / "images" / name)
+        if turns > 1:
+            rng.shuffle(pairs)
+        for start in range(0, len(pairs), turns):
+            rows.append(llava_row(f"{split}-{image_id}-{start}", name, pairs[start : start + turns]))
+        if (shape := shape_name(pairs)) is not None:
+            with Image.open(paths[image_id]) as image:
+                mask = foreground(image)
+                text = caption(color_name(image, mask), shape, mask)
+            captions.append(llava_row(f"{split}-{image_id}", name, [("What is in this image?", text)]))
+
+    (output_dir / f"{split}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (output_dir / f"{split}_captions.json").write_text(json.dumps(captions, indent=1) + "\n")
+    counts = {"images": paths, "questions": asked[0], "rows": rows, "captions": captions}
+    return f"{split}: " + ", ".join(f"{len(counted):,} {name}" for name, counted in counts.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("data/easy-vqa"))
+    parser.add_argument("--turns", type=int, default=4, help="questions in one training conversation")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    for split, turns in (("train", args.turns), ("test", 1)):
+        print(write_split(split, args.output_dir, turns, rng))
+
+
+if __name__ == "__main__":
+    main()
