@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llava", help="folder or Hub name of a LLaVA checkpoint, instead of the two")
     parser.add_argument("--num-image-tokens", type=int, default=144, help="default K of the new checkpoint (144)")
     parser.add_argument("--score", choices=["cls", "mlp", "positional"], default="positional")
+    parser.add_argument("--prior-layer", type=int, default=-2, help="encoder layer whose attention scores (-2)")
     parser.add_argument("--seed", type=int, default=0, help="for the new projector's weights (0)")
     parser.add_argument("--output-dir", required=True)
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import set_seed
 
     set_seed(args.seed)
-    config = {"num_image_tokens": args.num_image_tokens, "score": args.score}
+    config = {"num_image_tokens": args.num_image_tokens, "score": args.score, "prior_layer": args.prior_layer}
     if args.llava:
         model = build_from_llava(args.llava, args.output_dir, **config)
     else:

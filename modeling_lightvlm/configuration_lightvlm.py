@@ -2,9 +2,11 @@
 
 from typing import Literal
 
+from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
 
+@strict
 class LightVLMConfig(LlavaConfig):
     """A LLaVA configuration and the three choices of its token pruner: score, select, budget.
 
@@ -17,6 +19,9 @@ class LightVLMConfig(LlavaConfig):
             column embedding on the kept tokens. All three are equal until the pruner is trained.
         select (`str`):
             Which patches are kept. "topk": the best scores. "uniform" and "random" ignore the scores: baselines.
+        prior_layer (`int`):
+            The encoder layer whose attention is the score's starting point: the penultimate, as in FasterVLM (Zhang et
+            al. 2024) and VisionZip (Yang et al. 2024), or -1 for the last. A SigLIP pooling head goes before it.
         scorer_hidden_size (`int`):
             Width of the scorer's MLP.
         lm_head_bias (`bool`):
@@ -28,6 +33,7 @@ class LightVLMConfig(LlavaConfig):
     num_image_tokens: int = 144
     score: Literal["cls", "mlp", "positional"] = "positional"
     select: Literal["topk", "uniform", "random"] = "topk"
+    prior_layer: int = -2
     scorer_hidden_size: int = 512
     lm_head_bias: bool = False
 

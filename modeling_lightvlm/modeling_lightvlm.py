@@ -29,7 +29,14 @@ from transformers.conversion_mapping import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_lightvlm import LightVLMConfig
-from .pruning_lightvlm import TokenPruner, cls_attention, probe_attention, received_attention
+from .pruning_lightvlm import (
+    TokenPruner,
+    ZeroEmbedding,
+    ZeroLinear,
+    cls_attention,
+    probe_attention,
+    received_attention,
+)
 
 IMAGE_TOKEN = "<image>"
 
@@ -47,37 +54,37 @@ class LightVLMImageFeatures(BaseModelOutputWithPooling):
 
 
 def encode_patches(
-    tower: nn.Module, pixel_values: torch.Tensor, feature_layers: int | list[int]
+    tower: nn.Module, pixel_values: torch.Tensor, feature_layers: int | list[int], prior_layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a CLIP or SigLIP encoder as deep as the deepest feature layer, and take the prior on the way.
+    """Run a CLIP or SigLIP encoder as deep as features and prior need, and no deeper.
 
     Args:
         tower: `CLIPVisionModel` or `SiglipVisionModel`.
         pixel_values: (batch, channels, height, width).
-        feature_layers: index or indices into `hidden_states`, of which 0 is the embeddings.
+        feature_layers: index or indices into the encoder's hidden states, of which 0 is the embeddings.
+        prior_layer: index of the layer whose attention is the prior; a SigLIP pooling head comes before it.
 
     Returns:
-        Features (batch, patches, dim), of several layers side by side, and the prior (batch, patches): the attention
-        that the layer of the deepest features pays to each patch.
+        Features (batch, patches, dim), of several layers side by side, and the prior (batch, patches).
     """
-    wanted = [feature_layers] if isinstance(feature_layers, int) else feature_layers
-    layers = tower.encoder.layers
-    wanted = [layer % (len(layers) + 1) for layer in wanted]
     is_clip = tower.config.model_type == "clip_vision_model"
+    has_head = not is_clip and tower.use_head
+    layers = tower.encoder.layers
+    wanted = [feature_layers] if isinstance(feature_layers, int) else feature_layers
+    wanted = [layer % (len(layers) + 1) for layer in wanted]
+    attending = prior_layer % len(layers)
 
     hidden_states = tower.embeddings(pixel_values)
-    if is_clip:
-        hidden_states = tower.pre_layrnorm(hidden_states)
-    states = [hidden_states]
-    for layer in layers[: max(wanted)]:
-        states.append(layer(states[-1], None))
+    states = [tower.pre_layrnorm(hidden_states) if is_clip else hidden_states]
+    for layer in layers[: max(wanted) if has_head else max(*wanted, attending)]:
+        states.append(layer(states[-1], None))  # states[i] is the input of layer i
 
     if is_clip:
-        prior = cls_attention(layers[max(wanted) - 1], states[-2])
-    elif tower.use_head:
-        prior = probe_attention(tower.head, tower.post_layernorm(states[-1]))
+        prior = cls_attention(layers[attending], states[attending])
+    elif has_head:
+        prior = probe_attention(tower.head, tower.post_layernorm(states[max(wanted)]))
     else:
-        prior = received_attention(layers[max(wanted) - 1], states[-2])
+        prior = received_attention(layers[attending], states[attending])
     features = torch.cat([states[layer] for layer in wanted], dim=-1)
     return (features[:, 1:] if is_clip else features), prior
 
@@ -89,8 +96,8 @@ class LightVLMPreTrainedModel(LlavaPreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, TokenPruner):
-            for parameter in module.zero_init_parameters():
+        if isinstance(module, (ZeroLinear, ZeroEmbedding)):
+            for parameter in module.parameters():
                 init.zeros_(parameter)
 
 
@@ -148,7 +155,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
-        features, prior = encode_patches(self.vision_tower, pixel_values, layers)  # [B, N, D], [B, N]
+        prior_layer = self.config.prior_layer
+        features, prior = encode_patches(self.vision_tower, pixel_values, layers, prior_layer)  # [B, N, D], [B, N]
         kept = self.pruner(features, prior, budgets)
 
         patches = features.shape[1]

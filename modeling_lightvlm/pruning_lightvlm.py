@@ -94,6 +94,14 @@ def select_uniform(scores: torch.Tensor, budgets: list[int]) -> list[torch.Tenso
 SELECTORS = {"topk": select_topk, "random": select_random, "uniform": select_uniform}
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class ZeroEmbedding(nn.Embedding):
+    """An embedding that starts at zero."""
+
+
 class TokenPruner(nn.Module):
     """Scores an image's patches and keeps the K best: under a million parameters, and none for `score="cls"`.
 
@@ -113,19 +121,12 @@ class TokenPruner(nn.Module):
                 nn.LayerNorm(features),
                 nn.Linear(features, config.scorer_hidden_size),
                 nn.GELU(),
-                nn.Linear(config.scorer_hidden_size, 1),
+                ZeroLinear(config.scorer_hidden_size, 1),
             )
         if config.score == "positional":
-            self.row_score, self.column_score = nn.Embedding(side, 1), nn.Embedding(side, 1)
+            self.row_score, self.column_score = ZeroEmbedding(side, 1), ZeroEmbedding(side, 1)
             width = config.text_config.hidden_size
-            self.row_embedding, self.column_embedding = nn.Embedding(side, width), nn.Embedding(side, width)
-
-    def zero_init_parameters(self) -> list[nn.Parameter]:
-        """The weights that start at zero."""
-        layers = [self.scorer[-1]] if self.scorer is not None else []
-        if self.row_score is not None:
-            layers += [self.row_score, self.column_score, self.row_embedding, self.column_embedding]
-        return [parameter for layer in layers for parameter in layer.parameters()]
+            self.row_embedding, self.column_embedding = ZeroEmbedding(side, width), ZeroEmbedding(side, width)
 
     def score(self, features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
         """Importance of each patch.

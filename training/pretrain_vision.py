@@ -48,7 +48,7 @@ def sine_cosine_positions(side: int, dim: int, amplitude: float) -> torch.Tensor
 
 
 class Mosaics(IterableDataset):
-    """Endless mosaics: `pixel_values`, the `caption`, and the object each patch shows (`patch_labels`, 0: none)."""
+    """Endless mosaics: `pixel_values`, the `caption`, and the object each patch shows (`patch_labels`, -1: none)."""
 
     def __init__(self, data_path: Path, image_folder: Path, image_size: int, seed: int):
         self.image_size, self.seed = image_size, seed
@@ -59,7 +59,7 @@ class Mosaics(IterableDataset):
                 image = image.convert("RGB")
             text = row["conversations"][1]["value"]
             name = next(name for name in OBJECTS if name in text)
-            self.cells.append((image, foreground(image), 1 + OBJECTS.index(name), text, name))
+            self.cells.append((image, foreground(image), OBJECTS.index(name), text, name))
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -68,11 +68,11 @@ class Mosaics(IterableDataset):
             yield self.draw(rng)
 
     def draw(self, rng: random.Random) -> dict:
-        grid = rng.choice((1, 2, 3))
+        grid = rng.choice((1, 1, 2, 3))
         side, patches = self.image_size // grid, self.image_size // grid // PATCH_SIZE
         filled = sorted(rng.sample(range(grid * grid), rng.randint(1, grid * grid)))
         canvas = Image.new("RGB", (self.image_size, self.image_size), tuple(rng.choices(range(225, 256), k=3)))
-        labels = np.zeros((grid * patches, grid * patches), dtype=np.int64)
+        labels = np.full((grid * patches, grid * patches), -1)
         names = []
         for place in filled:
             image, mask, label, text, name = rng.choice(self.cells)
@@ -80,7 +80,7 @@ class Mosaics(IterableDataset):
             canvas.paste(image.resize((side, side), Image.Resampling.BICUBIC), (column * side, row * side))
             coverage = np.asarray(Image.fromarray(mask).convert("F").resize((patches, patches), Image.Resampling.BOX))
             rows, columns = slice(row * patches, (row + 1) * patches), slice(column * patches, (column + 1) * patches)
-            labels[rows, columns] = np.where(coverage > 64, label, 0)  # a quarter of 255
+            labels[rows, columns] = np.where(coverage > 64, label, -1)  # a quarter of 255
             names.append(text if grid == 1 else f"{name} {PLACES[grid][place]}")
         return {
             "pixel_values": self.image_processor(canvas, return_tensors="pt")["pixel_values"][0],
@@ -90,27 +90,41 @@ class Mosaics(IterableDataset):
 
 
 class CLIPWithPatchLabels(CLIPModel):
-    """CLIP, and a linear classifier of objects on the patches of the feature layer."""
+    """CLIP, and linear classifiers of colour, shape and background on the patches of the feature layer."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config)
-        self.patch_classifier = nn.Linear(config.vision_config.hidden_size, 1 + len(OBJECTS))
+        width = config.vision_config.hidden_size
+        self.background_head = nn.Linear(width, 1)
+        self.color_head, self.shape_head = nn.Linear(width, len(PALETTE)), nn.Linear(width, len(SHAPES))
 
     def forward(self, patch_labels: torch.Tensor, **inputs) -> dict[str, torch.Tensor]:
         outputs = super().forward(**inputs, return_loss=True, output_hidden_states=True, interpolate_pos_encoding=True)
         patches = outputs.vision_model_output.hidden_states[FEATURE_LAYER][:, 1:]  # (batch, patches, hidden)
-        logits = self.patch_classifier(patches)
-        patch_loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), patch_labels.flatten())
-        return {"loss": outputs.loss + patch_loss, "contrastive_loss": outputs.loss, "patch_loss": patch_loss}
+        is_background = patch_labels < 0
+        background_logits = self.background_head(patches).squeeze(-1).float()
+        shown, labels = patches[~is_background], patch_labels[~is_background]
+        colors, shapes = labels // len(SHAPES), labels % len(SHAPES)
+        color_logits, shape_logits = self.color_head(shown).float(), self.shape_head(shown).float()
+        losses = {
+            "contrastive_loss": outputs.loss,
+            "background_loss": nn.functional.binary_cross_entropy_with_logits(
+                background_logits, is_background.float()
+            ),
+            "color_loss": nn.functional.cross_entropy(color_logits, colors),
+            "shape_loss": nn.functional.cross_entropy(shape_logits, shapes),
+        }
+        accuracy = (shape_logits.argmax(dim=-1) == shapes).float().mean()
+        return {"loss": sum(losses.values()), **losses, "shape_accuracy": accuracy}
 
 
 class VisionTrainer(Trainer):
-    """Trainer that logs both losses apart."""
+    """Trainer that logs each loss, and how many patches' shapes are told."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         if (self.state.global_step + 1) % self.args.logging_steps == 0:
-            self.log({name: outputs[name].item() for name in ("contrastive_loss", "patch_loss")})
+            self.log({name: outputs[name].item() for name in list(outputs)[1:]})
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 

@@ -1,0 +1,255 @@
+"""The model is LLaVA at the full budget, runs on fewer positions below it, and generates in every way LLaVA does."""
+
+import copy
+
+import pytest
+import torch
+from lightvlm.modeling_lightvlm import encode_patches
+from tiny import NUM_PATCHES, make_image, make_model, make_processor, text_config
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+TEXT = ["<image> or <image>?", "what color?", "<image>\nis there a red circle in the top left?"]
+IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]
+BUDGETS = [[16, 4], [], [9]]
+
+
+def mixed_batch(processor):
+    """Rows with 2, 0 and 1 images, each with its own K, and left padding."""
+    flat = [budget for row in BUDGETS for budget in row]
+    return processor(images=IMAGES, text=TEXT, num_image_tokens=flat, padding=True, return_tensors="pt")
+
+
+def single_rows(processor):
+    """The rows of the mixed batch, alone."""
+    for text, images, budgets in zip(TEXT, IMAGES, BUDGETS, strict=True):
+        options = {"images": [images], "num_image_tokens": budgets} if images else {}
+        yield processor(text=[text], return_tensors="pt", **options)
+
+
+def new_tokens(model, inputs, **options) -> torch.Tensor:
+    output = model.generate(**inputs, **{"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8} | options)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def as_llava(model) -> LlavaForConditionalGeneration:
+    """The same weights in transformers' own class, which has no bias in its head."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
+    llava = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
+    if model.lm_head.bias is not None:
+        model.lm_head.bias.data.zero_()
+    weights = {name: weight for name, weight in model.state_dict().items() if "pruner" not in name}
+    weights.pop("lm_head.bias", None)
+    llava.load_state_dict(weights)
+    return llava
+
+
+@pytest.mark.parametrize("layer", [-2, -1, [-3, -1], 1])
+def test_full_budget_has_llavas_logits(tiny, layer):
+    model, processor = tiny
+    if layer != -2:
+        model = make_model(
+            "clip" if "clip" in model.config.vision_config.model_type else "siglip",
+            vision_feature_layer=layer,
+        )
+    llava = as_llava(model)
+    inputs = processor(
+        images=IMAGES, text=TEXT, num_image_tokens=NUM_PATCHES, padding=True, return_tensors="pt", padding_side="left"
+    )
+    with torch.no_grad():
+        ours = model(**inputs).logits
+        inputs.pop("num_image_tokens")
+        theirs = llava(**inputs).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_layers_behind_the_features_and_the_prior_do_not_run():
+    tower = make_model().model.vision_tower
+    ran = []
+    for index, layer in enumerate(tower.encoder.layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    pixels = torch.randn(1, 3, 84, 84)
+    for feature_layer, prior_layer, expected in [(-2, -2, [0, 1]), (-2, -1, [0, 1]), (1, 0, [0]), (-1, -1, [0, 1, 2])]:
+        ran.clear()
+        encode_patches(tower, pixels, feature_layer, prior_layer)
+        assert ran == expected
+
+
+def test_the_language_model_runs_on_the_kept_tokens_only(tiny):
+    model, processor = tiny
+    for budget in (1, 4, 36):
+        inputs = processor(images=make_image(), text="<image> what?", num_image_tokens=budget, return_tensors="pt")
+        text_tokens = len(processor.tokenizer("<image> what?")["input_ids"]) - 1
+        output = model(**inputs, use_cache=True)
+        assert output.past_key_values.get_seq_length() == text_tokens + budget
+        assert output.logits.shape[1] == text_tokens + budget
+
+
+def test_kept_tokens_are_the_projected_features_of_the_best_patches(tiny):
+    model, _ = tiny
+    pixels = torch.randn(2, 3, 84, 84)
+    with torch.no_grad():
+        full = model.get_image_features(pixels, num_image_tokens=NUM_PATCHES)
+        some = model.get_image_features(pixels, num_image_tokens=[5, 20])
+        _, prior = encode_patches(model.model.vision_tower, pixels, -2, model.config.prior_layer)
+    for image, budget in enumerate([5, 20]):
+        best = prior[image].topk(budget).indices.sort().values
+        assert torch.equal(some.kept_indices[image], best)
+        torch.testing.assert_close(some.pooler_output[image], full.pooler_output[image][best])
+
+
+def test_default_budget_is_the_configurations(tiny):
+    model, _ = tiny
+    features = model.get_image_features(torch.randn(2, 3, 84, 84))
+    assert [len(tokens) for tokens in features.pooler_output] == [9, 9]
+
+
+@pytest.mark.parametrize("budget", [0, 37, [9], [9, 9, 9], [9, 0], torch.tensor([9, 40])])
+def test_budgets_that_do_not_fit_are_refused(budget):
+    with pytest.raises(ValueError, match="num_image_tokens"):
+        make_model().get_image_features(torch.randn(2, 3, 84, 84), num_image_tokens=budget)
+
+
+def test_placeholders_that_do_not_fit_are_refused(tiny):
+    model, processor = tiny
+    inputs = processor(images=make_image(), text="<image>", num_image_tokens=4, return_tensors="pt")
+    inputs["num_image_tokens"] += 1
+    with pytest.raises(ValueError, match="do not match"):
+        model(**inputs)
+
+
+def test_encoders_that_cannot_be_pruned_are_refused():
+    with pytest.raises(ValueError, match="'full'"):
+        make_model("clip", vision_feature_select_strategy="full")
+
+
+def test_each_row_of_a_mixed_batch_equals_that_row_alone(tiny):
+    model, processor = tiny
+    batch = mixed_batch(processor)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for index, inputs in enumerate(single_rows(processor)):
+            alone = model(**inputs).logits[0]
+            torch.testing.assert_close(logits[index, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"num_beams": 3}, {"cache_implementation": "static"}],
+    ids=["greedy", "without-cache", "beams", "static-cache"],
+)
+def test_each_row_generates_as_it_does_alone(tiny, options):
+    model, processor = tiny
+    together = new_tokens(model, mixed_batch(processor), **options)
+    for index, inputs in enumerate(single_rows(processor)):
+        assert torch.equal(together[index], new_tokens(model, inputs, **options)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}],
+    ids=["without-cache", "static-cache", "chunked-prefill"],
+)
+def test_greedy_is_the_same_with_every_cache(tiny, options):
+    model, processor = tiny
+    batch = mixed_batch(processor)
+    assert torch.equal(new_tokens(model, batch, **options), new_tokens(model, batch))
+
+
+def test_prompt_lookup_and_an_assistant_model_change_no_token(tiny):
+    model, processor = tiny
+    inputs = processor(images=make_image(), text="<image> what color?", num_image_tokens=6, return_tensors="pt")
+    greedy = new_tokens(model, inputs)
+    assert torch.equal(new_tokens(model, inputs, prompt_lookup_num_tokens=3), greedy)
+    assistant = copy.deepcopy(model)
+    assert torch.equal(new_tokens(model, inputs, assistant_model=assistant), greedy)
+
+
+def test_num_return_sequences_repeat_the_images_of_their_row(tiny):
+    model, processor = tiny
+    batch = mixed_batch(processor)
+    beams = new_tokens(model, batch, num_beams=3, num_return_sequences=3).unflatten(0, (3, 3))
+    assert torch.equal(beams[:, 0], new_tokens(model, batch, num_beams=3))
+    sampled = new_tokens(model, batch, do_sample=True, top_k=1, num_return_sequences=2).unflatten(0, (3, 2))
+    greedy = new_tokens(model, batch)
+    assert torch.equal(sampled[:, 0], greedy) and torch.equal(sampled[:, 1], greedy)
+
+
+def test_a_prefilled_cache_continues(tiny):
+    model, processor = tiny
+    inputs = processor(images=make_image(), text="<image> what?", num_image_tokens=6, return_tensors="pt")
+    expected = new_tokens(model, inputs)
+    first = model(**inputs, past_key_values=DynamicCache(config=model.config.text_config))
+    token = first.logits[:, -1:].argmax(dim=-1)
+    second = model(input_ids=token, past_key_values=first.past_key_values)
+    assert [token.item(), second.logits[:, -1].argmax().item()] == expected[0, :2].tolist()
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_static_budget_compiles_in_one_graph(vision):
+    model, processor = make_model(vision), make_processor(vision)
+    inputs = processor(images=[make_image(0), make_image(1)], text=["<image> a", "<image> b"], return_tensors="pt")
+    inputs["num_image_tokens"] = inputs["num_image_tokens"].tolist()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny):
+    model, processor = tiny
+    batch = mixed_batch(processor)
+    batch["labels"] = batch["input_ids"]
+
+    def gradients():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    model.train()
+    expected = gradients()
+    model.gradient_checkpointing_enable()
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+    assert any("vision_tower" in name for name in expected)
+    assert any("pruner.row_embedding" in name for name in expected)
+
+
+def test_loss_of_a_mixed_batch_is_the_mean_over_its_tokens(tiny):
+    model, processor = tiny
+    batch = mixed_batch(processor)
+    batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
+    with torch.no_grad():
+        together = model(**batch).loss
+        losses, counts = [], []
+        for inputs in single_rows(processor):
+            losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+            counts.append(inputs["input_ids"].shape[1] - 1)
+    # a padded row also predicts its first token, from the padding before it: leave those positions out
+    first = batch["attention_mask"].argmax(dim=1)
+    batch["labels"][torch.arange(3), first] = -100
+    with torch.no_grad():
+        together = model(**batch).loss
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(together, expected)
+
+
+def test_bf16_runs(tiny):
+    model, processor = tiny
+    model = model.to(torch.bfloat16)
+    batch = mixed_batch(processor)
+    assert model(**batch).logits.isfinite().all()
+    assert new_tokens(model, batch).shape == (3, 8)
+
+
+@pytest.mark.parametrize("kind", ["phi", "llama"])
+def test_text_alone_is_the_language_model(kind):
+    model, processor = make_model("clip", kind), make_processor()
+    text = AutoModelForCausalLM.from_config(text_config(kind, processor.tokenizer)).eval()
+    text.base_model.load_state_dict(model.model.language_model.state_dict())
+    text.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    inputs = processor(text=["what color?"], return_tensors="pt")
+    torch.testing.assert_close(model(**inputs).logits, text(**inputs).logits)

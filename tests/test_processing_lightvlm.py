@@ -1,0 +1,151 @@
+"""The processor writes K placeholders per image, says how many, and takes any image that people have."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from lightvlm import LightVLMProcessor
+from lightvlm.processing.processing_lightvlm import to_rgb
+from PIL import Image
+from tiny import make_image, make_processor
+
+
+def placeholders(processor, inputs) -> list[int]:
+    ids = torch.as_tensor(inputs["input_ids"])
+    return (ids == processor.image_token_id).sum(dim=-1).tolist()
+
+
+def test_default_budget_is_the_processors(processor):
+    inputs = processor(images=make_image(), text="<image>\nwhat?", return_tensors="pt")
+    assert placeholders(processor, inputs) == [9]
+    assert inputs["num_image_tokens"].tolist() == [9]
+
+
+def test_budget_per_call_and_per_image(processor):
+    images = [[make_image(0), make_image(1)], [], [make_image(2)]]
+    text = ["<image> or <image>?", "no image", "<image>"]
+    inputs = processor(images=images, text=text, num_image_tokens=[16, 4, 36], padding=True, return_tensors="pt")
+    assert placeholders(processor, inputs) == [20, 0, 36]
+    assert inputs["num_image_tokens"].tolist() == [16, 4, 36]
+    inputs = processor(images=images, text=text, num_image_tokens=5, padding=True, return_tensors="pt")
+    assert placeholders(processor, inputs) == [10, 0, 5]
+
+
+def test_budget_through_the_chat_template(processor):
+    messages = [{"role": "user", "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "?"}]}]
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_image_tokens": 4},
+    )
+    assert placeholders(processor, inputs) == [4]
+
+
+def test_chat_template_marks_the_assistants_words(processor):
+    text_item = {"type": "text", "text": "what?"}
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, text_item]},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "sure?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+    ]
+    text = processor.apply_chat_template(messages)
+    end = processor.tokenizer.eos_token
+    assert text == f"USER: <image>\nwhat? ASSISTANT: yes{end}USER: sure? ASSISTANT: no{end}"
+    inputs = processor.apply_chat_template(
+        [
+            [
+                {**messages[0], "content": [{"type": "image", "image": make_image()}, messages[0]["content"][1]]},
+                *messages[1:],
+            ]
+        ],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+    )
+    words = processor.tokenizer.decode(inputs["input_ids"][inputs["assistant_masks"].bool()])
+    assert words == f" yes{end} no{end}"
+
+
+@pytest.mark.parametrize("budget", [0, -3, 37, 2.5, "many", True, [4, 4], [0]])
+def test_bad_budgets_name_the_cure(processor, budget):
+    with pytest.raises(Exception, match="num_image_tokens"):
+        processor(images=make_image(), text="<image>", num_image_tokens=budget)
+
+
+@pytest.mark.parametrize("text", ["no mark", "<image><image>"])
+def test_more_or_fewer_images_than_marks_are_refused(processor, text):
+    with pytest.raises(ValueError, match="<image>"):
+        processor(images=[make_image()], text=text)
+
+
+def test_images_in_the_wrong_row_are_refused(processor):
+    with pytest.raises(ValueError, match="Row 0 has 2 <image> marks and 1 images"):
+        processor(images=[[make_image()], [make_image(), make_image()]], text=["<image><image>", "<image>"])
+
+
+def test_too_thin_images_are_refused(processor):
+    with pytest.raises(ValueError, match="too long and thin"):
+        processor(images=Image.new("RGB", (3000, 2)), text="<image>")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16", "HSV", "LAB"])
+def test_every_mode_of_image_works(processor, mode):
+    inputs = processor(images=Image.new(mode, (50, 40)), text="<image>", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 84, 84)
+
+
+def test_transparency_becomes_white():
+    assert to_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (2, 2))
+    palette.info["transparency"] = 0
+    assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bits_keep_their_contrast():
+    image = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+
+
+def test_floats_from_zero_to_one_keep_their_contrast():
+    image = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
+    assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+
+
+def test_exif_rotation_is_applied():
+    image = Image.new("RGB", (4, 2), "blue")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    assert to_rgb(Image.open(buffer)).size == (2, 4)
+
+
+def test_numpy_and_tensor_images_work(processor):
+    pixels = np.zeros((90, 90, 3), dtype=np.uint8)
+    for image in (pixels, torch.from_numpy(pixels).permute(2, 0, 1)):
+        assert processor(images=image, text="<image>", return_tensors="pt")["pixel_values"].shape == (1, 3, 84, 84)
+
+
+def test_round_trip_is_a_fixed_point(tmp_path):
+    make_processor("siglip", num_image_tokens=7).save_pretrained(tmp_path / "one")
+    processor = LightVLMProcessor.from_pretrained(tmp_path / "one")
+    assert (processor.num_image_tokens, processor.num_patches) == (7, 36)
+    processor.save_pretrained(tmp_path / "two")
+    LightVLMProcessor.from_pretrained(tmp_path / "two").save_pretrained(tmp_path / "three")
+    for file in (tmp_path / "one").iterdir():
+        first, second, third = ((tmp_path / folder / file.name).read_text() for folder in ("one", "two", "three"))
+        assert second == third, file.name
+        # transformers notes in a loaded tokenizer's configuration that it was loaded from a folder
+        assert first == second or file.name == "tokenizer_config.json", file.name
+
+
+def test_placeholders_are_counted_for_servers(processor):
+    data = processor._get_num_multimodal_tokens(image_sizes=[[84, 84], [10, 20]], num_image_tokens=4)
+    assert data["num_image_tokens"] == [4, 4]
+    assert processor._get_num_multimodal_tokens(image_sizes=[[84, 84]])["num_image_tokens"] == [9]

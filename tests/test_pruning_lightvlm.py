@@ -1,0 +1,121 @@
+"""Scores are exact, selection keeps the best in raster order, and an untrained pruner is the prior."""
+
+import pytest
+import torch
+from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner
+from lightvlm.pruning_lightvlm import (
+    cls_attention,
+    probe_attention,
+    received_attention,
+    select_random,
+    select_topk,
+    select_uniform,
+)
+from tiny import make_config, vision_config
+from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, SiglipVisionConfig, SiglipVisionModel
+
+
+def eager_tower(kind: str):
+    tower = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}[kind](vision_config(kind)).eval()
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        outputs = tower(torch.randn(2, 3, 84, 84), output_attentions=True, output_hidden_states=True)
+    return tower, outputs
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_cls_attention_is_the_cls_row_of_eager_attention(layer):
+    tower, outputs = eager_tower("clip")
+    prior = cls_attention(tower.encoder.layers[layer], outputs.hidden_states[layer])
+    expected = outputs.attentions[layer][:, :, 0, 1:].mean(dim=1)
+    torch.testing.assert_close(prior, expected, atol=1e-6, rtol=0)
+
+
+def test_received_attention_is_the_column_mean_of_eager_attention():
+    tower, outputs = eager_tower("siglip")
+    prior = received_attention(tower.encoder.layers[1], outputs.hidden_states[1])
+    torch.testing.assert_close(prior, outputs.attentions[1].mean(dim=(1, 2)), atol=1e-6, rtol=0)
+
+
+def test_probe_attention_is_the_attention_of_the_pooling_head():
+    tower, outputs = eager_tower("siglip")
+    states, head = outputs.last_hidden_state, tower.head
+    heads = head.attention.num_heads
+    query_weight, key_weight, _ = head.attention.in_proj_weight.chunk(3)
+    query_bias, key_bias, _ = head.attention.in_proj_bias.chunk(3)
+    query = (head.probe[0] @ query_weight.T + query_bias).unflatten(-1, (heads, -1))  # [1, H, d]
+    keys = (states @ key_weight.T + key_bias).unflatten(-1, (heads, -1))  # [B, N, H, d]
+    expected = torch.einsum("qhd,bnhd->bhn", query, keys).div(query.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
+    torch.testing.assert_close(probe_attention(head, states), expected, atol=1e-6, rtol=0)
+
+
+def test_topk_keeps_the_best_in_raster_order():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.4, 0.3, 0.2, 0.1]])
+    first, second = select_topk(scores, [3, 2])
+    assert first.tolist() == [1, 2, 3]
+    assert second.tolist() == [0, 1]
+
+
+def test_topk_of_a_smaller_budget_is_part_of_a_larger_one_even_with_ties():
+    scores = torch.randint(0, 4, (1, 36)).float()
+    kept = [set(select_topk(scores, [budget])[0].tolist()) for budget in range(1, 37)]
+    assert all(small < large for small, large in zip(kept, kept[1:], strict=False))
+
+
+@pytest.mark.parametrize("select", [select_topk, select_random, select_uniform])
+@pytest.mark.parametrize("budget", [1, 7, 35, 36])
+def test_every_selector_keeps_k_different_patches_in_raster_order(select, budget):
+    (kept,) = select(torch.randn(1, 36), [budget])
+    assert len(kept) == budget
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert kept[0] >= 0 and kept[-1] < 36
+
+
+def test_uniform_is_centred():
+    assert select_uniform(torch.zeros(1, 36), [3])[0].tolist() == [6, 18, 30]
+
+
+@pytest.mark.parametrize("score", ["cls", "mlp", "positional"])
+def test_an_untrained_pruner_is_the_prior(score):
+    model = LightVLMModel(make_config(score=score))
+    prior = torch.rand(2, 36)
+    scores = model.pruner.score(torch.randn(2, 36, 32), prior)
+    torch.testing.assert_close(scores, prior.log())
+    tokens = torch.randn(5, 32)
+    assert torch.equal(model.pruner.add_positions(tokens, torch.arange(5)), tokens)
+
+
+def test_positional_terms_know_row_and_column():
+    pruner = TokenPruner(make_config(score="positional"))
+    with torch.no_grad():
+        for parameter in pruner.parameters():
+            parameter.zero_()
+        pruner.row_score.weight[2] = 5.0
+        pruner.column_score.weight[3] = 1.0
+        pruner.row_embedding.weight[2] = 1.0
+        pruner.column_embedding.weight[3] = 10.0
+    scores = pruner.score(torch.randn(1, 36, 32), torch.ones(1, 36))
+    assert scores.argmax() == 2 * 6 + 3
+    tokens = pruner.add_positions(torch.zeros(3, 32), torch.tensor([2 * 6 + 3, 2 * 6, 3]))
+    assert tokens[:, 0].tolist() == [11.0, 1.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        CLIPVisionConfig(
+            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+        ),
+        SiglipVisionConfig(
+            hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14
+        ),
+    ],
+    ids=["clip-vit-l-14-336", "siglip-so400m-14-384"],
+)
+@pytest.mark.parametrize("score", ["cls", "mlp", "positional"])
+def test_the_pruner_has_fewer_than_a_million_parameters_at_real_sizes(vision, score):
+    config = LightVLMConfig(vision_config=vision, text_config=PhiConfig(hidden_size=2560), score=score)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in TokenPruner(config).parameters())
+    assert count < 1_000_000
+    assert (count == 0) == (score == "cls")
