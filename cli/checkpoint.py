@@ -35,8 +35,13 @@ def load(model_path: str):
         raise ValueError(f"{model_path} is no checkpoint, neither a folder nor on the Hub: {error}") from None
     if model_type != "lightvlm":
         raise ValueError(f"{model_path} is a {model_type} checkpoint: turn it into LightVLM with `lightvlm build`.")
-    try:
-        model = LightVLMForConditionalGeneration.from_pretrained(model_path)
-    except RuntimeError as error:
-        raise ValueError(f"The weights of {model_path} do not fit its config.json: {error}") from None
+    model, report = LightVLMForConditionalGeneration.from_pretrained(
+        model_path, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    mismatched = [name for name, *_ in report["mismatched_keys"]]
+    if unfit := sorted([*report["missing_keys"], *mismatched]):
+        raise ValueError(
+            f"The weights of {model_path} do not fit its config.json: {', '.join(unfit[:5])} (of {len(unfit)}) are "
+            "missing or have another shape. Train or save the checkpoint again, or correct its config.json."
+        )
     return model.eval(), LightVLMProcessor.from_pretrained(model_path)

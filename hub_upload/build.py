@@ -32,7 +32,6 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
     """
     model = LightVLMForConditionalGeneration.from_pretrained(llava, **config)
     theirs = AutoProcessor.from_pretrained(llava)
-    theirs.tokenizer.padding_side = "left"
     processor = LightVLMProcessor(
         theirs.image_processor,
         theirs.tokenizer,

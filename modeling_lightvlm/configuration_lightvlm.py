@@ -12,7 +12,7 @@ class LightVLMConfig(LlavaConfig):
 
     Args:
         num_image_tokens (`int`):
-            Tokens kept of an image when a call does not say otherwise, 1 to `num_patches`.
+            Tokens kept of an image when a call does not say otherwise, 1 to `num_patches`; by default a quarter.
         score (`str`):
             What makes a patch important. "cls": the vision encoder's own attention alone. "mlp": its logarithm plus a
             two-layer MLP of the patch features. "positional": "mlp" plus a learned row and column term, and a row and
@@ -30,7 +30,7 @@ class LightVLMConfig(LlavaConfig):
 
     model_type = "lightvlm"
 
-    num_image_tokens: int = 144
+    num_image_tokens: int | None = None
     score: Literal["cls", "mlp", "positional"] = "positional"
     select: Literal["topk", "uniform", "random"] = "topk"
     prior_layer: int = -2
@@ -48,6 +48,8 @@ class LightVLMConfig(LlavaConfig):
             ),
         }
         self.image_seq_length = self.num_patches
+        if self.num_image_tokens is None:
+            self.num_image_tokens = self.num_patches // 4
         if not 1 <= self.num_image_tokens <= self.num_patches:
             raise ValueError(
                 f"num_image_tokens={self.num_image_tokens}: this vision encoder cuts an image in {self.num_patches} "

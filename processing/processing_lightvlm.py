@@ -66,6 +66,7 @@ class LightVLMProcessor(ProcessorMixin):
         self.num_patches = num_patches
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
+        tokenizer.padding_side = "left"  # generation continues at the right end; trainers ask for "right" themselves
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -135,12 +136,12 @@ class LightVLMProcessor(ProcessorMixin):
         config = getattr(config, "vision_config", config)
         tokenizer = AutoTokenizer.from_pretrained(text)
         tokenizer.add_tokens("<image>", special_tokens=True)
-        tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         template = Path(__file__).with_name("chat_template.jinja")
         kwargs.setdefault("chat_template", template.read_text())
         num_patches = (config.image_size // config.patch_size) ** 2
+        kwargs.setdefault("num_image_tokens", num_patches // 4)
         return cls(AutoImageProcessor.from_pretrained(vision), tokenizer, num_patches=num_patches, **kwargs)
 
 

@@ -192,7 +192,9 @@ def test_a_prefilled_cache_continues(tiny):
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_static_budget_compiles_in_one_graph(vision):
     model, processor = make_model(vision), make_processor(vision)
-    inputs = processor(images=[make_image(0), make_image(1)], text=["<image> a", "<image> b"], return_tensors="pt")
+    inputs = processor(
+        images=[make_image(0), make_image(1)], text=["<image> a", "<image> b"], padding=True, return_tensors="pt"
+    )
     inputs["num_image_tokens"] = inputs["num_image_tokens"].tolist()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -222,17 +224,12 @@ def test_loss_of_a_mixed_batch_is_the_mean_over_its_tokens(tiny):
     model, processor = tiny
     batch = mixed_batch(processor)
     batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
-    with torch.no_grad():
-        together = model(**batch).loss
-        losses, counts = [], []
-        for inputs in single_rows(processor):
-            losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
-            counts.append(inputs["input_ids"].shape[1] - 1)
-    # a padded row also predicts its first token, from the padding before it: leave those positions out
     first = batch["attention_mask"].argmax(dim=1)
-    batch["labels"][torch.arange(3), first] = -100
+    batch["labels"][torch.arange(3), first] = -100  # in a padded row, padding would predict the first token
     with torch.no_grad():
         together = model(**batch).loss
+        losses = [model(**row, labels=row["input_ids"]).loss for row in single_rows(processor)]
+    counts = [row["input_ids"].shape[1] - 1 for row in single_rows(processor)]
     expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(together, expected)
 

@@ -20,9 +20,7 @@ CORPUS = ["what color is the shape?", "what is in this image?", "a small red cir
 
 
 def make_tokenizer():
-    tokenizer = train_tokenizer(iter(CORPUS * 3))
-    tokenizer.padding_side = "left"
-    return tokenizer
+    return train_tokenizer(iter(CORPUS * 3))
 
 
 def vision_config(kind: str, **overrides):

@@ -1,0 +1,43 @@
+# Each target sets up .venv first where needed. constraints.txt pins the versions that were tested.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DATA := data/easy-vqa
+TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
+
+.PHONY: run test eval lint checkpoint
+
+run: $(DATA)/test.json
+	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
+		--prompt "what shape is in the image?" "what color is the shape?" "is there a red shape?"
+
+test: .venv/ready
+	$(BIN)/pytest
+
+eval: $(DATA)/test.json
+	$(BIN)/lightvlm eval --data-path $(DATA)/test.json --image-folder $(DATA)/images --selectors topk,random \
+		--output evaluation/results/easy_vqa.json
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The whole recipe of the shipped checkpoint; on two CPU cores it takes about an hour.
+checkpoint: $(DATA)/test.json
+	$(BIN)/python training/init_decoder.py --output-dir build/decoder \
+		--data-path $(DATA)/train.json $(DATA)/train_captions.json
+	$(BIN)/python training/pretrain_vision.py --data-path $(DATA)/train_captions.json \
+		--image-folder $(DATA)/images --tokenizer build/decoder --output-dir build/vision
+	$(BIN)/lightvlm build --vision build/vision --text build/decoder --prior-layer -1 --output-dir build/untrained
+	$(BIN)/accelerate launch training/sft.py --config training/configs/tiny_align.yaml \
+		--model_name_or_path build/untrained --output_dir build/aligned
+	$(BIN)/accelerate launch training/sft.py --config training/configs/tiny_sft.yaml \
+		--model_name_or_path build/aligned --output_dir checkpoints/lightvlm-tiny
+
+$(DATA)/test.json: .venv/ready
+	$(BIN)/python training/prepare_easy_vqa.py --output-dir $(DATA)
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	touch $@

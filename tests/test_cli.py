@@ -1,0 +1,131 @@
+"""The command line answers, measures and builds; wrong input gets one clear sentence and exit code 2."""
+
+import json
+
+import pytest
+from lightvlm.cli.main import VERBS, main
+from PIL import Image
+from tiny import make_image, make_model, make_processor
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def image(tmp_path):
+    make_image().save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
+
+
+def infer(checkpoint, image, *options):
+    return main(["infer", "--model-path", checkpoint, "--image", image, "--prompt", "what?", *options])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_examples(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    assert exit_.value.code == 0
+    assert f"  lightvlm {verb} --" in capsys.readouterr().out
+
+
+def test_infer_answers_at_several_budgets(checkpoint, image, capsys):
+    assert infer(checkpoint, image, "--num-image-tokens", "36,4", "--format", "json", "--max-new-tokens", "3") == 0
+    full, few = json.loads(capsys.readouterr().out)
+    assert (full["num_image_tokens"], few["num_image_tokens"]) == (36, 4)
+    assert full["prefill_ms"] > 0 and isinstance(few["answer"], str)
+    assert infer(checkpoint, image, "--max-new-tokens", "3") == 0
+    assert "9 of 36 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "37"])
+def test_budgets_outside_the_grid(checkpoint, image, budget, capsys):
+    assert infer(checkpoint, image, f"--num-image-tokens={budget}") == 2
+    assert "from 1 to 36" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", ["many", "4.5", "4,,5"])
+def test_budgets_that_are_no_numbers(checkpoint, image, budget, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        infer(checkpoint, image, "--num-image-tokens", budget)
+    assert exit_.value.code == 2
+    assert "whole numbers" in capsys.readouterr().err
+
+
+def broken_images(folder):
+    make_image(size=(300, 300)).save(folder / "whole.png")
+    data = (folder / "whole.png").read_bytes()
+    contents = {"empty.png": b"", "text.png": b"not an image", "truncated.png": data[: len(data) // 2]}
+    contents["corrupt.png"] = data[:60] + bytes(200) + data[260:]
+    header = Image.new("1", (20000, 20000))
+    header.save(folder / "bomb.png")
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    Image.new("RGB", (5000, 1)).save(folder / "thin.png")
+    (folder / "folder.png").mkdir()
+    return [
+        "empty.png",
+        "text.png",
+        "truncated.png",
+        "corrupt.png",
+        "bomb.png",
+        "thin.png",
+        "folder.png",
+        "missing.png",
+    ]
+
+
+def test_images_that_cannot_be_read(checkpoint, tmp_path, capsys):
+    for name in broken_images(tmp_path):
+        assert infer(checkpoint, str(tmp_path / name)) == 2, name
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("lightvlm infer: ") and (name in error or "thin" in error), error
+
+
+def test_a_missing_checkpoint(image, tmp_path, capsys):
+    assert infer(str(tmp_path / "nowhere"), image) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_kind(image, tmp_path, capsys):
+    make_model().model.language_model.save_pretrained(tmp_path)
+    assert infer(str(tmp_path), image) == 2
+    assert "lightvlm build" in capsys.readouterr().err
+
+
+def test_a_checkpoint_whose_pruner_does_not_fit(image, tmp_path, capsys):
+    model = make_model()
+    model.config.scorer_hidden_size = 17
+    model.save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    assert infer(str(tmp_path), image) == 2
+    assert "model.pruner.scorer" in capsys.readouterr().err
+
+
+def test_eval_prints_a_table_and_writes_json(checkpoint, tmp_path, capsys):
+    rows = []
+    for index in range(3):
+        make_image(index).save(tmp_path / f"{index}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "no"}]
+        rows.append({"id": index, "image": f"{index}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps([*rows, {**rows[0], "id": 9}]))
+    data = ["--data-path", str(tmp_path / "data.json"), "--image-folder", str(tmp_path), "--batch-size", "3"]
+    command = ["eval", "--model-path", checkpoint, *data, "--selectors", "topk,random", "--num-image-tokens", "36,4"]
+    assert main([*command, "--output", str(tmp_path / "out.json")]) == 0
+    out = capsys.readouterr().out
+    assert "| topk | 36 |" in out and "| random | 4 |" in out and "seed 0" in out
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [row["total"] for row in results] == [4] * 4
+    assert main([*command[:-1], "36,37"]) == 2
+    assert main([*command[:-4], "--selectors", "nonsense"]) == 2
+
+
+def test_build_needs_two_parts_or_a_llava(capsys, tmp_path):
+    for options in ([], ["--vision", "x"], ["--vision", "x", "--text", "y", "--llava", "z"]):
+        assert main(["build", *options, "--output-dir", str(tmp_path)]) == 2
+        assert "--llava" in capsys.readouterr().err
