@@ -191,6 +191,10 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         self.model = LightVLMModel(config)
         width, vocabulary = config.text_config.hidden_size, config.text_config.vocab_size
         self.lm_head = nn.Linear(width, vocabulary, bias=config.lm_head_bias)
+        # LLaVA looks for tied weights in `embed_tokens`, which is not every language model's name for them.
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     def forward(
@@ -279,6 +283,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         return self._processor
 
     @classmethod
+    @torch.no_grad()
     def from_vision_text_pretrained(
         cls, vision: str, text: str, dtype: torch.dtype | str = "auto", **config_kwargs
     ) -> "LightVLMForConditionalGeneration":
@@ -319,10 +324,13 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             lm_head_bias=head.bias is not None,
             **config_kwargs,
         )
-        model = cls(config).to(language_model.dtype)
+        with torch.device("meta"):  # the parts' weights are never in memory twice
+            model = cls(config)
         model.model.vision_tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=language_model.dtype)
         model.model.language_model = language_model.base_model
         model.lm_head = head
+        for part in (model.model.multi_modal_projector, model.model.pruner):
+            part.to_empty(device="cpu").apply(model._init_weights).to(language_model.dtype)
         model.generation_config = language_model.generation_config
         return model.eval()
 

@@ -20,6 +20,7 @@ from transformers import (
     CLIPModel,
     CLIPVisionModel,
     Gemma2Config,
+    GPT2Config,
     LlavaProcessor,
     SiglipImageProcessorPil,
     SiglipVisionModel,
@@ -93,6 +94,18 @@ def test_the_vision_part_of_a_whole_clip_checkpoint_is_taken(tmp_path):
     model = LightVLM.from_vision_text_pretrained(str(tmp_path / "clip"), text)
     for name, weight in clip.vision_model.state_dict().items():
         assert torch.equal(weight, model.model.vision_tower.state_dict()[name]), name
+
+
+def test_tied_weights_stay_tied_whatever_the_embedding_is_called(tmp_path):
+    vision, text = save_parts(tmp_path)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=512, bos_token_id=0, eos_token_id=0)
+    language_model = AutoModelForCausalLM.from_config(config).eval()
+    language_model.save_pretrained(text)
+    build_from_parts(vision, text, tmp_path / "hub")
+    model = LightVLM.from_pretrained(tmp_path / "hub").eval()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(model(input_ids=ids).logits, language_model(input_ids=ids).logits)
 
 
 def test_language_models_that_change_their_logits_are_refused(tmp_path):

@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--half-resolution-steps", type=int, default=1000)
-    parser.add_argument("--full-resolution-steps", type=int, default=150)
+    parser.add_argument("--full-resolution-steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

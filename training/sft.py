@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from datasets import concatenate_datasets
 from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.training.llava_data import load_llava
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
@@ -22,7 +23,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 class DataArguments:
     """What to train on, which parts, and with how many image tokens."""
 
-    data_path: str = field(metadata={"help": "LLaVA JSON file"})
+    data_path: list[str] = field(metadata={"help": "LLaVA JSON files"})
     image_folder: str | None = field(default=None, metadata={"help": "folder that its image paths are relative to"})
     train_parts: list[str] = field(
         default_factory=lambda: ["multi_modal_projector", "pruner", "language_model", "lm_head"],
@@ -90,7 +91,7 @@ def main() -> None:
         model=model,
         args=training_args,
         data_collator=collator,
-        train_dataset=load_llava(data_args.data_path, data_args.image_folder),
+        train_dataset=concatenate_datasets([load_llava(path, data_args.image_folder) for path in data_args.data_path]),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
