@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if bool(args.llava) == bool(args.vision and args.text) or bool(args.vision) != bool(args.text):
         raise ValueError("give either --vision and --text, or --llava")
+
     from lightvlm.hub.build import build_from_llava, build_from_parts
     from transformers import set_seed
 

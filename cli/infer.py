@@ -7,10 +7,12 @@ examples:
 """
 
 import argparse
+import itertools
 import json
-from pathlib import Path
+import statistics
+import time
 
-from lightvlm.cli.checkpoint import add_model_path, budget_list, load
+from lightvlm.cli.common import add_model_path, budget_list, load, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,33 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", nargs="+", required=True, help="image files")
     parser.add_argument("--prompt", nargs="+", required=True, help="questions; each is asked about each image")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[None], help="K, or several: 576,144,64")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=positive, default=64)
     parser.add_argument("--format", choices=["text", "json"], default="text")
-
-
-def open_image(path: str):
-    """A decoded image; ValueError where the file is no image, broken, or larger than Pillow dares to decode."""
-    from PIL import Image
-
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    return image
 
 
 def ask(model, processor, image, prompt: str, num_image_tokens: int | None, max_new_tokens: int) -> dict:
     """One answer, with the tokens kept and the language model's prefill time (median of 5 after a warm-up)."""
-    import statistics
-    import time
-
     import torch
 
-    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
     budget = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
     inputs = processor.apply_chat_template(
         messages,
         add_generation_prompt=True,
@@ -52,14 +37,15 @@ def ask(model, processor, image, prompt: str, num_image_tokens: int | None, max_
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"num_image_tokens": budget},
-    )
+    ).to(model.device)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        features = model.get_image_features(inputs["pixel_values"], num_image_tokens=inputs["num_image_tokens"])
+        features = model.get_image_features(inputs["pixel_values"], num_image_tokens=budget)
         times = []
         for _ in range(6):
             start = time.perf_counter()
-            model(inputs["input_ids"], mm_encoder_outputs={"image": features}, logits_to_keep=1)
+            logits = model(inputs["input_ids"], mm_encoder_outputs={"image": features}, logits_to_keep=1).logits
+            logits.argmax().item()  # waits for a GPU
             times.append(1000 * (time.perf_counter() - start))
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return {
@@ -71,24 +57,23 @@ def ask(model, processor, image, prompt: str, num_image_tokens: int | None, max_
 
 
 def run(args: argparse.Namespace) -> None:
-    images = {path: open_image(path) for path in args.image}
+    from lightvlm.processing.processing_lightvlm import open_image
+
+    images = [(path, open_image(path)) for path in args.image]
     model, processor = load(args.model_path)
     results = []
-    for path, image in images.items():
-        for prompt in args.prompt:
-            for budget in args.num_image_tokens:
-                answer = ask(model, processor, image, prompt, budget, args.max_new_tokens)
-                results.append({"image": path, "prompt": prompt, **answer})
+    for (path, image), prompt, budget in itertools.product(images, args.prompt, args.num_image_tokens):
+        answer = ask(model, processor, image, prompt, budget, args.max_new_tokens)
+        results.append({"image": path, "prompt": prompt, **answer})
     print(json.dumps(results, indent=2) if args.format == "json" else table(results))
 
 
 def table(results: list[dict]) -> str:
     """A block for each image and prompt, a line for each budget."""
     lines = []
-    for result in results:
-        title = f"{result['image']}  {result['prompt']}"
-        if title not in lines:
-            lines += ["", title]
-        kept = f"{result['num_image_tokens']} of {result['num_patches']} tokens"
-        lines.append(f"  {kept:>18}   prefill {result['prefill_ms']:7.1f} ms   {result['answer']}")
-    return "\n".join(lines[1:])
+    for (path, prompt), block in itertools.groupby(results, key=lambda result: (result["image"], result["prompt"])):
+        lines.append(f"\n{path}  {prompt}")
+        for result in block:
+            kept = f"{result['num_image_tokens']} of {result['num_patches']} tokens"
+            lines.append(f"  {kept:>18}   prefill {result['prefill_ms']:7.1f} ms   {result['answer']}")
+    return "\n".join(lines)

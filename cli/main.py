@@ -1,4 +1,4 @@
-"""The `lightvlm` command: one module per verb, imported when it runs, so that `--help` is quick."""
+"""The `lightvlm` command: one module for each verb, whose heavy imports wait until it runs."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; 0, or 2 with one clear sentence on standard error where the input is at fault."""
+    """Run one verb; 0, or 2 with the reason on standard error where the input is at fault."""
     parser = argparse.ArgumentParser(
         prog="lightvlm",
         description="Vision-language answers from a fraction of the image's tokens.",
@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv, argparse.Namespace(argv=argv))
     try:
         args.run(args)
     except (ValueError, OSError) as error:

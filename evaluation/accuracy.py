@@ -24,77 +24,80 @@ def normalise(answer: str) -> str:
 
 
 class Questions:
-    """The first question of each row, grouped by image, so that an image is encoded once for all of its questions."""
+    """The first question of each row, grouped by image, so that an image is encoded once for all of its questions.
+
+    Args:
+        rows: of `load_llava`, each with one image.
+        processor: the checkpoint's.
+
+    Raises:
+        ValueError: where a row has no image.
+    """
 
     def __init__(self, rows: Dataset, processor: LightVLMProcessor):
         self.processor = processor
-        self.prompts, self.answers, paths = [], [], []
+        self.paths = [row[0]["path"] if row else None for row in rows.with_format("arrow")["images"].to_pylist()]
+        if None in self.paths:
+            raise ValueError(f"Row {self.paths.index(None)} has no image: every question needs one.")
+        self.answers = [messages[1]["content"] for messages in rows["messages"]]
+        self.prompts = []
         for messages in rows["messages"]:
             content = [{"type": "image"}, {"type": "text", "text": messages[0]["content"]}]
             prompt = [{"role": "user", "content": content}]
             self.prompts.append(processor.apply_chat_template(prompt, add_generation_prompt=True))
-            self.answers.append(messages[1]["content"])
-        for image in rows.with_format("arrow")["images"].to_pylist():
-            if len(image) != 1:
-                raise ValueError("Every row needs one image.")
-            paths.append(image[0]["path"])
-        self.images = {path: index for index, path in reversed(list(enumerate(paths)))}  # path to a row that has it
-        self.order = sorted(range(len(paths)), key=paths.__getitem__)
-        self.paths, self.rows = paths, rows
 
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def batches(self, batch_size: int):
+    def batches(self, batch_size: int) -> list[list[int]]:
         """Row numbers of each batch, questions about the same image side by side."""
-        for start in range(0, len(self), batch_size):
-            yield self.order[start : start + batch_size]
+        order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def encode(self, model: LightVLM, batch: list[int], budget: int) -> dict:
         """Inputs for `generate`: the batch's prompts, and its images' tokens, each image encoded once."""
         unique = list(dict.fromkeys(self.paths[row] for row in batch))
-        images = [self.rows[self.images[path]]["images"][0] for path in unique]
-        pixels = self.processor(images=images, num_image_tokens=budget, return_tensors="pt")["pixel_values"]
-        tokens = dict(
-            zip(unique, model.get_image_features(pixels, num_image_tokens=budget).pooler_output, strict=True)
-        )
-        mark = self.processor.image_token
-        prompts = [self.prompts[row].replace(mark, mark * budget) for row in batch]
-        inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        pixels = self.processor(images=unique, num_image_tokens=budget, return_tensors="pt")["pixel_values"]
+        features = model.get_image_features(pixels, num_image_tokens=budget).pooler_output
+        tokens = dict(zip(unique, features, strict=True))
         repeated = BaseModelOutputWithPooling(pooler_output=[tokens[self.paths[row]] for row in batch])
+
+        mark, tokenizer = self.processor.image_token, self.processor.tokenizer
+        prompts = [self.prompts[row].replace(mark, mark * budget) for row in batch]
+        begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
+        inputs = tokenizer(
+            prompts, padding=True, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not begun
+        )
         return {**inputs.to(model.device), "mm_encoder_outputs": {"image": repeated}}
 
 
 @torch.no_grad()
 def accuracy(
-    model: LightVLM,
-    questions: Questions,
-    budget: int,
-    selector: str,
-    batch_size: int = 64,
-    max_new_tokens: int = 8,
+    model: LightVLM, questions: Questions, budget: int, selector: str, batch_size: int = 64, seed: int = 0
 ) -> dict:
-    """Greedy exact match at one budget.
+    """Share of right answers at one budget: greedy, equal to the expected answer but for case and a full stop.
 
     Returns:
         `selector`, `num_image_tokens`, `correct`, `total`, `accuracy`, and `low` and `high` of its 95 % interval.
     """
-    model.model.pruner.select = SELECTORS[selector]
+    torch.manual_seed(seed)
+    pruner, processor = model.model.pruner, questions.processor
+    chosen, pruner.select = pruner.select, SELECTORS[selector]
     correct = 0
-    for batch in tqdm(list(questions.batches(batch_size)), desc=f"{selector}, {budget} tokens"):
-        inputs = questions.encode(model, batch, budget)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers = questions.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        correct += sum(
-            normalise(answer) == normalise(questions.answers[row]) for answer, row in zip(answers, batch, strict=True)
-        )
-    low, high = wilson_interval(correct, len(questions))
+    try:
+        for batch in tqdm(questions.batches(batch_size), desc=f"{selector}, {budget} tokens"):
+            inputs = questions.encode(model, batch, budget)
+            output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+            answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            expected = [questions.answers[row] for row in batch]
+            correct += sum(normalise(ours) == normalise(right) for ours, right in zip(answers, expected, strict=True))
+    finally:
+        pruner.select = chosen
+    total = len(questions.answers)
+    low, high = wilson_interval(correct, total)
     return {
         "selector": selector,
         "num_image_tokens": budget,
         "correct": correct,
-        "total": len(questions),
-        "accuracy": correct / len(questions),
+        "total": total,
+        "accuracy": correct / total,
         "low": low,
         "high": high,
     }

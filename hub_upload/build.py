@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 
 def build_from_parts(vision: str, text: str, output_dir: str | Path, **config) -> LightVLMForConditionalGeneration:
@@ -30,6 +30,9 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
         output_dir: the Hub folder to write.
         config: for `LightVLMConfig`, such as `num_image_tokens` or `score`.
     """
+    model_type = AutoConfig.from_pretrained(llava).model_type
+    if model_type != "llava":
+        raise ValueError(f"{llava} is a {model_type} checkpoint, and not of LLaVA.")
     model = LightVLMForConditionalGeneration.from_pretrained(llava, **config)
     theirs = AutoProcessor.from_pretrained(llava)
     processor = LightVLMProcessor(

@@ -56,6 +56,15 @@ class LightVLMConfig(LlavaConfig):
                 f"patches, so give a number from 1 to {self.num_patches}."
             )
 
+        depth = self.vision_config.num_hidden_layers
+        layers = self.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        if not (-depth <= self.prior_layer < depth and all(-depth - 1 <= layer <= depth for layer in layers)):
+            raise ValueError(
+                f"prior_layer={self.prior_layer} or vision_feature_layer={self.vision_feature_layer} is out of range: "
+                f"this vision encoder has {depth} layers."
+            )
+
     @property
     def patches_per_side(self) -> int:
         """Rows, and columns, of the patch grid."""

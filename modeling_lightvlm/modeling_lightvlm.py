@@ -39,6 +39,7 @@ from .pruning_lightvlm import (
 )
 
 IMAGE_TOKEN = "<image>"
+ENCODERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # and how each selects its features
 
 
 @dataclass
@@ -110,7 +111,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
 
     def __init__(self, config: LightVLMConfig):
         vision_type, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
-        if (vision_type, strategy) not in {("clip_vision_model", "default"), ("siglip_vision_model", "full")}:
+        if ENCODERS.get(vision_type) != strategy:
             raise ValueError(
                 f"LightVLM prunes CLIP with vision_feature_select_strategy='default' (without [CLS]) or SigLIP with "
                 f"'full', not {vision_type} with '{strategy}'."
@@ -235,7 +236,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         image,
         question: str,
         history: list[dict] | None = None,
-        num_image_tokens: int | None = None,
+        num_image_tokens: int | list[int] | None = None,
         streamer=None,
         processor=None,
         **generate_kwargs,
@@ -243,19 +244,23 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         """Answer a question about an image.
 
         Args:
-            image: a `PIL.Image`, a path or a URL; None for a question without an image, or about an earlier one.
+            image: a `PIL.Image`, a path or a URL, or a list of them; None for a question about an earlier image.
             question: the user's words.
             history: messages so far. The question and its answer are appended once the answer is complete.
-            num_image_tokens: K for each image of the conversation; the processor's default if None.
+            num_image_tokens: K, or a list with one for each image of the conversation; the default's if None.
             streamer: a transformers streamer that receives the answer as it grows.
             processor: a `LightVLMProcessor`; by default the one saved beside the weights.
-            generate_kwargs: for `generate`; 256 new tokens by default.
+            generate_kwargs: for `generate`; 256 new tokens unless they or the generation configuration say otherwise.
 
         Raises:
-            ValueError: where there is no processor beside the weights, or the image or K are refused by it.
+            ValueError: where there is no processor beside the weights, it refuses the image or K, or more than one
+                answer is asked for.
         """
+        if generate_kwargs.get("return_dict_in_generate") or generate_kwargs.get("num_return_sequences", 1) > 1:
+            raise ValueError("chat returns one answer, as text: call generate for more.")
         processor = processor or self.processor_beside_weights()
-        content = [{"type": "image", "image": image}] if image is not None else []
+        images = [] if image is None else image if isinstance(image, list) else [image]
+        content = [{"type": "image", "image": image} for image in images]
         asked = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         inputs = processor.apply_chat_template(
             [*(history or []), asked],
@@ -265,7 +270,8 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             return_tensors="pt",
             processor_kwargs={} if num_image_tokens is None else {"num_image_tokens": num_image_tokens},
         ).to(self.device)
-        generate_kwargs.setdefault("max_new_tokens", 256)
+        if not generate_kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
+            generate_kwargs["max_new_tokens"] = self.generation_config.max_new_tokens or 256
         output = self.generate(**inputs, streamer=streamer, **generate_kwargs)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         if history is not None:
@@ -280,6 +286,9 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             # Remote code may load its own sibling; an installed package needs no remote code.
             remote = type(self).__module__.startswith("transformers_modules.")
             self._processor = AutoProcessor.from_pretrained(self.config.name_or_path, trust_remote_code=remote)
+            if type(self._processor).__name__ != "LightVLMProcessor":
+                raise ValueError("The processor beside the weights is not LightVLM's: `lightvlm build` makes one.")
+            self._processor.num_image_tokens = self.config.num_image_tokens
         return self._processor
 
     @classmethod
@@ -303,6 +312,8 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         """
         vision_config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(vision_config, "vision_config", vision_config)
+        if vision_config.model_type not in ENCODERS:
+            raise ValueError(f"{vision} is a {vision_config.model_type}, and no CLIP or SigLIP vision encoder.")
         language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
         head = language_model.get_output_embeddings()
         tokenizer = AutoTokenizer.from_pretrained(text)
@@ -320,7 +331,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             vision_config=vision_config,
             text_config=language_model.config,
             image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            vision_feature_select_strategy="full" if "siglip" in vision_config.model_type else "default",
+            vision_feature_select_strategy=ENCODERS[vision_config.model_type],
             lm_head_bias=head.bias is not None,
             **config_kwargs,
         )

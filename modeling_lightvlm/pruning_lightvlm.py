@@ -142,7 +142,8 @@ class TokenPruner(nn.Module):
         if self.scorer is not None:
             scores = scores + self.scorer(features).squeeze(-1).float()
         if self.row_score is not None:
-            places = self.row_score.weight[:, None] + self.column_score.weight[None]  # [side, side, 1]
+            side = torch.arange(self.patches_per_side, device=features.device)
+            places = self.row_score(side)[:, None] + self.column_score(side)[None]  # [side, side, 1]
             scores = scores + places.flatten().float()
         return scores
 

@@ -1,8 +1,9 @@
 """Processor of LightVLM: it decides each image's budget and writes that many placeholders, the model obeys."""
 
+import os
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image, ImageOps
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.image_utils import ImageInput, make_flat_list_of_images
@@ -23,13 +24,33 @@ class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: LightVLMImagesKwargs
 
 
+def open_image(path: str | Path) -> Image.Image:
+    """A decoded image; ValueError where the file is no image, broken, or larger than Pillow dares to decode."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    return image
+
+
+def open_files(images):
+    """Open the paths in a (nested) list of images, and leave images, arrays, URLs and base64 as they are."""
+    if isinstance(images, (list, tuple)):
+        return [open_files(image) for image in images]
+    is_file = isinstance(images, Path) or (isinstance(images, str) and os.path.isfile(images))
+    return open_image(images) if is_file else images
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright 8-bit RGB of an image of any mode: EXIF-rotated, 16-bit, transparent (on white), palette, grey, CMYK."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        low, high = image.getextrema()
-        scale = 255 / 65535 if high > 255 else 255 if low >= 0 and high <= 1 and image.mode == "F" else 1
-        return image.convert("F").point(lambda value: value * scale + 0).convert("L").convert("RGB")
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image).astype(np.float32)
+        # 16-bit modes say their range; 32-bit ones do not, so the brightest pixel tells.
+        brightest = 65535 if image.mode.startswith("I;16") else pixels.max()
+        white = 65535 if brightest > 255 else 1 if brightest <= 1 and image.mode == "F" else 255
+        image = Image.fromarray((pixels.clip(0, white) * (255 / white)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -87,6 +108,13 @@ class LightVLMProcessor(ProcessorMixin):
             raise ValueError(f"num_image_tokens has {len(budgets)} numbers, but there are {num_images} images.")
         return list(budgets)
 
+    def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs):
+        """As in `ProcessorMixin`, but files are opened here, where 16 bits and transparency survive."""
+        images = open_files(images)
+        if isinstance(images, list) and all(isinstance(row, list) and not row for row in images):
+            images = None
+        return super().prepare_inputs_layout(images=images, **kwargs)
+
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
         """As in `ProcessorMixin`, and row by row where images come in rows."""
         super().validate_inputs(images=images, text=text, **kwargs)
@@ -113,7 +141,7 @@ class LightVLMProcessor(ProcessorMixin):
                 )
         images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         processed = self.image_processor(images, **kwargs)
-        processed["num_image_tokens"] = torch.tensor(budgets)
+        processed["num_image_tokens"] = budgets
         return processed, [self.image_token * budget for budget in budgets]
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
@@ -138,8 +166,8 @@ class LightVLMProcessor(ProcessorMixin):
         tokenizer.add_tokens("<image>", special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        template = Path(__file__).with_name("chat_template.jinja")
-        kwargs.setdefault("chat_template", template.read_text())
+        if "chat_template" not in kwargs:
+            kwargs["chat_template"] = Path(__file__).with_name("chat_template.jinja").read_text()
         num_patches = (config.image_size // config.patch_size) ** 2
         kwargs.setdefault("num_image_tokens", num_patches // 4)
         return cls(AutoImageProcessor.from_pretrained(vision), tokenizer, num_patches=num_patches, **kwargs)

@@ -25,7 +25,7 @@ def test_right_answers_are_counted_whatever_the_batch(tmp_path):
     for index in range(6):
         image, question = index % 2, questions[index // 2]
         make_image(image).save(tmp_path / f"{image}.png")
-        answer = model.chat(make_image(image), question, num_image_tokens=4, processor=processor, max_new_tokens=8)
+        answer = model.chat(make_image(image), question, num_image_tokens=4, processor=processor, max_new_tokens=16)
         answer = answer if index < 4 else "something else"
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         rows.append({"id": index, "image": f"{image}.png", "conversations": turns})

@@ -3,6 +3,7 @@
 import pytest
 from lightvlm import LightVLM
 from tiny import make_image, make_model, make_processor
+from transformers import GenerationConfig
 
 
 @pytest.fixture
@@ -32,8 +33,33 @@ def test_the_processor_is_found_beside_the_weights(model):
 
 def test_a_path_is_an_image_too(model, tmp_path):
     make_image().save(tmp_path / "image.png")
-    answer = model.chat(str(tmp_path / "image.png"), "what color?", max_new_tokens=4)
-    assert answer == model.chat(make_image(), "what color?", max_new_tokens=4)
+    expected = model.chat(make_image(), "what color?", max_new_tokens=4)
+    for path in (tmp_path / "image.png", str(tmp_path / "image.png")):
+        assert model.chat(path, "what color?", max_new_tokens=4) == expected
+
+
+def test_several_images_each_with_its_budget(model):
+    images = [make_image(0), make_image(1)]
+    assert isinstance(model.chat(images, "which?", num_image_tokens=[4, 16], max_new_tokens=4), str)
+
+
+def test_an_overridden_default_budget_counts(model, tmp_path):
+    expected = model.chat(make_image(), "what color?", num_image_tokens=4, max_new_tokens=4)
+    overridden = LightVLM.from_pretrained(tmp_path, num_image_tokens=4).eval()
+    assert overridden.chat(make_image(), "what color?", max_new_tokens=4) == expected
+
+
+def test_a_generation_config_is_obeyed(model):
+    streamer = Collector()
+    config = GenerationConfig(max_new_tokens=2, min_new_tokens=2)
+    model.chat(make_image(), "what color?", streamer=streamer, generation_config=config)
+    assert sum(chunk.numel() for chunk in streamer.chunks[1:]) == 2
+
+
+@pytest.mark.parametrize("options", [{"return_dict_in_generate": True}, {"num_return_sequences": 2}])
+def test_more_than_one_answer_is_refused(model, options):
+    with pytest.raises(ValueError, match="one answer"):
+        model.chat(make_image(), "what color?", **options)
 
 
 def test_the_budget_of_a_call_reaches_the_language_model(model):

@@ -1,10 +1,12 @@
 """The command line answers, measures and builds; wrong input gets one clear sentence and exit code 2."""
 
 import json
+import shutil
 
 import pytest
 from lightvlm.cli.main import VERBS, main
 from PIL import Image
+from test_hub import save_parts
 from tiny import make_image, make_model, make_processor
 
 
@@ -87,6 +89,33 @@ def test_images_that_cannot_be_read(checkpoint, tmp_path, capsys):
         assert error.startswith("lightvlm infer: ") and (name in error or "thin" in error), error
 
 
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"nonsense" * 100),
+        ("config.json", b"{"),
+        ("config.json", b"{}"),
+        ("tokenizer.json", b"{}"),
+        ("processor_config.json", None),
+    ],
+)
+def test_a_broken_checkpoint(checkpoint, image, tmp_path, capsys, file, content):
+    folder = shutil.copytree(checkpoint, tmp_path / "broken")
+    (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    assert infer(str(folder), image) == 2
+    assert capsys.readouterr().err.count("broken") >= 1
+
+
+@pytest.mark.parametrize("field", [{"score": "nonsense"}, {"num_image_tokens": "many"}, {"prior_layer": 99}])
+def test_a_checkpoint_with_a_wrong_configuration(checkpoint, image, tmp_path, capsys, field):
+    folder = shutil.copytree(checkpoint, tmp_path / "broken")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | field))
+    assert infer(str(folder), image) == 2
+    assert next(iter(field)) in capsys.readouterr().err
+
+
 def test_a_missing_checkpoint(image, tmp_path, capsys):
     assert infer(str(tmp_path / "nowhere"), image) == 2
     assert "nowhere" in capsys.readouterr().err
@@ -98,31 +127,72 @@ def test_a_checkpoint_of_another_kind(image, tmp_path, capsys):
     assert "lightvlm build" in capsys.readouterr().err
 
 
-def test_a_checkpoint_whose_pruner_does_not_fit(image, tmp_path, capsys):
-    model = make_model()
-    model.config.scorer_hidden_size = 17
-    model.save_pretrained(tmp_path)
-    make_processor().save_pretrained(tmp_path)
-    assert infer(str(tmp_path), image) == 2
-    assert "model.pruner.scorer" in capsys.readouterr().err
+@pytest.mark.parametrize("field", [{"scorer_hidden_size": 17}, {"score": "cls"}])
+def test_a_checkpoint_whose_pruner_does_not_fit(checkpoint, image, tmp_path, capsys, field):
+    folder = shutil.copytree(checkpoint, tmp_path / "misfit")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | field))
+    assert infer(str(folder), image) == 2
+    assert "model.pruner." in capsys.readouterr().err
 
 
-def test_eval_prints_a_table_and_writes_json(checkpoint, tmp_path, capsys):
+@pytest.fixture
+def data(tmp_path):
+    """Four questions about three images."""
     rows = []
     for index in range(3):
         make_image(index).save(tmp_path / f"{index}.png")
         turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "no"}]
         rows.append({"id": index, "image": f"{index}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps([*rows, {**rows[0], "id": 9}]))
-    data = ["--data-path", str(tmp_path / "data.json"), "--image-folder", str(tmp_path), "--batch-size", "3"]
-    command = ["eval", "--model-path", checkpoint, *data, "--selectors", "topk,random", "--num-image-tokens", "36,4"]
-    assert main([*command, "--output", str(tmp_path / "out.json")]) == 0
+    return tmp_path
+
+
+def evaluate(checkpoint, data, *options):
+    paths = ["--model-path", checkpoint, "--data-path", str(data / "data.json"), "--image-folder", str(data)]
+    return main(["eval", *paths, "--num-image-tokens", "36,4", *options])
+
+
+def test_eval_prints_a_table_and_writes_json(checkpoint, data, capsys):
+    report = data / "new" / "out.json"
+    assert evaluate(checkpoint, data, "--selectors", "topk, random", "--batch-size", "3", "--output", str(report)) == 0
     out = capsys.readouterr().out
     assert "| topk | 36 |" in out and "| random | 4 |" in out and "seed 0" in out
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [row["total"] for row in results] == [4] * 4
-    assert main([*command[:-1], "36,37"]) == 2
-    assert main([*command[:-4], "--selectors", "nonsense"]) == 2
+    assert "lightvlm eval --model-path" in out
+    assert [row["total"] for row in json.loads(report.read_text())["results"]] == [4] * 4
+    assert evaluate(checkpoint, data, "--limit", "2") == 0
+    assert "/ 2 |" in capsys.readouterr().out
+
+
+def test_eval_names_what_is_wrong(checkpoint, data, capsys):
+    assert evaluate(checkpoint, data, "--num-image-tokens", "36,37") == 2
+    assert evaluate(checkpoint, data, "--selectors", "nonsense") == 2
+    assert "nonsense" in capsys.readouterr().err
+    (data / "1.png").write_bytes(b"broken")
+    assert evaluate(checkpoint, data) == 2
+    assert "1.png cannot be read as an image" in capsys.readouterr().err
+    (data / "data.json").write_text("{}")
+    assert evaluate(checkpoint, data) == 2
+    assert "data.json has no rows" in capsys.readouterr().err
+    for option in ("--limit", "--batch-size"):
+        for number in ("0", "-1", "x"):
+            with pytest.raises(SystemExit):
+                evaluate(checkpoint, data, f"{option}={number}")
+
+
+def test_build_composes_two_parts(tmp_path, image, capsys):
+    vision, text = save_parts(tmp_path)
+    assert main(["build", "--vision", vision, "--text", text, "--output-dir", str(tmp_path / "hub")]) == 0
+    assert "in the pruner" in capsys.readouterr().out
+    assert infer(str(tmp_path / "hub"), image, "--max-new-tokens", "2") == 0
+
+
+def test_build_refuses_parts_of_the_wrong_kind(tmp_path, capsys):
+    vision, text = save_parts(tmp_path)
+    wrong = [["--vision", text, "--text", text], ["--vision", vision, "--text", vision], ["--llava", text]]
+    for options in [*wrong, ["--vision", vision, "--text", text, "--prior-layer", "99"]]:
+        assert main(["build", *options, "--output-dir", str(tmp_path / "hub")]) == 2, options
+        assert not (tmp_path / "hub").exists()
 
 
 def test_build_needs_two_parts_or_a_llava(capsys, tmp_path):

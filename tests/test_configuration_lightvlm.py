@@ -16,6 +16,16 @@ def test_budgets_outside_the_grid_are_refused(budget):
         make_config(num_image_tokens=budget)
 
 
+@pytest.mark.parametrize("layers", [{"prior_layer": 3}, {"prior_layer": -4}, {"vision_feature_layer": [-2, 4]}])
+def test_layers_that_the_encoder_does_not_have_are_refused(layers):
+    with pytest.raises(ValueError, match="3 layers"):
+        make_config(**layers)
+
+
+def test_the_default_budget_is_a_quarter():
+    assert make_config(num_image_tokens=None).num_image_tokens == 9
+
+
 @pytest.mark.parametrize("field", ["score", "select"])
 def test_unknown_choices_are_refused(field):
     with pytest.raises(Exception, match=field):

@@ -170,11 +170,15 @@ def test_a_llava_checkpoint_becomes_a_hub_folder(tmp_path):
     assert isinstance(model.chat(make_image(), "what?", max_new_tokens=3), str)
 
 
+def save_folder(folder, vision="clip"):
+    make_model(vision).save_pretrained(folder)
+    make_processor(vision).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def hub_folder(tmp_path):
-    make_model().save_pretrained(tmp_path / "hub")
-    make_processor().save_pretrained(tmp_path / "hub")
-    return tmp_path / "hub"
+    return save_folder(tmp_path / "hub")
 
 
 def test_a_hub_folder_has_weights_as_safetensors_processor_and_code(hub_folder):
@@ -246,7 +250,9 @@ def run_fresh(*arguments) -> str:
     return result.stdout
 
 
-def test_a_process_without_the_package_loads_and_answers(hub_folder, tmp_path):
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_a_process_without_the_package_loads_and_answers(vision, tmp_path):
+    hub_folder = save_folder(tmp_path / "hub", vision)
     make_image().save(tmp_path / "image.png")
     output = run_fresh(WITHOUT_THE_PACKAGE, hub_folder, tmp_path / "image.png", tmp_path / "again")
     answers = json.loads(output.splitlines()[-1])

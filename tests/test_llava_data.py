@@ -54,11 +54,28 @@ def test_bad_rows_are_counted_and_named(tmp_path):
         {"image": "a.png"},
         {"conversations": [QUESTION]},
         {"conversations": [{"from": "robot", "value": "beep"}, ANSWER]},
+        {"conversations": [{"from": "human", "value": None}, ANSWER]},
+        {"image": None, "conversations": [QUESTION, ANSWER]},
+        "no row",
+        {"conversations": "no list"},
     ]
-    with pytest.raises(ValueError, match="4 rows") as error:
+    with pytest.raises(ValueError, match="8 rows") as error:
         load_llava(write(tmp_path, [good, *bad]), tmp_path)
-    for part in ("row 1: ", "gone.png is missing", "row 2: KeyError('conversations')", "row 3: ", "'robot'"):
+    for part in (
+        "row 1: ",
+        "gone.png is missing",
+        "row 2 is malformed: KeyError('conversations')",
+        "row 3: ",
+        "'robot'",
+    ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "3"])
+def test_files_without_rows_are_named(tmp_path, content):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(ValueError, match="data.json"):
+        load_llava(tmp_path / "data.json")
 
 
 def test_images_need_a_folder(tmp_path):

@@ -94,7 +94,9 @@ def test_too_thin_images_are_refused(processor):
         processor(images=Image.new("RGB", (3000, 2)), text="<image>")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16", "HSV", "LAB"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16", "I;16B", "HSV", "LAB"]
+)
 def test_every_mode_of_image_works(processor, mode):
     inputs = processor(images=Image.new(mode, (50, 40)), text="<image>", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 84, 84)
@@ -110,6 +112,8 @@ def test_transparency_becomes_white():
 def test_sixteen_bits_keep_their_contrast():
     image = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
     assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+    dark = Image.fromarray(np.array([[0, 100, 255]], dtype=np.uint16))
+    assert to_rgb(dark).getextrema()[0] == (0, 0)
 
 
 def test_floats_from_zero_to_one_keep_their_contrast():
@@ -124,6 +128,23 @@ def test_exif_rotation_is_applied():
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", exif=exif)
     assert to_rgb(Image.open(buffer)).size == (2, 4)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "P"])
+def test_a_path_gives_the_same_pixels_as_the_image(processor, tmp_path, mode):
+    image = Image.effect_noise((50, 40), 100).convert("I;16" if mode == "I;16" else "L").convert(mode)
+    if mode == "RGBA":
+        image.putalpha(100)
+    image.save(tmp_path / "image.png")
+    expected = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
+    for path in (tmp_path / "image.png", str(tmp_path / "image.png")):
+        assert torch.equal(processor(images=[path], text="<image>", return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("images", [None, [], [[]]])
+def test_no_images_are_no_inputs(processor, images):
+    inputs = processor(images=images, text=["what?"], return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
 
 
 def test_numpy_and_tensor_images_work(processor):

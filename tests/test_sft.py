@@ -30,10 +30,22 @@ def data(tmp_path):
 
 
 def train(data, monkeypatch, *options):
-    command = ["sft.py", "--data_path", data / "data.json", "--image_folder", data, "--output_dir", data / "out"]
-    command += ["--model_name_or_path", data / "model", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
-    command += ["--assistant_only_loss", "true", "--max_length", "null", "--gradient_checkpointing", "false"]
-    command += ["--per_device_train_batch_size", "3", "--learning_rate", "5e-3", "--logging_steps", "1", *options]
+    settings = {
+        "model_name_or_path": data / "model",
+        "data_path": data / "data.json",
+        "image_folder": data,
+        "output_dir": data / "out",
+        "per_device_train_batch_size": 3,
+        "learning_rate": 5e-3,
+        "assistant_only_loss": True,
+        "max_length": "null",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    command = ["sft.py", *(part for name, value in settings.items() for part in (f"--{name}", value)), *options]
     monkeypatch.setattr("sys.argv", [str(part) for part in command])
     sft.main()
     return LightVLM.from_pretrained(data / "out"), LightVLMProcessor.from_pretrained(data / "out")
@@ -56,7 +68,7 @@ def test_training_learns_from_the_image_and_leaves_a_folder_that_loads(data, mon
     for part in ("multi_modal_projector", "pruner.row_embedding", "language_model", "lm_head"):
         assert any(part in name for name in changed), part
     assert processor.num_image_tokens == 9
-    assert (data / "out/modeling_lightvlm.py").is_file() and (data / "out/processing_lightvlm.py").is_file()
+    assert {file.name for file in (data / "out").iterdir()} == {file.name for file in (data / "model").iterdir()}
 
 
 def test_only_the_named_parts_learn(data, monkeypatch):
@@ -64,8 +76,8 @@ def test_only_the_named_parts_learn(data, monkeypatch):
     model, _ = train(data, monkeypatch, "--train_parts", "multi_modal_projector", "--max_steps", "2")
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}
     assert changed and all("multi_modal_projector" in name for name in changed)
-    with pytest.raises(ValueError, match="no part"):
-        train(data, monkeypatch, "--train_parts", "projektor")
+    with pytest.raises(ValueError, match="no part called projektor"):
+        train(data, monkeypatch, "--train_parts", "projektor", "lm_head")
 
 
 def test_labels_are_the_assistants_words_alone(data):

@@ -26,12 +26,28 @@ def to_messages(conversations: list[dict]) -> list[dict[str, str]]:
     for turn in conversations:
         if turn["from"] not in ROLES:
             raise ValueError(f"a turn is from {turn['from']!r}, not human or gpt")
+        if not isinstance(turn["value"], str):
+            raise ValueError(f"a turn says {turn['value']!r}, which is no text")
         if messages or turn["from"] == "human":
             content = turn["value"].replace(IMAGE_MARK, "").strip()
             messages.append({"role": ROLES[turn["from"]], "content": content})
     if len(messages) < 2:
         raise ValueError("a question and an answer are needed")
     return messages
+
+
+def to_row(row: dict, index: int, image_folder: str | Path | None) -> dict:
+    """One row of the dataset; ValueError, TypeError or KeyError where it is malformed or its image is missing."""
+    images = []
+    if "image" in row:
+        if image_folder is None:
+            raise ValueError("it has an image, but no image folder is given")
+        if not isinstance(row["image"], str):
+            raise ValueError(f"its image is {row['image']!r}, which is no path")
+        images = [str(Path(image_folder) / row["image"])]
+        if not Path(images[0]).is_file():
+            raise ValueError(f"{images[0]} is missing")
+    return {"id": str(row.get("id", index)), "messages": to_messages(row["conversations"]), "images": images}
 
 
 def load_llava(data_path: str | Path, image_folder: str | Path | None = None) -> Dataset:
@@ -45,22 +61,23 @@ def load_llava(data_path: str | Path, image_folder: str | Path | None = None) ->
         Columns `id` (string), `messages` (list of role and content) and `images` (list of none or one).
 
     Raises:
-        ValueError: with a count and the first examples, where rows are malformed or images are missing.
+        ValueError: where the file is no such list, or, with a count and the first examples, where rows are malformed
+            or images are missing.
     """
+    try:
+        content = json.loads(Path(data_path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{data_path} is no JSON: {error}") from None
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{data_path} has no rows: a list of conversations is needed.")
     rows, problems = [], []
-    for index, row in enumerate(json.loads(Path(data_path).read_text())):
+    for index, row in enumerate(content):
         try:
-            images = [row["image"]] if "image" in row else []
-            if images and image_folder is None:
-                raise ValueError("it has an image, but no image folder is given")
-            paths = [str(Path(image_folder) / image) for image in images]
-            if missing := [path for path in paths if not Path(path).is_file()]:
-                raise ValueError(f"{missing[0]} is missing")
-            rows.append(
-                {"id": str(row.get("id", index)), "messages": to_messages(row["conversations"]), "images": paths}
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"row {index}: {error if isinstance(error, ValueError) else f'{error!r}'}")
+            rows.append(to_row(row, index, image_folder))
+        except ValueError as error:
+            problems.append(f"row {index}: {error}")
+        except (AttributeError, KeyError, TypeError) as error:
+            problems.append(f"row {index} is malformed: {error!r}")
     if problems:
         raise ValueError(
             f"{len(problems)} rows of {data_path} cannot be used, among them:\n  " + "\n  ".join(problems[:5])

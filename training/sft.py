@@ -10,19 +10,21 @@ weights, processor and code, and loads with `from_pretrained` as it is.
 import copy
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
 from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.training.llava_data import load_llava
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 
 @dataclass
-class DataArguments:
-    """What to train on, which parts, and with how many image tokens."""
+class LightVLMArguments:
+    """What to train, on what, and with how many image tokens."""
 
+    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a LightVLM checkpoint"})
     data_path: list[str] = field(metadata={"help": "LLaVA JSON files"})
     image_folder: str | None = field(default=None, metadata={"help": "folder that its image paths are relative to"})
     train_parts: list[str] = field(
@@ -62,28 +64,29 @@ def freeze_all_but(model: LightVLMForConditionalGeneration, parts: list[str]) ->
 
     Dropping tokens gives a scorer no gradient; the row and column embedding of kept tokens gets one.
     """
+    names = {module for name, _ in model.named_parameters() for module in name.split(".")}
+    if unknown := set(parts) - names:
+        raise ValueError(f"train_parts: the model has no part called {', '.join(sorted(unknown))}.")
     for name, parameter in model.named_parameters():
         modules = name.split(".")
         is_scorer = "pruner" in modules and not any("_embedding" in module for module in modules)
         parameter.requires_grad = not is_scorer and any(part in modules for part in parts)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"train_parts={parts}: no part of the model has such a name.")
 
 
 def main() -> None:
-    parser = TrlParser((DataArguments, SFTConfig, ModelConfig))
-    data_args, training_args, model_args = parser.parse_args_and_config()
+    parser = TrlParser((LightVLMArguments, SFTConfig))
+    args, training_args = parser.parse_args_and_config()
 
-    processor = LightVLMProcessor.from_pretrained(model_args.model_name_or_path)
-    model = LightVLMForConditionalGeneration.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
-    freeze_all_but(model, data_args.train_parts)
+    processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
+    model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    freeze_all_but(model, args.train_parts)
 
     collator = None
-    if data_args.min_image_tokens is not None:
+    if args.min_image_tokens is not None:
         collator = ElasticBudgetCollator(
             processor,
-            data_args.min_image_tokens,
-            data_args.full_share,
+            args.min_image_tokens,
+            args.full_share,
             max_length=training_args.max_length,
             assistant_only_loss=training_args.assistant_only_loss,
         )
@@ -91,11 +94,13 @@ def main() -> None:
         model=model,
         args=training_args,
         data_collator=collator,
-        train_dataset=concatenate_datasets([load_llava(path, data_args.image_folder) for path in data_args.data_path]),
+        train_dataset=concatenate_datasets([load_llava(path, args.image_folder) for path in args.data_path]),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        (Path(training_args.output_dir) / "training_args.bin").unlink()  # a pickle; the folder is for strangers
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""What the verbs share: options, and loading a checkpoint with errors that name the cure."""
+
+import argparse
+from pathlib import Path
+
+SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "lightvlm-tiny"
+
+
+def add_model_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model-path", default=str(SHIPPED), help="folder or Hub name of a LightVLM checkpoint (the shipped one)"
+    )
+
+
+def budget_list(text: str) -> list[int]:
+    """Parse "576,144,64"."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 576,144,64") from None
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def load(model_path: str):
+    """Model, in evaluation mode and on the GPU if there is one, and processor.
+
+    Raises:
+        ValueError: where there is no such checkpoint, it is of another kind or broken, or its weights don't fit.
+    """
+    import torch
+    from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
+    from transformers import AutoConfig
+
+    # Whatever goes wrong in here, and transformers raises of every kind, it is this checkpoint that is at fault.
+    try:
+        model_type = AutoConfig.from_pretrained(model_path).model_type
+        if model_type == "lightvlm":
+            model, report = LightVLMForConditionalGeneration.from_pretrained(
+                model_path, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            processor = LightVLMProcessor.from_pretrained(model_path)
+    except Exception as error:
+        raise ValueError(
+            f"{model_path} is not a folder or Hub repository with a whole checkpoint, config.json, *.safetensors and "
+            f"processor: {type(error).__name__}: {error}"
+        ) from error
+    if model_type != "lightvlm":
+        raise ValueError(f"{model_path} is a {model_type} checkpoint: turn it into LightVLM with `lightvlm build`.")
+    mismatched = [name for name, *_ in report["mismatched_keys"]]
+    if unfit := sorted({*report["missing_keys"], *report["unexpected_keys"], *mismatched}):
+        raise ValueError(
+            f"The weights of {model_path} do not fit its config.json: {', '.join(unfit[:5])} (of {len(unfit)}) are "
+            "missing, superfluous, or of another shape. Save the checkpoint again, or correct its config.json."
+        )
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
