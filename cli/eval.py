@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
     results = []
     for selector in selectors:
         for budget in args.num_image_tokens:
-            results.append(accuracy(model, questions, budget, selector, args.batch_size, args.seed))
+            if budget < processor.num_patches or selector == selectors[0]:  # keeping all leaves nothing to select
+                results.append(accuracy(model, questions, budget, selector, args.batch_size, args.seed))
     command = shlex.join(["lightvlm", *args.argv])
     print(f"\n{command}\nseed {args.seed}\n\n{table(results)}")
     if args.output:

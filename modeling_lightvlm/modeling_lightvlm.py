@@ -156,9 +156,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
-        prior_layer = self.config.prior_layer
-        features, prior = encode_patches(self.vision_tower, pixel_values, layers, prior_layer)  # [B, N, D], [B, N]
-        kept = self.pruner(features, prior, budgets)
+        features, prior = encode_patches(self.vision_tower, pixel_values, layers, self.config.prior_layer)
+        kept = self.pruner(features, prior, budgets)  # of [B, N, D] and [B, N]
 
         patches = features.shape[1]
         packed = torch.cat([indices + image * patches for image, indices in enumerate(kept)])  # [sum of K]
@@ -260,7 +259,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             raise ValueError("chat returns one answer, as text: call generate for more.")
         processor = processor or self.processor_beside_weights()
         images = [] if image is None else image if isinstance(image, list) else [image]
-        content = [{"type": "image", "image": image} for image in images]
+        content = [{"type": "image", "image": each} for each in images]
         asked = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         inputs = processor.apply_chat_template(
             [*(history or []), asked],

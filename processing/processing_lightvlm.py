@@ -142,7 +142,11 @@ class LightVLMProcessor(ProcessorMixin):
         images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         processed = self.image_processor(images, **kwargs)
         processed["num_image_tokens"] = budgets
-        return processed, [self.image_token * budget for budget in budgets]
+        return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholders of one image."""
+        return self.image_token * image_inputs["num_image_tokens"][image_idx]
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
         """Placeholders of images of these sizes; vLLM plans its memory by it."""

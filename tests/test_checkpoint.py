@@ -1,0 +1,58 @@
+"""The shipped checkpoint is a small Hub folder with this code, and it answers."""
+
+from pathlib import Path
+
+import pytest
+from lightvlm import LightVLM
+from lightvlm.cli.common import SHIPPED, load
+from lightvlm.evaluation.accuracy import Questions, accuracy
+from lightvlm.training.llava_data import load_llava
+from lightvlm.training.prepare_easy_vqa import write_split
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def easy_vqa(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("easy-vqa")
+    write_split("test", folder, turns=1, rng=None)
+    return folder
+
+
+def test_it_is_small_and_all_safetensors():
+    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 32 * 2**20
+    assert {file.suffix for file in files} == {".json", ".jinja", ".py", ".safetensors"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "modeling_lightvlm/configuration_lightvlm.py",
+        "modeling_lightvlm/modeling_lightvlm.py",
+        "modeling_lightvlm/pruning_lightvlm.py",
+        "processing/processing_lightvlm.py",
+        "processing/chat_template.jinja",
+    ],
+)
+def test_its_code_is_this_code(source):
+    shipped = SHIPPED / Path(source).name
+    assert shipped.read_text() == (ROOT / source).read_text(), f"cp {source} {shipped.parent.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("budget", [576, 144, 64, 16])
+def test_it_answers_easy_vqa_at_every_budget(easy_vqa, budget):
+    model, processor = load(str(SHIPPED))
+    questions = Questions(load_llava(easy_vqa / "test.json", easy_vqa / "images").select(range(60)), processor)
+    assert accuracy(model, questions, budget, "topk")["correct"] >= 57
+
+
+def test_it_describes_an_image_in_chat(easy_vqa):
+    model = LightVLM.from_pretrained(SHIPPED).eval()
+    rows = load_llava(easy_vqa / "test_captions.json", easy_vqa / "images").select(range(10))
+    right = 0
+    for row in rows:
+        answer = model.chat(row["images"][0], "What is in this image?").split()
+        _, _, color, shape, *_ = row["messages"][1]["content"].split()
+        right += answer[2:4] == [color, shape]
+    assert right >= 9
