@@ -1,5 +1,6 @@
 """The shipped checkpoint is a small Hub folder with this code, and it answers."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def easy_vqa(tmp_path_factory):
     folder = tmp_path_factory.mktemp("easy-vqa")
-    write_split("test", folder, turns=1, rng=None)
+    write_split("test", folder, random.Random(0))
     return folder
 
 

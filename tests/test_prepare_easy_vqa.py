@@ -23,8 +23,20 @@ def folder(tmp_path_factory):
 def test_every_question_of_both_splits_is_written(folder):
     for split, images, questions in (("train", 4000, 38575), ("test", 1000, 9673)):
         rows = json.loads((folder / f"{split}.json").read_text())
-        assert sum(len(row["conversations"]) // 2 for row in rows) == questions
+        asked = [turn["value"] for row in rows for turn in row["conversations"][::2]]
+        assert sum("What is in this image?" not in question for question in asked) == questions
         assert len({row["image"] for row in rows}) == len(list((folder / "images" / split).iterdir())) == images
+
+
+def test_each_training_image_is_one_row_with_its_caption_among_the_questions(folder):
+    rows = json.loads((folder / "train.json").read_text())
+    captions = {row["image"]: row["conversations"] for row in json.loads((folder / "train_captions.json").read_text())}
+    assert len(rows) == 4000 and len(captions) > 3800
+    for row in rows:
+        turns = [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
+        if row["image"] in captions:
+            question, answer = (turn["value"].replace("<image>\n", "") for turn in captions[row["image"]])
+            assert turns[turns.index(question) + 1] == answer
 
 
 def test_the_test_split_keeps_the_packages_order_and_answers(folder):

@@ -51,8 +51,9 @@ def train(data, monkeypatch, *options):
     return LightVLM.from_pretrained(data / "out"), LightVLMProcessor.from_pretrained(data / "out")
 
 
-def collator(budget=4, full_share=0.0):
-    return sft.ElasticBudgetCollator(make_processor(), budget, full_share, assistant_only_loss=True)
+def collator(**options):
+    arguments = sft.LightVLMArguments("", [], **{"min_image_tokens": 4, "full_share": 0.0} | options)
+    return sft.LightVLMCollator(make_processor(), arguments, assistant_only_loss=True)
 
 
 def test_training_learns_from_the_image_and_leaves_a_folder_that_loads(data, monkeypatch):
@@ -100,4 +101,26 @@ def test_budgets_are_drawn_per_batch_over_the_whole_range(data):
         assert (batch["input_ids"] == collate.processor.image_token_id).sum() == first + second
         budgets.append(first)
     assert min(budgets) < 6 and max(budgets) > 24 and 4 <= min(budgets) <= max(budgets) <= NUM_PATCHES
-    assert all(collator(4, full_share=1.0).draw_budget() == NUM_PATCHES for _ in range(5))
+    assert all(collator(full_share=1.0).draw_budget() == NUM_PATCHES for _ in range(5))
+
+
+def test_independent_turns_have_the_loss_of_each_question_asked_alone(data):
+    rows = [load_llava(data / "data.json", data)[index] for index in (1, 2, 4)]
+    rows[1]["messages"] = rows[1]["messages"][:2]  # of different length
+    collate = collator(independent_turns=True, min_image_tokens=None)
+    model = make_model().eval()
+    alone = []
+    for row in rows:
+        for turn in range(0, len(row["messages"]), 2):
+            batch = collator(min_image_tokens=None)([{**row, "messages": row["messages"][turn : turn + 2]}])
+            loss = model(**batch).loss
+            alone += [loss] * (batch["labels"] != -100).sum()
+    batch = collate(rows)
+    assert (batch["labels"] != -100).sum() == len(alone)
+    torch.testing.assert_close(model(**batch).loss, torch.stack(alone).mean())
+
+
+def test_independent_turns_train(data, monkeypatch):
+    rows = json.loads((data / "data.json").read_text())
+    (data / "data.json").write_text(json.dumps(rows[1:]))
+    train(data, monkeypatch, "--independent_turns", "true", "--max_steps", "2", "--min_image_tokens", "4")

@@ -5,7 +5,7 @@
 `data/easy-vqa` then holds, for the package's own splits `train` (4,000 images) and `test` (1,000 images):
 
     images/{split}/{id}.png   the 64 px images, as the package ships them
-    {split}.json              conversations of up to `--turns` questions about one image (test: one question each)
+    {split}.json              train: one row an image, with all its questions and its caption; test: one question a row
     {split}_captions.json     one caption an image, "a small red circle in the top left", as in LLaVA's first stage
 
 The shape in a caption comes from the image's questions and answers, colour, size and place from its pixels.
@@ -85,7 +85,7 @@ def llava_row(row_id: str, image: str, turns: list[tuple[str, str]]) -> dict:
     return {"id": row_id, "image": image, "conversations": conversations}
 
 
-def write_split(split: str, output_dir: Path, turns: int, rng: random.Random) -> str:
+def write_split(split: str, output_dir: Path, rng: random.Random) -> str:
     """Write one split's images, questions and captions; return the counts as a sentence."""
     if split == "train":
         asked, paths = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
@@ -100,15 +100,19 @@ def write_split(split: str, output_dir: Path, turns: int, rng: random.Random) ->
     for image_id, pairs in questions.items():
         name = f"{split}/{image_id}.png"
         shutil.copyfile(paths[image_id], output_dir / "images" / name)
-        if turns > 1:
-            rng.shuffle(pairs)
-        for start in range(0, len(pairs), turns):
-            rows.append(llava_row(f"{split}-{image_id}-{start}", name, pairs[start : start + turns]))
         if (shape := shape_name(pairs)) is not None:
             with Image.open(paths[image_id]) as image:
                 mask = foreground(image)
                 text = caption(color_name(image, mask), shape, mask)
-            captions.append(llava_row(f"{split}-{image_id}", name, [("What is in this image?", text)]))
+            described = ("What is in this image?", text)
+            captions.append(llava_row(f"{split}-{image_id}", name, [described]))
+            if split == "train":
+                pairs.append(described)
+        if split == "train":
+            rng.shuffle(pairs)
+            rows.append(llava_row(f"train-{image_id}", name, pairs))
+        else:
+            rows += [llava_row(f"test-{image_id}-{number}", name, [pair]) for number, pair in enumerate(pairs)]
 
     (output_dir / f"{split}.json").write_text(json.dumps(rows, indent=1) + "\n")
     (output_dir / f"{split}_captions.json").write_text(json.dumps(captions, indent=1) + "\n")
@@ -119,12 +123,11 @@ def write_split(split: str, output_dir: Path, turns: int, rng: random.Random) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("data/easy-vqa"))
-    parser.add_argument("--turns", type=int, default=4, help="questions in one training conversation")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    for split, turns in (("train", args.turns), ("test", 1)):
-        print(write_split(split, args.output_dir, turns, rng))
+    for split in ("train", "test"):
+        print(write_split(split, args.output_dir, rng))
 
 
 if __name__ == "__main__":
