@@ -1,13 +1,14 @@
 """easy-VQA becomes LLaVA JSON that the loader reads back, with captions that are true."""
 
 import json
+from collections import Counter
 
 import easy_vqa
 import numpy as np
 import pytest
 from lightvlm.training import prepare_easy_vqa
 from lightvlm.training.llava_data import load_llava
-from lightvlm.training.prepare_easy_vqa import caption, color_name, foreground, shape_name
+from lightvlm.training.prepare_easy_vqa import PALETTE, SHAPES, caption, color_name, foreground, shape_name
 from PIL import Image, ImageDraw
 
 
@@ -20,23 +21,46 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_every_question_of_both_splits_is_written(folder):
-    for split, images, questions in (("train", 4000, 38575), ("test", 1000, 9673)):
-        rows = json.loads((folder / f"{split}.json").read_text())
-        asked = [turn["value"] for row in rows for turn in row["conversations"][::2]]
-        assert sum("What is in this image?" not in question for question in asked) == questions
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def turns(row):
+    """Questions, without the image mark, and answers."""
+    values = [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def test_every_image_and_question_of_both_splits_is_written(folder):
+    for split, images, asked in (("train", 4000, easy_vqa.get_train_questions()), ("test", 1000, None)):
+        rows = read(folder, split)
+        asked = asked or easy_vqa.get_test_questions()
+        written = Counter((row["image"], *turn) for row in rows for turn in turns(row))
+        expected = Counter(
+            (f"{split}/{image}.png", question, answer) for question, answer, image in zip(*asked, strict=True)
+        )
+        assert expected <= written
         assert len({row["image"] for row in rows}) == len(list((folder / "images" / split).iterdir())) == images
 
 
-def test_each_training_image_is_one_row_with_its_caption_among_the_questions(folder):
-    rows = json.loads((folder / "train.json").read_text())
-    captions = {row["image"]: row["conversations"] for row in json.loads((folder / "train_captions.json").read_text())}
+def test_a_training_row_has_the_caption_and_four_borrowed_questions(folder):
+    rows, captions = read(folder, "train"), read(folder, "train_captions")
     assert len(rows) == 4000 and len(captions) > 3800
-    for row in rows:
-        turns = [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
-        if row["image"] in captions:
-            question, answer = (turn["value"].replace("<image>\n", "") for turn in captions[row["image"]])
-            assert turns[turns.index(question) + 1] == answer
+    described = {row["image"]: turns(row)[0] for row in captions}
+    assert all(described[row["image"]] in turns(row) for row in rows if row["image"] in described)
+    assert sum(len(turns(row)) for row in rows) == 38575 + 5 * len(captions)
+
+
+def test_every_yes_or_no_of_the_training_rows_is_true(folder):
+    described = {row["image"]: turns(row)[0][1].split() for row in read(folder, "train_captions")}
+    for row in read(folder, "train"):
+        if row["image"] in described:
+            for question, answer in turns(row):
+                words = question.rstrip("?").split()
+                named = set(words) & {*PALETTE, *SHAPES}
+                if answer in ("yes", "no"):
+                    present = named <= set(described[row["image"]])
+                    assert (answer == "yes") == (present != bool({"not", "no"} & set(words))), (row["image"], question)
 
 
 def test_the_test_split_keeps_the_packages_order_and_answers(folder):
@@ -48,11 +72,10 @@ def test_the_test_split_keeps_the_packages_order_and_answers(folder):
 
 
 def test_captions_agree_with_the_answers(folder):
-    rows = json.loads((folder / "test_captions.json").read_text())
-    captions = {row["image"]: row["conversations"][1]["value"] for row in rows}
+    captions = {row["image"]: turns(row)[0][1] for row in read(folder, "test_captions")}
     assert len(captions) > 900
-    for row in json.loads((folder / "test.json").read_text()):
-        answer = row["conversations"][1]["value"]
+    for row in read(folder, "test"):
+        answer = turns(row)[0][1]
         if row["image"] in captions and answer not in ("yes", "no"):
             assert answer in captions[row["image"]].split()
 
