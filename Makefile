@@ -31,8 +31,10 @@ checkpoint: $(DATA)/test.json
 	$(BIN)/lightvlm build --vision build/vision --text build/decoder --prior-layer -1 --output-dir build/untrained
 	$(BIN)/accelerate launch training/sft.py --config training/configs/tiny_align.yaml \
 		--model_name_or_path build/untrained --output_dir build/aligned
+	$(BIN)/accelerate launch training/sft.py --config training/configs/tiny_sft_k16.yaml \
+		--model_name_or_path build/aligned --output_dir build/few
 	$(BIN)/accelerate launch training/sft.py --config training/configs/tiny_sft.yaml \
-		--model_name_or_path build/aligned --output_dir checkpoints/lightvlm-tiny
+		--model_name_or_path build/few --output_dir checkpoints/lightvlm-tiny
 
 $(DATA)/test.json: .venv/ready
 	$(BIN)/python training/prepare_easy_vqa.py --output-dir $(DATA)

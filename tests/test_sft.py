@@ -102,6 +102,7 @@ def test_budgets_are_drawn_per_batch_over_the_whole_range(data):
         budgets.append(first)
     assert min(budgets) < 6 and max(budgets) > 24 and 4 <= min(budgets) <= max(budgets) <= NUM_PATCHES
     assert all(collator(full_share=1.0).draw_budget() == NUM_PATCHES for _ in range(5))
+    assert {collator(max_image_tokens=5).draw_budget() for _ in range(20)} == {4, 5}
 
 
 def test_independent_turns_have_the_loss_of_each_question_asked_alone(data):
@@ -123,4 +124,15 @@ def test_independent_turns_have_the_loss_of_each_question_asked_alone(data):
 def test_independent_turns_train(data, monkeypatch):
     rows = json.loads((data / "data.json").read_text())
     (data / "data.json").write_text(json.dumps(rows[1:]))
-    train(data, monkeypatch, "--independent_turns", "true", "--max_steps", "2", "--min_image_tokens", "4")
+    options = [
+        "--independent_turns",
+        "true",
+        "--max_steps",
+        "2",
+        "--min_image_tokens",
+        "4",
+        "--save_dtype",
+        "bfloat16",
+    ]
+    model, _ = train(data, monkeypatch, *options)
+    assert model.dtype == torch.bfloat16

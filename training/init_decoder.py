@@ -61,6 +61,7 @@ def main() -> None:
         num_hidden_layers=args.num_layers,
         num_attention_heads=args.hidden_size // 64,
         max_position_embeddings=2048,
+        initializer_range=args.hidden_size**-0.5,  # at the usual 0.02, so narrow a decoder takes ages to compare words
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

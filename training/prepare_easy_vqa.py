@@ -11,8 +11,9 @@
 The shape in a caption comes from the image's questions and answers, colour, size and place from its pixels.
 
 Seven colours in eight that a question names are not the image's, so that a model can answer four yes-or-no questions
-in five without looking. Each training row therefore borrows `--extra-questions` about its own colour or shape from
-training images of the same colour and shape, whose answers are the same. The test split stays as it is.
+in five without looking; and half the questions are negated, so that a match alone says neither yes nor no. Each
+training row therefore borrows `--extra-questions` whose answer is a plain yes, about its own colour or shape, from
+training images of the same colour and shape. The test split stays as it is.
 """
 
 import argparse
@@ -82,8 +83,8 @@ def caption(color: str, shape: str, mask: np.ndarray) -> str:
 
 
 def is_match(question: str, answer: str, color: str, shape: str) -> bool:
-    """Whether it is a yes-or-no question that names this very colour or shape."""
-    return answer in ("yes", "no") and bool({color, shape} & set(re.findall(r"[a-z]+", question)))
+    """Whether the question asks, without a not, if there is this very colour or shape."""
+    return answer == "yes" and bool({color, shape} & set(re.findall(r"[a-z]+", question)))
 
 
 def llava_row(row_id: str, image: str, turns: list[tuple[str, str]]) -> dict:

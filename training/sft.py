@@ -33,9 +33,11 @@ class LightVLMArguments:
     )
     min_image_tokens: int | None = field(
         default=None,
-        metadata={"help": "draw K per batch, log-uniform from this to all patches; by default K is the processor's"},
+        metadata={"help": "draw K per batch, log-uniform from this on; by default K is the processor's"},
     )
-    full_share: float = field(default=0.15, metadata={"help": "share of the drawn K that keep every patch"})
+    max_image_tokens: int | None = field(default=None, metadata={"help": "the largest K drawn; all patches if None"})
+    full_share: float = field(default=0.15, metadata={"help": "share of the drawn K that are the largest"})
+    save_dtype: str | None = field(default=None, metadata={"help": "of the saved weights, such as bfloat16"})
     independent_turns: bool = field(
         default=False, metadata={"help": "train each question of a row as if it were asked alone"}
     )
@@ -49,8 +51,8 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
         self.arguments = arguments
 
     def draw_budget(self) -> int:
-        """Log-uniform from the smallest budget to all patches, but all patches in `full_share` of the draws."""
-        largest = self.processor.num_patches
+        """Log-uniform from the smallest budget to the largest, but the largest in `full_share` of the draws."""
+        largest = self.arguments.max_image_tokens or self.processor.num_patches
         if torch.rand(()).item() < self.arguments.full_share:
             return largest
         low, high = math.log(self.arguments.min_image_tokens), math.log(largest)
@@ -160,6 +162,8 @@ def main() -> None:
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if args.save_dtype is not None:
+        model.to(getattr(torch, args.save_dtype))
     trainer.save_model()
     if trainer.is_world_process_zero():
         (Path(training_args.output_dir) / "training_args.bin").unlink()  # a pickle; the folder is for strangers
