@@ -15,7 +15,7 @@ test: .venv/ready
 	$(BIN)/pytest
 
 eval: $(DATA)/test.json
-	$(BIN)/lightvlm eval --data-path $(DATA)/test.json --image-folder $(DATA)/images --selectors topk,random \
+	$(BIN)/lightvlm eval --data-path $(DATA)/test.json --image-folder $(DATA)/images \
 		--output evaluation/results/easy_vqa.json
 
 lint: .venv/ready

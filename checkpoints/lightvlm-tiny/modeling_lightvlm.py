@@ -1,0 +1,356 @@
+"""LightVLM: transformers' LLaVA with a token pruner between vision encoder and projector.
+
+Only `get_image_features` differs: it runs the vision encoder as deep as the feature layer, scores the patches on the
+way, and projects those that are kept. Everything after it, placeholders, generation and loss, is LLaVA's own.
+
+Kept tokens stay in raster order and their position ids are consecutive: the language model sees a shorter prompt,
+nothing else. With every patch kept and an untrained pruner the logits are those of `LlavaForConditionalGeneration`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_lightvlm import LightVLMConfig
+from .pruning_lightvlm import (
+    TokenPruner,
+    ZeroEmbedding,
+    ZeroLinear,
+    cls_attention,
+    probe_attention,
+    received_attention,
+)
+
+IMAGE_TOKEN = "<image>"
+ENCODERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # and how each selects its features
+
+
+@dataclass
+class LightVLMImageFeatures(BaseModelOutputWithPooling):
+    """Image tokens, ready for the language model.
+
+    Args:
+        pooler_output (`list[torch.Tensor]`): (K, hidden) of each image.
+        kept_indices (`list[torch.Tensor]`): (K,) of each image, the patches they were, in raster order.
+    """
+
+    kept_indices: list[torch.Tensor] | None = None
+
+
+def encode_patches(
+    tower: nn.Module, pixel_values: torch.Tensor, feature_layers: int | list[int], prior_layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a CLIP or SigLIP encoder as deep as features and prior need, and no deeper.
+
+    Args:
+        tower: `CLIPVisionModel` or `SiglipVisionModel`.
+        pixel_values: (batch, channels, height, width).
+        feature_layers: index or indices into the encoder's hidden states, of which 0 is the embeddings.
+        prior_layer: index of the layer whose attention is the prior; a SigLIP pooling head comes before it.
+
+    Returns:
+        Features (batch, patches, dim), of several layers side by side, and the prior (batch, patches).
+    """
+    is_clip = tower.config.model_type == "clip_vision_model"
+    has_head = not is_clip and tower.use_head
+    layers = tower.encoder.layers
+    wanted = [feature_layers] if isinstance(feature_layers, int) else feature_layers
+    wanted = [layer % (len(layers) + 1) for layer in wanted]
+    attending = prior_layer % len(layers)
+
+    hidden_states = tower.embeddings(pixel_values)
+    states = [tower.pre_layrnorm(hidden_states) if is_clip else hidden_states]
+    for layer in layers[: max(wanted) if has_head else max(*wanted, attending)]:
+        states.append(layer(states[-1], None))  # states[i] is the input of layer i
+
+    if is_clip:
+        prior = cls_attention(layers[attending], states[attending])
+    elif has_head:
+        prior = probe_attention(tower.head, tower.post_layernorm(states[max(wanted)]))
+    else:
+        prior = received_attention(layers[attending], states[attending])
+    features = torch.cat([states[layer] for layer in wanted], dim=-1)
+    return (features[:, 1:] if is_clip else features), prior
+
+
+class LightVLMPreTrainedModel(LlavaPreTrainedModel):
+    """LLaVA's base class, and how a new pruner starts."""
+
+    config: LightVLMConfig
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, (ZeroLinear, ZeroEmbedding)):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
+
+
+class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
+    """The model without its head: vision encoder, pruner, projector and language model.
+
+    Raises:
+        ValueError: where the configuration's vision encoder or its features cannot be pruned.
+    """
+
+    def __init__(self, config: LightVLMConfig):
+        vision_type, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+        if ENCODERS.get(vision_type) != strategy:
+            raise ValueError(
+                f"LightVLM prunes CLIP with vision_feature_select_strategy='default' (without [CLS]) or SigLIP with "
+                f"'full', not {vision_type} with '{strategy}'."
+            )
+        super().__init__(config)
+        self.pruner = TokenPruner(config)
+        self.post_init()
+
+    def resolve_budgets(self, num_image_tokens: int | list[int] | torch.Tensor | None, num_images: int) -> list[int]:
+        """K of each image: as asked for, one number for all, or the configuration's."""
+        if num_image_tokens is None:
+            num_image_tokens = self.config.num_image_tokens
+        if isinstance(num_image_tokens, torch.Tensor):
+            num_image_tokens = num_image_tokens.tolist()
+        budgets = [num_image_tokens] * num_images if isinstance(num_image_tokens, int) else list(num_image_tokens)
+        if len(budgets) != num_images:
+            raise ValueError(f"num_image_tokens has {len(budgets)} numbers, but there are {num_images} images.")
+        if not all(1 <= budget <= self.config.num_patches for budget in budgets):
+            raise ValueError(f"num_image_tokens={budgets}: give numbers from 1 to {self.config.num_patches}.")
+        return budgets
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        num_image_tokens: int | list[int] | torch.Tensor | None = None,
+        **kwargs,
+    ) -> LightVLMImageFeatures:
+        """Encode images and keep K tokens of each.
+
+        Args:
+            pixel_values: (images, channels, height, width).
+            vision_feature_layer: as in `LlavaModel`; the configuration's by default.
+            vision_feature_select_strategy: part of LLaVA's signature; the encoder's type decides.
+            num_image_tokens: K of each image, as the processor returned it; one integer stands for all images. Pass
+                integers rather than a tensor under `torch.compile(fullgraph=True)`.
+
+        Raises:
+            ValueError: where the budgets do not fit the images.
+        """
+        budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
+        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
+        features, prior = encode_patches(self.vision_tower, pixel_values, layers, self.config.prior_layer)
+        kept = self.pruner(features, prior, budgets)  # of [B, N, D] and [B, N]
+
+        patches = features.shape[1]
+        packed = torch.cat([indices + image * patches for image, indices in enumerate(kept)])  # [sum of K]
+        tokens = self.multi_modal_projector(features.flatten(0, 1)[packed])  # [sum of K, hidden]
+        tokens = self.pruner.add_positions(tokens, packed % patches)
+        return LightVLMImageFeatures(pooler_output=list(tokens.split(budgets)), kept_indices=kept)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        *args,
+        num_image_tokens: int | list[int] | torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ):
+        """As `LlavaModel.forward`, with `num_image_tokens`, the number of placeholders of each image."""
+        if pixel_values is not None and mm_encoder_outputs is None:
+            features = self.get_image_features(
+                pixel_values, kwargs.pop("vision_feature_layer", None), num_image_tokens=num_image_tokens
+            )
+            pixel_values, mm_encoder_outputs = None, {"image": features}
+        return super().forward(input_ids, pixel_values, *args, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+
+
+class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditionalGeneration):
+    """LightVLM with its language model head; also known as `LightVLM`."""
+
+    def __init__(self, config: LightVLMConfig):
+        super(LlavaForConditionalGeneration, self).__init__(config)  # LLaVA's own would build a second backbone
+        self.model = LightVLMModel(config)
+        width, vocabulary = config.text_config.hidden_size, config.text_config.vocab_size
+        self.lm_head = nn.Linear(width, vocabulary, bias=config.lm_head_bias)
+        # LLaVA looks for tied weights in `embed_tokens`, which is not every language model's name for them.
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_image_tokens: int | list[int] | torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ):
+        """As `LlavaForConditionalGeneration.forward`, with `num_image_tokens`, the placeholders of each image.
+
+        Every name is written out because `generate` and the trainers read this signature.
+        """
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            num_image_tokens=num_image_tokens,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def chat(
+        self,
+        image,
+        question: str,
+        history: list[dict] | None = None,
+        num_image_tokens: int | list[int] | None = None,
+        streamer=None,
+        processor=None,
+        **generate_kwargs,
+    ) -> str:
+        """Answer a question about an image.
+
+        Args:
+            image: a `PIL.Image`, a path or a URL, or a list of them; None for a question about an earlier image.
+            question: the user's words.
+            history: messages so far. The question and its answer are appended once the answer is complete.
+            num_image_tokens: K, or a list with one for each image of the conversation; the default's if None.
+            streamer: a transformers streamer that receives the answer as it grows.
+            processor: a `LightVLMProcessor`; by default the one saved beside the weights.
+            generate_kwargs: for `generate`; 256 new tokens unless they or the generation configuration say otherwise.
+
+        Raises:
+            ValueError: where there is no processor beside the weights, it refuses the image or K, or more than one
+                answer is asked for.
+        """
+        if generate_kwargs.get("return_dict_in_generate") or generate_kwargs.get("num_return_sequences", 1) > 1:
+            raise ValueError("chat returns one answer, as text: call generate for more.")
+        processor = processor or self.processor_beside_weights()
+        images = [] if image is None else image if isinstance(image, list) else [image]
+        content = [{"type": "image", "image": each} for each in images]
+        asked = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+        inputs = processor.apply_chat_template(
+            [*(history or []), asked],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={} if num_image_tokens is None else {"num_image_tokens": num_image_tokens},
+        ).to(self.device)
+        if not generate_kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
+            generate_kwargs["max_new_tokens"] = self.generation_config.max_new_tokens or 256
+        output = self.generate(**inputs, streamer=streamer, **generate_kwargs)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        if history is not None:
+            history += [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        return answer
+
+    def processor_beside_weights(self):
+        """The processor of the folder or repository that this model was loaded from, loaded once."""
+        if not hasattr(self, "_processor"):
+            if not self.config.name_or_path:
+                raise ValueError("This model was not loaded from a checkpoint: give chat a processor.")
+            # Remote code may load its own sibling; an installed package needs no remote code.
+            remote = type(self).__module__.startswith("transformers_modules.")
+            self._processor = AutoProcessor.from_pretrained(self.config.name_or_path, trust_remote_code=remote)
+            if type(self._processor).__name__ != "LightVLMProcessor":
+                raise ValueError("The processor beside the weights is not LightVLM's: `lightvlm build` makes one.")
+            self._processor.num_image_tokens = self.config.num_image_tokens
+        return self._processor
+
+    @classmethod
+    @torch.no_grad()
+    def from_vision_text_pretrained(
+        cls, vision: str, text: str, dtype: torch.dtype | str = "auto", **config_kwargs
+    ) -> "LightVLMForConditionalGeneration":
+        """Compose a model of two pretrained parts; projector and pruner are new.
+
+        `LightVLMProcessor.from_vision_text_pretrained` with the same two names makes the processor.
+
+        Args:
+            vision: folder or Hub name of a CLIP or SigLIP checkpoint, whole or vision part.
+            text: folder or Hub name of a causal language model with its tokenizer.
+            dtype: of all weights; by default the text model's.
+            config_kwargs: for `LightVLMConfig`, such as `num_image_tokens` or `score`.
+
+        Raises:
+            ValueError: where the vision encoder is of another type, or the language model does more than a linear
+                layer between its last hidden state and its logits.
+        """
+        vision_config = AutoConfig.from_pretrained(vision)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        if vision_config.model_type not in ENCODERS:
+            raise ValueError(f"{vision} is a {vision_config.model_type}, and no CLIP or SigLIP vision encoder.")
+        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+        head = language_model.get_output_embeddings()
+        tokenizer = AutoTokenizer.from_pretrained(text)
+        tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
+
+        probe = torch.arange(4)[None]
+        expected = head(language_model.base_model(input_ids=probe).last_hidden_state)
+        if not torch.allclose(language_model(input_ids=probe).logits, expected, atol=1e-2, rtol=1e-2):
+            raise ValueError(f"{text} changes its logits after the output layer, which LightVLM does not.")
+        if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+            language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+            head = language_model.get_output_embeddings()
+
+        config = cls.config_class(
+            vision_config=vision_config,
+            text_config=language_model.config,
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            vision_feature_select_strategy=ENCODERS[vision_config.model_type],
+            lm_head_bias=head.bias is not None,
+            **config_kwargs,
+        )
+        with torch.device("meta"):  # the parts' weights are never in memory twice
+            model = cls(config)
+        model.model.vision_tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=language_model.dtype)
+        model.model.language_model = language_model.base_model
+        model.lm_head = head
+        for part in (model.model.multi_modal_projector, model.model.pruner):
+            part.to_empty(device="cpu").apply(model._init_weights).to(language_model.dtype)
+        model.generation_config = language_model.generation_config
+        return model.eval()
+
+
+def register_llava_key_renames() -> None:
+    """Let llava-hf checkpoints, of the old and the new key layout, load into the classes above."""
+    for ours, llavas in (("LightVLMForConditionalGeneration", "llava"), ("LightVLMModel", "LlavaModel")):
+        register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(llavas), overwrite=True)
+
+
+register_llava_key_renames()
+LightVLMModel.register_for_auto_class("AutoModel")
+LightVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

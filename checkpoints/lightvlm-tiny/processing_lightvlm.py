@@ -1,0 +1,180 @@
+"""Processor of LightVLM: it decides each image's budget and writes that many placeholders, the model obeys."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+
+MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before its centre is cut out
+
+
+class LightVLMImagesKwargs(ImagesKwargs, total=False):
+    """Image options of a call: transformers' own, and K."""
+
+    num_image_tokens: int | list[int] | None
+
+
+class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a call."""
+
+    images_kwargs: LightVLMImagesKwargs
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A decoded image; ValueError where the file is no image, broken, or larger than Pillow dares to decode."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    return image
+
+
+def open_files(images):
+    """Open the paths in a (nested) list of images, and leave images, arrays, URLs and base64 as they are."""
+    if isinstance(images, (list, tuple)):
+        return [open_files(image) for image in images]
+    is_file = isinstance(images, Path) or (isinstance(images, str) and os.path.isfile(images))
+    return open_image(images) if is_file else images
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB of an image of any mode: EXIF-rotated, 16-bit, transparent (on white), palette, grey, CMYK."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image).astype(np.float32)
+        # 16-bit modes say their range; 32-bit ones do not, so the brightest pixel tells.
+        brightest = 65535 if image.mode.startswith("I;16") else pixels.max()
+        white = 65535 if brightest > 255 else 1 if brightest <= 1 and image.mode == "F" else 255
+        image = Image.fromarray((pixels.clip(0, white) * (255 / white)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+class LightVLMProcessor(ProcessorMixin):
+    """Turn images and text into model inputs, with K `<image>` placeholders for each image.
+
+    K is `num_image_tokens`, one integer for all images of a call or a list with one for each:
+    `processor(images=..., text=..., num_image_tokens=64)`, or
+    `processor.apply_chat_template(..., processor_kwargs={"num_image_tokens": 64})`.
+
+    Args:
+        image_processor: any transformers image processor of fixed output size.
+        tokenizer: a tokenizer to which `image_token` was added.
+        chat_template (`str`): jinja template with generation markers.
+        num_patches (`int`): tokens of an image before pruning, the largest K.
+        num_image_tokens (`int`): K of a call that does not give one.
+        image_token (`str`): the placeholder.
+    """
+
+    valid_processor_kwargs = LightVLMProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        num_patches: int = 576,
+        num_image_tokens: int = 144,
+        image_token: str = "<image>",
+    ):
+        self.num_patches = num_patches
+        self.num_image_tokens = num_image_tokens
+        self.image_token = image_token
+        tokenizer.padding_side = "left"  # generation continues at the right end; trainers ask for "right" themselves
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def resolve_budgets(self, num_image_tokens: int | list[int] | None, num_images: int) -> list[int]:
+        """K of each image; ValueError where it is no whole number from 1 to `num_patches`."""
+        if num_image_tokens is None:
+            num_image_tokens = self.num_image_tokens
+        budgets = [num_image_tokens] * num_images if isinstance(num_image_tokens, int) else num_image_tokens
+        valid = isinstance(budgets, (list, tuple)) and all(
+            type(budget) is int and 1 <= budget <= self.num_patches for budget in budgets
+        )
+        if not valid:
+            raise ValueError(
+                f"num_image_tokens={num_image_tokens!r}: give a whole number from 1 to {self.num_patches}, "
+                "or a list with one for each image."
+            )
+        if len(budgets) != num_images:
+            raise ValueError(f"num_image_tokens has {len(budgets)} numbers, but there are {num_images} images.")
+        return list(budgets)
+
+    def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs):
+        """As in `ProcessorMixin`, but files are opened here, where 16 bits and transparency survive."""
+        images = open_files(images)
+        if isinstance(images, list) and all(isinstance(row, list) and not row for row in images):
+            images = None
+        return super().prepare_inputs_layout(images=images, **kwargs)
+
+    def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
+        """As in `ProcessorMixin`, and row by row where images come in rows."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        in_rows = isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images)
+        if text is not None and in_rows:
+            for index, (row, sample) in enumerate(zip(images, text, strict=True)):
+                if sample.count(self.image_token) != len(row):
+                    raise ValueError(
+                        f"Row {index} has {sample.count(self.image_token)} {self.image_token} marks and {len(row)} "
+                        "images: give one mark for each image."
+                    )
+
+    def _process_images(
+        self, images: ImageInput, num_image_tokens: int | list[int] | None = None, **kwargs
+    ) -> tuple[dict, list[str]]:
+        """Pixel values and budgets of all images, and the placeholders of each."""
+        images = make_flat_list_of_images(images)
+        budgets = self.resolve_budgets(num_image_tokens, len(images))
+        for image in images:
+            if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise ValueError(
+                    f"An image of {image.width} x {image.height} pixels is too long and thin: crop it to an aspect "
+                    f"ratio of at most {MAX_ASPECT_RATIO}."
+                )
+        images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
+        processed = self.image_processor(images, **kwargs)
+        processed["num_image_tokens"] = budgets
+        return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholders of one image."""
+        return self.image_token * image_inputs["num_image_tokens"][image_idx]
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
+        """Placeholders of images of these sizes; vLLM plans its memory by it."""
+        if image_sizes is None:
+            return MultiModalData()
+        budgets = self.resolve_budgets(kwargs.get("num_image_tokens"), len(image_sizes))
+        return MultiModalData(num_image_tokens=budgets, num_image_patches=[1] * len(image_sizes))
+
+    @classmethod
+    def from_vision_text_pretrained(cls, vision: str, text: str, **kwargs) -> "LightVLMProcessor":
+        """The processor for `LightVLMForConditionalGeneration.from_vision_text_pretrained(vision, text)`.
+
+        Args:
+            vision: folder or Hub name of a CLIP or SigLIP checkpoint.
+            text: folder or Hub name of a causal language model; `<image>` is added to its tokenizer.
+            kwargs: for the processor, such as `num_image_tokens` or `chat_template`.
+        """
+        config = AutoConfig.from_pretrained(vision)
+        config = getattr(config, "vision_config", config)
+        tokenizer = AutoTokenizer.from_pretrained(text)
+        tokenizer.add_tokens("<image>", special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if "chat_template" not in kwargs:
+            kwargs["chat_template"] = Path(__file__).with_name("chat_template.jinja").read_text()
+        num_patches = (config.image_size // config.patch_size) ** 2
+        kwargs.setdefault("num_image_tokens", num_patches // 4)
+        return cls(AutoImageProcessor.from_pretrained(vision), tokenizer, num_patches=num_patches, **kwargs)
+
+
+LightVLMProcessor.register_for_auto_class()

@@ -1,0 +1,164 @@
+"""The token pruner: score the patches of an image, then choose the K that are kept.
+
+The maths are pure functions on tensors of shape (batch, tokens, dim), apart from the model, in the manner of ToMe
+(Bolya et al. 2023). Kept indices are always in raster order: row by row from the top left, as the encoder saw them.
+"""
+
+import torch
+from torch import nn
+
+
+def cls_attention(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """How much the [CLS] token of a CLIP encoder layer attends to each patch, averaged over the heads.
+
+    One row of the layer's attention matrix, computed from the layer's input: exact, and without eager attention.
+
+    Args:
+        layer: a `CLIPEncoderLayer`.
+        hidden_states: the layer's input, (batch, 1 + patches, dim), [CLS] first.
+
+    Returns:
+        (batch, patches) in float32; a row sums to one minus [CLS]'s attention to itself.
+    """
+    attention = layer.self_attn
+    states = layer.layer_norm1(hidden_states)
+    query = attention.q_proj(states[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1, d]
+    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + N, d]
+    weights = (query @ keys.transpose(2, 3) * attention.scale).float().softmax(dim=-1)  # [B, H, 1, 1 + N]
+    return weights.mean(dim=1)[:, 0, 1:]
+
+
+def probe_attention(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """How much the probe of SigLIP's pooling head attends to each patch, averaged over the heads.
+
+    SigLIP has no [CLS] token; the probe pools its patches instead (Zhai et al. 2023).
+
+    Args:
+        head: a `SiglipMultiheadAttentionPoolingHead`.
+        hidden_states: normalised patches, (batch, patches, dim).
+
+    Returns:
+        (batch, patches) in float32; a row sums to one.
+    """
+    probe = head.probe.expand(len(hidden_states), -1, -1)
+    return head.attention(probe, hidden_states, hidden_states)[1][:, 0].float()
+
+
+def received_attention(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """How much attention each patch receives in a SigLIP encoder layer, averaged over heads and queries.
+
+    The stand-in where a SigLIP checkpoint has no pooling head. Takes one layer's full attention matrix.
+
+    Args:
+        layer: a `SiglipEncoderLayer`.
+        hidden_states: the layer's input, (batch, patches, dim).
+
+    Returns:
+        (batch, patches) in float32; a row sums to one.
+    """
+    attention = layer.self_attn
+    states = layer.layer_norm1(hidden_states)
+    queries = attention.q_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, N, d]
+    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, N, d]
+    weights = (queries @ keys.transpose(2, 3) * attention.scale).float().softmax(dim=-1)  # [B, H, N, N]
+    return weights.mean(dim=(1, 2))
+
+
+def select_topk(scores: torch.Tensor, budgets: list[int]) -> list[torch.Tensor]:
+    """Indices of each image's K best scores, in raster order. The selection for a smaller K is part of a larger one's.
+
+    Args:
+        scores: (batch, patches).
+        budgets: K of each image, 1 to patches.
+
+    Returns:
+        One (K,) tensor of patch indices for each image.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return [row[:budget].sort().values for row, budget in zip(order, budgets, strict=True)]
+
+
+def select_random(scores: torch.Tensor, budgets: list[int]) -> list[torch.Tensor]:
+    """K patches of each image by chance, in raster order; a baseline. Shapes as in `select_topk`."""
+    return select_topk(torch.rand_like(scores), budgets)
+
+
+def select_uniform(scores: torch.Tensor, budgets: list[int]) -> list[torch.Tensor]:
+    """K patches of each image, evenly spaced in raster order; a baseline. Shapes as in `select_topk`."""
+    patches = scores.shape[1]
+    return [
+        torch.arange(budget, device=scores.device) * patches // budget + patches // (2 * budget) for budget in budgets
+    ]
+
+
+SELECTORS = {"topk": select_topk, "random": select_random, "uniform": select_uniform}
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class ZeroEmbedding(nn.Embedding):
+    """An embedding that starts at zero."""
+
+
+class TokenPruner(nn.Module):
+    """Scores an image's patches and keeps the K best: under a million parameters, and none for `score="cls"`.
+
+    A score is log(prior) + scorer(features) + row + column, as far as `config.score` asks for these terms. The learned
+    terms are zero at the start, so that an untrained pruner is exactly the vision encoder's own attention.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.select = SELECTORS[config.select]
+        self.patches_per_side = side = config.patches_per_side
+        layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+        features = config.vision_config.hidden_size * layers
+        self.scorer = self.row_score = None
+        if config.score != "cls":
+            self.scorer = nn.Sequential(
+                nn.LayerNorm(features),
+                nn.Linear(features, config.scorer_hidden_size),
+                nn.GELU(),
+                ZeroLinear(config.scorer_hidden_size, 1),
+            )
+        if config.score == "positional":
+            self.row_score, self.column_score = ZeroEmbedding(side, 1), ZeroEmbedding(side, 1)
+            width = config.text_config.hidden_size
+            self.row_embedding, self.column_embedding = ZeroEmbedding(side, width), ZeroEmbedding(side, width)
+
+    def score(self, features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+        """Importance of each patch.
+
+        Args:
+            features: (batch, patches, dim) of the vision encoder.
+            prior: (batch, patches), the encoder's attention.
+
+        Returns:
+            (batch, patches) in float32; only the order within an image means something.
+        """
+        scores = prior.float().clamp_min(1e-12).log()
+        if self.scorer is not None:
+            scores = scores + self.scorer(features).squeeze(-1).float()
+        if self.row_score is not None:
+            side = torch.arange(self.patches_per_side, device=features.device)
+            places = self.row_score(side)[:, None] + self.column_score(side)[None]  # [side, side, 1]
+            scores = scores + places.flatten().float()
+        return scores
+
+    def forward(self, features: torch.Tensor, prior: torch.Tensor, budgets: list[int]) -> list[torch.Tensor]:
+        """Indices of the kept patches of each image, in raster order. Shapes as in `score` and `select_topk`."""
+        return self.select(self.score(features, prior), budgets)
+
+    def add_positions(self, tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Tell the language model where kept tokens stood.
+
+        Args:
+            tokens: (tokens, hidden) after the projector.
+            indices: (tokens,) of the patches that they were.
+        """
+        if self.row_score is None:
+            return tokens
+        rows, columns = indices // self.patches_per_side, indices % self.patches_per_side
+        return tokens + self.row_embedding(rows) + self.column_embedding(columns)
