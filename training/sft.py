@@ -1,7 +1,7 @@
 """Train LightVLM on LLaVA JSON files with TRL's SFTTrainer.
 
     accelerate launch training/sft.py --config training/configs/tiny_sft.yaml \\
-        --model_name_or_path build/aligned --output_dir build/trained
+        --model_name_or_path build/few --output_dir build/trained
 
 Every option of the configuration file can be given on the command line too, where it wins. The output folder holds
 weights, processor and code, and loads with `from_pretrained` as it is.
