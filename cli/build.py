@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", help="folder or Hub name of a causal language model")
     parser.add_argument("--llava", help="folder or Hub name of a LLaVA checkpoint, instead of the two")
     parser.add_argument("--num-image-tokens", type=int, help="default K of the new checkpoint (a quarter)")
-    parser.add_argument("--score", choices=["cls", "mlp", "positional"], default="positional")
+    parser.add_argument("--score", choices=["cls", "mlp", "positional", "question"], default="positional")
     parser.add_argument("--prior-layer", type=int, default=-2, help="encoder layer whose attention scores (-2)")
     parser.add_argument("--seed", type=int, default=0, help="for the new projector's weights (0)")
     parser.add_argument("--output-dir", required=True)

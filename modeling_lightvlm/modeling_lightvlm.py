@@ -133,12 +133,19 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             raise ValueError(f"num_image_tokens={budgets}: give numbers from 1 to {self.config.num_patches}.")
         return budgets
 
+    def embed_questions(self, question_ids: torch.LongTensor) -> torch.Tensor:
+        """Mean embedding of each question's tokens, (questions, hidden), of ids (questions, words) padded with -1."""
+        is_word = (question_ids >= 0)[..., None]
+        embeddings = self.get_input_embeddings()(question_ids.clamp_min(0)) * is_word
+        return embeddings.sum(dim=1) / is_word.sum(dim=1).clamp_min(1)
+
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         num_image_tokens: int | list[int] | torch.Tensor | None = None,
+        question_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> LightVLMImageFeatures:
         """Encode images and keep K tokens of each.
@@ -149,6 +156,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             vision_feature_select_strategy: part of LLaVA's signature; the encoder's type decides.
             num_image_tokens: K of each image, as the processor returned it; one integer stands for all images. Pass
                 integers rather than a tensor under `torch.compile(fullgraph=True)`.
+            question_ids: (images, words), the tokens of the question about each image, padded with -1, for a pruner
+                with `score="question"`.
 
         Raises:
             ValueError: where the budgets do not fit the images.
@@ -157,7 +166,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
         features, prior = encode_patches(self.vision_tower, pixel_values, layers, self.config.prior_layer)
-        kept = self.pruner(features, prior, budgets)  # of [B, N, D] and [B, N]
+        questions = None if question_ids is None else self.embed_questions(question_ids)
+        kept = self.pruner(features, prior, budgets, questions)  # of [B, N, D] and [B, N]
 
         patches = features.shape[1]
         packed = torch.cat([indices + image * patches for image, indices in enumerate(kept)])  # [sum of K]
@@ -171,13 +181,17 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         pixel_values: torch.Tensor | None = None,
         *args,
         num_image_tokens: int | list[int] | torch.Tensor | None = None,
+        question_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ):
-        """As `LlavaModel.forward`, with `num_image_tokens`, the number of placeholders of each image."""
+        """As `LlavaModel.forward`, with `num_image_tokens` and `question_ids` for `get_image_features`."""
         if pixel_values is not None and mm_encoder_outputs is None:
             features = self.get_image_features(
-                pixel_values, kwargs.pop("vision_feature_layer", None), num_image_tokens=num_image_tokens
+                pixel_values,
+                kwargs.pop("vision_feature_layer", None),
+                num_image_tokens=num_image_tokens,
+                question_ids=question_ids,
             )
             pixel_values, mm_encoder_outputs = None, {"image": features}
         return super().forward(input_ids, pixel_values, *args, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
@@ -208,10 +222,11 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_image_tokens: int | list[int] | torch.Tensor | None = None,
+        question_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ):
-        """As `LlavaForConditionalGeneration.forward`, with `num_image_tokens`, the placeholders of each image.
+        """As `LlavaForConditionalGeneration.forward`, with what the processor returns for `get_image_features`.
 
         Every name is written out because `generate` and the trainers read this signature.
         """
@@ -225,6 +240,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             labels=labels,
             logits_to_keep=logits_to_keep,
             num_image_tokens=num_image_tokens,
+            question_ids=question_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -236,6 +252,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         question: str,
         history: list[dict] | None = None,
         num_image_tokens: int | list[int] | None = None,
+        question_aware: bool = False,
         streamer=None,
         processor=None,
         **generate_kwargs,
@@ -247,6 +264,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             question: the user's words.
             history: messages so far. The question and its answer are appended once the answer is complete.
             num_image_tokens: K, or a list with one for each image of the conversation; the default's if None.
+            question_aware: whether the question has a say in which tokens are kept, as far as `config.score` lets it.
             streamer: a transformers streamer that receives the answer as it grows.
             processor: a `LightVLMProcessor`; by default the one saved beside the weights.
             generate_kwargs: for `generate`; 256 new tokens unless they or the generation configuration say otherwise.
@@ -261,13 +279,16 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         images = [] if image is None else image if isinstance(image, list) else [image]
         content = [{"type": "image", "image": each} for each in images]
         asked = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+        options = {} if num_image_tokens is None else {"num_image_tokens": num_image_tokens}
+        if question_aware:
+            options["question"] = question
         inputs = processor.apply_chat_template(
             [*(history or []), asked],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={} if num_image_tokens is None else {"num_image_tokens": num_image_tokens},
+            processor_kwargs=options,
         ).to(self.device)
         if not generate_kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
             generate_kwargs["max_new_tokens"] = self.generation_config.max_new_tokens or 256

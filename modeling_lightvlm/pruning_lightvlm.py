@@ -91,6 +91,7 @@ def select_uniform(scores: torch.Tensor, budgets: list[int]) -> list[torch.Tenso
     ]
 
 
+QUESTION_RANK = 32  # so that the pruner of a 7B model stays below a million parameters
 SELECTORS = {"topk": select_topk, "random": select_random, "uniform": select_uniform}
 
 
@@ -105,8 +106,8 @@ class ZeroEmbedding(nn.Embedding):
 class TokenPruner(nn.Module):
     """Scores an image's patches and keeps the K best: under a million parameters, and none for `score="cls"`.
 
-    A score is log(prior) + scorer(features) + row + column, as far as `config.score` asks for these terms. The learned
-    terms are zero at the start, so that an untrained pruner is exactly the vision encoder's own attention.
+    A score is log(prior) + scorer(features) + row + column + question, as far as `config.score` asks for these terms.
+    The learned terms are zero at the start, so that an untrained pruner is exactly the vision encoder's own attention.
     """
 
     def __init__(self, config):
@@ -123,17 +124,26 @@ class TokenPruner(nn.Module):
                 nn.GELU(),
                 ZeroLinear(config.scorer_hidden_size, 1),
             )
-        if config.score == "positional":
+        width = config.text_config.hidden_size
+        if config.score in ("positional", "question"):
             self.row_score, self.column_score = ZeroEmbedding(side, 1), ZeroEmbedding(side, 1)
-            width = config.text_config.hidden_size
             self.row_embedding, self.column_embedding = ZeroEmbedding(side, width), ZeroEmbedding(side, width)
 
-    def score(self, features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+        self.patch_projection = None
+        if config.score == "question":
+            self.patch_projection = nn.Linear(features, QUESTION_RANK, bias=False)
+            self.question_projection = ZeroLinear(width, QUESTION_RANK)
+
+    def score(
+        self, features: torch.Tensor, prior: torch.Tensor, questions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Importance of each patch.
 
         Args:
             features: (batch, patches, dim) of the vision encoder.
             prior: (batch, patches), the encoder's attention.
+            questions: (batch, hidden), the mean embedding of the words that are asked; None for an importance that
+                does not depend on them.
 
         Returns:
             (batch, patches) in float32; only the order within an image means something.
@@ -145,11 +155,22 @@ class TokenPruner(nn.Module):
             side = torch.arange(self.patches_per_side, device=features.device)
             places = self.row_score(side)[:, None] + self.column_score(side)[None]  # [side, side, 1]
             scores = scores + places.flatten().float()
+        if self.patch_projection is not None and questions is not None:
+            # Normalised, because neither features nor embeddings have a scale of their own.
+            patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
+            asked = self.question_projection(nn.functional.layer_norm(questions, questions.shape[-1:]))  # [B, rank]
+            scores = scores + (patches @ asked[:, :, None]).squeeze(-1).float()
         return scores
 
-    def forward(self, features: torch.Tensor, prior: torch.Tensor, budgets: list[int]) -> list[torch.Tensor]:
+    def forward(
+        self,
+        features: torch.Tensor,
+        prior: torch.Tensor,
+        budgets: list[int],
+        questions: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
         """Indices of the kept patches of each image, in raster order. Shapes as in `score` and `select_topk`."""
-        return self.select(self.score(features, prior), budgets)
+        return self.select(self.score(features, prior, questions), budgets)
 
     def add_positions(self, tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Tell the language model where kept tokens stood.

@@ -170,10 +170,10 @@ def test_eval_names_what_is_wrong(checkpoint, data, capsys):
     assert "nonsense" in capsys.readouterr().err
     (data / "1.png").write_bytes(b"broken")
     assert evaluate(checkpoint, data) == 2
-    assert "1.png cannot be read as an image" in capsys.readouterr().err
+    assert "1 with a corrupt image" in capsys.readouterr().err
     (data / "data.json").write_text("{}")
     assert evaluate(checkpoint, data) == 2
-    assert "data.json has no rows" in capsys.readouterr().err
+    assert "data.json cannot be read: it is no list of rows" in capsys.readouterr().err
     for option in ("--limit", "--batch-size"):
         for number in ("0", "-1", "x"):
             with pytest.raises(SystemExit):

@@ -250,3 +250,35 @@ def test_text_alone_is_the_language_model(kind):
     text.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
     inputs = processor(text=["what color?"], return_tensors="pt")
     torch.testing.assert_close(model(**inputs).logits, text(**inputs).logits)
+
+
+def question_aware_model():
+    model = make_model(score="question")
+    torch.nn.init.normal_(model.model.pruner.question_projection.weight)
+    return model
+
+
+def test_the_question_chooses_the_tokens_and_without_one_the_score_is_static(processor):
+    model, pixels = question_aware_model(), torch.randn(1, 3, 84, 84)
+    ids = [None, *(torch.tensor(processor.encode_questions(text, 1)) for text in ("what color?", "yes no yes"))]
+    kept = [model.get_image_features(pixels, num_image_tokens=6, question_ids=asked).kept_indices[0] for asked in ids]
+    assert len({tuple(indices.tolist()) for indices in kept}) == 3
+    padded = torch.tensor([[*ids[1][0].tolist(), -1, -1]])
+    same = model.get_image_features(pixels, num_image_tokens=6, question_ids=padded).kept_indices[0]
+    assert torch.equal(same, kept[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_question_aware_rows_of_a_mixed_batch_equal_each_row_alone(processor, options):
+    model = question_aware_model()
+    asked = ["what color?", "what is this?", "is there a red circle?"]
+    flat = [budget for row in BUDGETS for budget in row]
+    batch = processor(
+        images=IMAGES, text=TEXT, num_image_tokens=flat, question=asked, padding=True, return_tensors="pt"
+    )
+    together = new_tokens(model, batch, **options)
+    for row, questions in ((0, asked[:2]), (2, asked[2:])):
+        inputs = processor(
+            images=IMAGES[row], text=TEXT[row], num_image_tokens=BUDGETS[row], question=questions, return_tensors="pt"
+        )
+        assert torch.equal(new_tokens(model, inputs, **options)[0], together[row])

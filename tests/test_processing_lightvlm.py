@@ -170,3 +170,17 @@ def test_placeholders_are_counted_for_servers(processor):
     data = processor._get_num_multimodal_tokens(image_sizes=[[84, 84], [10, 20]], num_image_tokens=4)
     assert data["num_image_tokens"] == [4, 4]
     assert processor._get_num_multimodal_tokens(image_sizes=[[84, 84]])["num_image_tokens"] == [9]
+
+
+def test_a_question_is_tokenised_for_each_image(processor):
+    images = [[make_image(0), make_image(1)], [make_image(2)]]
+    text = ["<image><image> what color?", "<image> what shape?"]
+    asked = ["what color?", "what color?", "no"]
+    ids = processor(images=images, text=text, question=asked, padding=True, return_tensors="pt")["question_ids"]
+    words = [processor.tokenizer(question)["input_ids"] for question in asked]
+    assert [row[row >= 0].tolist() for row in ids] == words
+    one = processor(images=images[1], text=text[1], question="", return_tensors="pt")["question_ids"]
+    assert one.tolist() == [[-1]]
+    assert "question_ids" not in processor(images=images[1], text=text[1])
+    with pytest.raises(ValueError, match="question has 2 texts, but there are 1 images"):
+        processor(images=images[1], text=text[1], question=["what?", "why?"])

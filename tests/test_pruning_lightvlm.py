@@ -75,12 +75,13 @@ def test_uniform_is_centred():
     assert select_uniform(torch.zeros(1, 36), [3])[0].tolist() == [6, 18, 30]
 
 
-@pytest.mark.parametrize("score", ["cls", "mlp", "positional"])
+@pytest.mark.parametrize("score", ["cls", "mlp", "positional", "question"])
 def test_an_untrained_pruner_is_the_prior(score):
     model = LightVLMModel(make_config(score=score))
     prior = torch.rand(2, 36)
-    scores = model.pruner.score(torch.randn(2, 36, 32), prior)
-    torch.testing.assert_close(scores, prior.log())
+    for questions in (None, torch.randn(2, 32)):
+        scores = model.pruner.score(torch.randn(2, 36, 32), prior, questions)
+        torch.testing.assert_close(scores, prior.log())
     tokens = torch.randn(5, 32)
     assert torch.equal(model.pruner.add_positions(tokens, torch.arange(5)), tokens)
 
@@ -100,6 +101,15 @@ def test_positional_terms_know_row_and_column():
     assert tokens[:, 0].tolist() == [11.0, 1.0, 10.0]
 
 
+def test_only_a_question_scorer_hears_the_question():
+    features, prior, questions = torch.randn(2, 36, 32), torch.rand(2, 36), torch.randn(2, 32)
+    for score in ("cls", "mlp", "positional", "question"):
+        pruner = TokenPruner(make_config(score=score))
+        unasked, asked = pruner.score(features, prior), pruner.score(features, prior, questions)
+        assert torch.equal(unasked, asked) == (score != "question")
+    torch.testing.assert_close(asked[:1], pruner.score(features[:1], prior[:1], questions[:1]))
+
+
 @pytest.mark.parametrize(
     "vision",
     [
@@ -112,9 +122,10 @@ def test_positional_terms_know_row_and_column():
     ],
     ids=["clip-vit-l-14-336", "siglip-so400m-14-384"],
 )
-@pytest.mark.parametrize("score", ["cls", "mlp", "positional"])
-def test_the_pruner_has_fewer_than_a_million_parameters_at_real_sizes(vision, score):
-    config = LightVLMConfig(vision_config=vision, text_config=PhiConfig(hidden_size=2560), score=score)
+@pytest.mark.parametrize("width", [2560, 4096], ids=["phi-2", "vicuna-7b"])
+@pytest.mark.parametrize("score", ["cls", "mlp", "positional", "question"])
+def test_the_pruner_has_fewer_than_a_million_parameters_at_real_sizes(vision, width, score):
+    config = LightVLMConfig(vision_config=vision, text_config=PhiConfig(hidden_size=width), score=score)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in TokenPruner(config).parameters())
     assert count < 1_000_000

@@ -1,6 +1,6 @@
 """Write a small Phi decoder with random weights, and a byte-level BPE tokenizer trained on LLaVA JSON files.
 
-    python training/init_decoder.py --data-path data/easy-vqa/train.json data/easy-vqa/train_captions.json \\
+    python training/init_decoder.py --data-path data/easy-vqa/train.json data/easy-vqa/mosaics_train.json \\
         --output-dir build/decoder
 
 The tokenizer lower-cases its input: the training text has no capitals, a user's question may.
@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from lightvlm.training.prepare_easy_vqa import COLUMNS, ROWS
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, set_seed
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -21,14 +22,17 @@ def texts(paths: list[Path]) -> Iterator[str]:
     """Every turn of every conversation."""
     for path in paths:
         for row in json.loads(path.read_text()):
-            yield from (turn["value"].replace("<image>\n", " ") for turn in row["conversations"])
+            yield from (turn["value"].replace("<image>\n", "") for turn in row["conversations"])
 
 
 def train_tokenizer(corpus: Iterator[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """Byte-level BPE: frequent words become one token, and any other text can still be written."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # "top left" is one word: of a place named by two tokens, small decoders learn the row and confuse the column.
+    places = f" ?(?:{'|'.join(ROWS)}) (?:{'|'.join(COLUMNS)})"
+    words = pre_tokenizers.Split(Regex(places + r"| ?\w+| ?[^\s\w]+|\s"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -36,8 +40,9 @@ def train_tokenizer(corpus: Iterator[str], vocab_size: int = 1024) -> PreTrained
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The chat template's own words, so that they too are short.
-    tokenizer.train_from_iterator([*(f" {text}" for text in corpus), *["user:", " assistant:"] * 100], trainer)
+    # In the chat template a question follows a line break, an answer a space; the template's own words are two more.
+    spaced = [line for text in corpus for line in (text, f" {text}")]
+    tokenizer.train_from_iterator([*spaced, *["user:", " assistant:"] * 100], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, model_max_length=2048
     )

@@ -1,11 +1,20 @@
 """Read LLaVA JSON files as a `datasets` dataset of `messages` and `images`, the columns that SFTTrainer takes."""
 
 import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any, TextIO
 
-from datasets import Dataset, Features, Image, List, Value
+import PIL.Image
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 
 IMAGE_MARK = "<image>"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 ROLES = {"human": "user", "gpt": "assistant"}
 FEATURES = Features(
     {
@@ -14,72 +23,192 @@ FEATURES = Features(
         "images": List(Image()),
     }
 )
+CHUNK, LONGEST_ROW = 2**20, 2**26  # characters
+ROWS_PER_BATCH, THREADS = 1024, 32  # more threads than cores: a network disk takes milliseconds to answer
+SPACE = re.compile(r"[ \t\r\n]*")
+
+logger = logging.getLogger(__name__)
+
+
+def attempt(function: Callable, *args) -> Any:
+    """What the function returns, or the error that it raises."""
+    try:
+        return function(*args)
+    except (OSError, ValueError) as error:
+        return error.with_traceback(None)  # which would keep every local variable alive
+
+
+def read_list(file: TextIO) -> Iterator[Any]:
+    """Items of a JSON list, parsed one by one, so that memory holds a chunk of the file and not the file."""
+    decoder, text, start, number = json.JSONDecoder(), file.read(CHUNK).lstrip(), 0, 0
+    if not text.startswith("["):
+        raise ValueError("it is no list of rows (a file with a row on each line must be called .jsonl)")
+    while text[start] != "]":  # but the [ or , before an item
+        try:
+            item, end = decoder.raw_decode(text, SPACE.match(text, start + 1).end())
+            end = SPACE.match(text, end).end()
+            if text[end] not in ",]":
+                raise ValueError
+        except (ValueError, IndexError):
+            text, start = text[start:], 0
+            more = file.read(max(CHUNK, len(text))) if len(text) < LONGEST_ROW else ""
+            if not more:
+                raise ValueError(f"row {number} is missing, broken off or no JSON: {text[1:80].strip()!r}") from None
+            text += more
+        else:
+            yield item
+            start, number = end, number + 1
+    if (text[start + 1 :] + file.read(CHUNK)).strip():
+        raise ValueError(f"something follows the list of {number} rows")
+
+
+def read_rows(data_path: str | Path) -> Iterator[Any]:
+    """Rows of a JSON list or of JSON lines; an error in place of a line that is no JSON."""
+    with open(data_path, encoding="utf-8-sig") as file:
+        lines = (attempt(json.loads, line) for line in file if line.strip())
+        try:
+            yield from lines if Path(data_path).suffix == ".jsonl" else read_list(file)
+        except ValueError as error:
+            raise ValueError(f"{data_path} cannot be read: {error}") from None
 
 
 def to_messages(conversations: list[dict]) -> list[dict[str, str]]:
     """LLaVA's turns as chat messages: from the first human turn on, without image marks (images come first).
 
     Raises:
-        ValueError: where a turn has another speaker than human or gpt, or nobody asks or answers.
+        ValueError: where a turn is not `{from: human | gpt, value: text}`, one side speaks twice in a row, or the
+            last question has no answer.
     """
     messages = []
     for turn in conversations:
-        if turn["from"] not in ROLES:
-            raise ValueError(f"a turn is from {turn['from']!r}, not human or gpt")
-        if not isinstance(turn["value"], str):
-            raise ValueError(f"a turn says {turn['value']!r}, which is no text")
-        if messages or turn["from"] == "human":
-            content = turn["value"].replace(IMAGE_MARK, "").strip()
-            messages.append({"role": ROLES[turn["from"]], "content": content})
-    if len(messages) < 2:
-        raise ValueError("a question and an answer are needed")
+        if not isinstance(turn, dict) or turn.get("from") not in [*ROLES] or not isinstance(turn.get("value"), str):
+            raise ValueError(f"the turn {turn!r:.80} is not {{from: human | gpt, value: text}}")
+        role = ROLES[turn["from"]]
+        if messages and messages[-1]["role"] == role:
+            raise ValueError(f"two {turn['from']} turns in a row")
+        if messages or role == "user":
+            messages.append({"role": role, "content": turn["value"].replace(IMAGE_MARK, "").strip()})
+    if not messages or messages[-1]["role"] == "user":
+        raise ValueError("no question, or no answer to the last one")
     return messages
 
 
-def to_row(row: dict, index: int, image_folder: str | Path | None) -> dict:
-    """One row of the dataset; ValueError, TypeError or KeyError where it is malformed or its image is missing."""
-    images = []
-    if "image" in row:
-        if image_folder is None:
-            raise ValueError("it has an image, but no image folder is given")
-        if not isinstance(row["image"], str):
-            raise ValueError(f"its image is {row['image']!r}, which is no path")
-        images = [str(Path(image_folder) / row["image"])]
-        if not Path(images[0]).is_file():
-            raise ValueError(f"{images[0]} is missing")
-    return {"id": str(row.get("id", index)), "messages": to_messages(row["conversations"]), "images": images}
+def find_image(name: str, image_folder: str | Path | None) -> str:
+    """Path of the named file, or of its stem with another image suffix: LLaVA says .jpg for every OCR-VQA image."""
+    if image_folder is None:
+        raise ValueError("an image, but no image folder is given")
+    if Path(name).anchor or ".." in Path(name).parts or not Path(name).name:
+        raise ValueError(f"the image {name!r} is not inside the image folder")
+    path = Path(image_folder, name)
+    suffixes = IMAGE_SUFFIXES if path.suffix.lower() in IMAGE_SUFFIXES else ()
+    for candidate in (path, *map(path.with_suffix, suffixes)):
+        if candidate.is_file():
+            return str(candidate)
+    raise FileNotFoundError(f"{str(path)!r} is missing")
 
 
-def load_llava(data_path: str | Path, image_folder: str | Path | None = None) -> Dataset:
-    """Rows of a LLaVA JSON file; images are opened when a row is read, not before.
+def to_row(number: int, row: Any, image_folder: str | Path | None) -> dict:
+    """One row of the dataset, with paths of images that exist, unopened; ValueError or OSError where it is bad."""
+    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+        raise ValueError(f"{row!r:.80} is no object with a list of conversations")
+    messages, names, row_id = to_messages(row["conversations"]), row.get("image") or [], row.get("id", number)
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the image {names!r:.80} is no path")
+    if not isinstance(row_id, int | str):
+        raise ValueError(f"the id {row_id!r:.80} is neither a number nor text")
+    marks = sum(turn["value"].count(IMAGE_MARK) for turn in row["conversations"])
+    if marks != len(names) and (marks, len(names)) != (0, 1):  # where one image goes is clear without a mark
+        raise ValueError(f"{marks} {IMAGE_MARK} in the turns, but {len(names)} under image")
+    images = [find_image(name, image_folder) for name in names]
+    result = {"id": str(row_id), "messages": messages, "images": images}
+    json.dumps(result, ensure_ascii=False).encode()  # half an emoji fails here, and not when Arrow stores the row
+    return result
+
+
+def check_header(path: str) -> None:
+    """OSError where the file does not begin as an image does; no pixel is decoded."""
+    try:
+        PIL.Image.open(path).close()
+    except Exception as error:  # each format's plugin has errors of its own
+        raise OSError(f"{path!r} cannot be opened ({type(error).__name__})") from None
+
+
+def check_rows(data_path: str | Path, image_folder: str | Path | None) -> Iterator[tuple[list[dict], dict]]:
+    """Batch by batch, the usable rows, and the errors of the others by row number; a header is read once a file."""
+    PIL.Image.init()  # or else threads that load plugins at the same time make `open` refuse good files
+    numbered, headers = enumerate(read_rows(data_path)), {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        while batch := dict(islice(numbered, ROWS_PER_BATCH)):
+            results = pool.map(lambda item: attempt(to_row, *item, image_folder), batch.items())
+            rows = dict(zip(batch, results, strict=True))
+            errors = {number: row for number, row in rows.items() if isinstance(row, Exception)}
+            rows = {number: row for number, row in rows.items() if number not in errors}
+            new = {path for row in rows.values() for path in row["images"]} - headers.keys()
+            headers.update(zip(new, pool.map(partial(attempt, check_header), new), strict=True))
+            errors |= {n: headers[path] for n, row in rows.items() for path in row["images"] if headers[path]}
+            yield [row for number, row in rows.items() if number not in errors], errors
+
+
+def report(errors: dict[int, Exception], total: int, data_path: str | Path) -> str:
+    """How many rows cannot be used, and for each kind of reason how many and the first three."""
+    kinds = {}
+    for number, error in errors.items():
+        missing, unreadable = isinstance(error, FileNotFoundError), isinstance(error, OSError)
+        kind = "with a missing image" if missing else "with a corrupt image" if unreadable else "malformed"
+        kinds.setdefault(kind, []).append(f"row {number}: {error}")
+    lines = [f"{data_path}: {len(errors):,} of {total:,} rows cannot be used"]
+    for kind, rows in kinds.items():
+        lines += [f"{len(rows):,} {kind}", *(f"  {row}" for row in rows[:3])]
+    return "\n  ".join(lines)
+
+
+def stream_rows(data_path: str | Path, image_folder: str | Path | None, bad: set[int]) -> Iterator[dict]:
+    """The rows but for the bad ones, parsed as they are asked for."""
+    for number, row in enumerate(read_rows(data_path)):
+        if number not in bad:
+            yield to_row(number, row, image_folder)
+
+
+def load_llava(
+    data_path: str | Path, image_folder: str | Path | None = None, streaming: bool = False, skip_bad_rows: bool = False
+) -> Dataset | IterableDataset:
+    """Rows of a LLaVA JSON file, all checked beforehand; an image is decoded when its row is read.
+
+    The file is parsed row by row. A `Dataset` holds texts and paths in memory as Arrow, about as large as the file
+    (1 GB for 665k rows); a stream holds a chunk of the file. Nothing is cached on disk, so nothing is out of date.
+    Of each image only the header is checked: pixel data that is cut off fails when the row is read.
 
     Args:
-        data_path: a list of `{id, image?, conversations: [{from: human | gpt, value}]}`.
-        image_folder: what the rows' `image` is relative to.
+        data_path: a list of `{id?, image?, conversations: [{from: human | gpt, value}]}`, or .jsonl with one a line.
+            `image` is a path, or a list of paths with as many `<image>` marks; rows without it are text alone.
+        image_folder: what `image` is relative to; it and the folders in it may be links to anywhere.
+        streaming: return an `IterableDataset` in the file's order, for files larger than memory.
+        skip_bad_rows: leave out bad rows with a warning.
 
     Returns:
-        Columns `id` (string), `messages` (list of role and content) and `images` (list of none or one).
+        Columns `id` (string), `messages` (list of role and content) and `images` (list of none, one or several).
 
     Raises:
-        ValueError: where the file is no such list, or, with a count and the first examples, where rows are malformed
-            or images are missing.
+        ValueError: where the file is no such list or has no rows, or the image folder is missing; or, with counts and
+            the first row numbers (from 0) and reasons, where rows are malformed, or images are missing, corrupt or
+            outside of the folder. With `skip_bad_rows`, rows raise it only if all are bad.
     """
-    try:
-        content = json.loads(Path(data_path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{data_path} is no JSON: {error}") from None
-    if not isinstance(content, list) or not content:
-        raise ValueError(f"{data_path} has no rows: a list of conversations is needed.")
-    rows, problems = [], []
-    for index, row in enumerate(content):
-        try:
-            rows.append(to_row(row, index, image_folder))
-        except ValueError as error:
-            problems.append(f"row {index}: {error}")
-        except (AttributeError, KeyError, TypeError) as error:
-            problems.append(f"row {index} is malformed: {error!r}")
-    if problems:
-        raise ValueError(
-            f"{len(problems)} rows of {data_path} cannot be used, among them:\n  " + "\n  ".join(problems[:5])
-        )
-    return Dataset.from_list(rows, features=FEATURES)
+    if image_folder is not None and not Path(image_folder).is_dir():
+        raise ValueError(f"there is no image folder {image_folder}")
+    parts, errors, total = [], {}, 0
+    for rows, new_errors in check_rows(data_path, image_folder):
+        errors |= new_errors
+        total += len(rows) + len(new_errors)
+        if rows and not streaming:
+            parts.append(Dataset.from_list(rows, features=FEATURES))
+    if not total:
+        raise ValueError(f"{data_path} has no rows")
+    if len(errors) == total or errors and not skip_bad_rows:
+        raise ValueError(report(errors, total, data_path))
+    if errors:
+        logger.warning(report(errors, total, data_path))
+    if streaming:
+        source = {"data_path": data_path, "image_folder": image_folder, "bad": set(errors)}
+        return IterableDataset.from_generator(stream_rows, features=FEATURES, gen_kwargs=source)
+    return concatenate_datasets(parts)

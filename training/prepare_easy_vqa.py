@@ -29,6 +29,7 @@ from PIL import Image
 
 DESCRIBE = "What is in this image?"
 SHAPES = ("circle", "rectangle", "triangle")
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 PALETTE = {
     "black": (0, 0, 0),
     "blue": (0, 0, 255),
@@ -77,8 +78,7 @@ def caption(color: str, shape: str, mask: np.ndarray) -> str:
     height, width = mask.shape
     extent = max(np.ptp(rows) / height, np.ptp(columns) / width)
     size = "small" if extent < 0.25 else "medium" if extent < 0.4 else "large"
-    row = ("top", "middle", "bottom")[int(3 * rows.mean() / height)]
-    column = ("left", "center", "right")[int(3 * columns.mean() / width)]
+    row, column = ROWS[int(3 * rows.mean() / height)], COLUMNS[int(3 * columns.mean() / width)]
     return f"a {size} {color} {shape} in the {row} {column}"
 
 

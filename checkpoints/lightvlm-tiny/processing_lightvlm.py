@@ -13,9 +13,10 @@ MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before i
 
 
 class LightVLMImagesKwargs(ImagesKwargs, total=False):
-    """Image options of a call: transformers' own, and K."""
+    """Image options of a call: transformers' own, K, and the question by which K tokens are chosen."""
 
     num_image_tokens: int | list[int] | None
+    question: str | list[str] | None
 
 
 class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
@@ -62,7 +63,8 @@ class LightVLMProcessor(ProcessorMixin):
 
     K is `num_image_tokens`, one integer for all images of a call or a list with one for each:
     `processor(images=..., text=..., num_image_tokens=64)`, or
-    `processor.apply_chat_template(..., processor_kwargs={"num_image_tokens": 64})`.
+    `processor.apply_chat_template(..., processor_kwargs={"num_image_tokens": 64})`. `question`, one text or one for each
+    image, lets a pruner with `score="question"` choose tokens by it.
 
     Args:
         image_processor: any transformers image processor of fixed output size.
@@ -128,9 +130,13 @@ class LightVLMProcessor(ProcessorMixin):
                     )
 
     def _process_images(
-        self, images: ImageInput, num_image_tokens: int | list[int] | None = None, **kwargs
+        self,
+        images: ImageInput,
+        num_image_tokens: int | list[int] | None = None,
+        question: str | list[str] | None = None,
+        **kwargs,
     ) -> tuple[dict, list[str]]:
-        """Pixel values and budgets of all images, and the placeholders of each."""
+        """Pixel values, budgets and questions of all images, and the placeholders of each."""
         images = make_flat_list_of_images(images)
         budgets = self.resolve_budgets(num_image_tokens, len(images))
         for image in images:
@@ -142,7 +148,18 @@ class LightVLMProcessor(ProcessorMixin):
         images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         processed = self.image_processor(images, **kwargs)
         processed["num_image_tokens"] = budgets
+        if question is not None:
+            processed["question_ids"] = self.encode_questions(question, len(images))
         return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
+
+    def encode_questions(self, question: str | list[str], num_images: int) -> list[list[int]]:
+        """Token ids of each image's question, padded with -1 to the same length."""
+        questions = [question] * num_images if isinstance(question, str) else question
+        if len(questions) != num_images:
+            raise ValueError(f"question has {len(questions)} texts, but there are {num_images} images.")
+        ids = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
+        length = max(1, *map(len, ids))
+        return [row + [-1] * (length - len(row)) for row in ids]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image."""

@@ -1,0 +1,124 @@
+"""Mosaics show what their captions and answers say, and train and test share nothing."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from lightvlm.training.llava_data import load_llava
+from lightvlm.training.prepare_easy_vqa import PALETTE, SHAPES, write_split
+from lightvlm.training.prepare_mosaics import (
+    IMAGE_SIZE,
+    OBJECTS,
+    PHOTOGRAPHS,
+    ask,
+    caption,
+    draw_mosaic,
+    load_cells,
+    load_photographs,
+    places,
+    write_images,
+    write_test,
+    write_train,
+)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("easy-vqa")
+    for split in ("train", "test"):
+        write_split(split, folder, random.Random(0))
+        captions = folder / f"{split}_captions.json"
+        captions.write_text(json.dumps(json.loads(captions.read_text())[:60]))  # enough, and quick
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(data_dir):
+    return load_cells(data_dir, "test"), load_photographs("test")
+
+
+@pytest.mark.parametrize("variant", ["flat", "photo"])
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_each_object_stands_in_the_place_that_names_it(parts, variant, grid):
+    rng = random.Random(0)
+    for _ in range(10):
+        mosaic = draw_mosaic(*parts, variant, grid, rng, IMAGE_SIZE)
+        assert mosaic.image.size == (IMAGE_SIZE, IMAGE_SIZE) and 1 <= len(mosaic.objects) <= grid * grid
+        pixels = np.asarray(mosaic.image).astype(int)
+        for place, name in mosaic.objects.items():
+            row, column = divmod(places(grid).index(place), grid)
+            side = IMAGE_SIZE // grid
+            cell = (slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side))
+            shown = mosaic.labels[cell] >= 0
+            assert set(mosaic.labels[cell][shown]) == {OBJECTS.index(name)}
+            color = np.median(pixels[cell][shown], axis=0)
+            assert min(PALETTE, key=lambda known: np.abs(color - PALETTE[known]).sum()) == name.split()[0]
+
+
+def test_place_names_are_rows_and_columns():
+    assert places(2) == ["top left", "top right", "bottom left", "bottom right"]
+    assert places(3)[4] == "middle center" and len(set(places(3))) == 9
+
+
+def answer(question: str, objects: dict[str, str]) -> str:
+    """The answer, worked out anew from the question's words."""
+    names = [name.split() for name in objects.values()]
+    words = re.findall(r"[a-z]+", question)
+    if question.startswith("how many"):
+        wanted = [word.removesuffix("s") for word in words[2:] if word.removesuffix("s") in {*PALETTE, *SHAPES}]
+        return str(sum(set(wanted) <= set(name) for name in names))
+    if question.startswith("is there"):
+        wanted = set(words) & {*PALETTE, *SHAPES}
+        return "yes" if any(wanted <= set(name) for name in names) else "no"
+    place = next((place for place in objects if place and question.endswith(f" {place}?")), next(iter(objects)))
+    return objects[place].split()[question.startswith("what shape")]
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_answers_are_right_and_questions_differ(parts, grid):
+    rng = random.Random(1)
+    for _ in range(40):
+        objects = draw_mosaic(*parts, "flat", grid, rng, 84).objects
+        asked = ask(objects, 8, rng)
+        assert len(dict(asked)) == len(asked) and 6 <= len(asked) <= 8
+        for question, expected in asked:
+            assert answer(question, objects) == expected, (question, objects)
+
+
+def test_yes_and_no_are_about_as_frequent(parts):
+    rng = random.Random(2)
+    answers = []
+    for _ in range(300):
+        objects = draw_mosaic(*parts, "flat", 3, rng, 84).objects
+        answers += [found for question, found in ask(objects, 8, rng) if question.startswith("is there")]
+    assert 0.4 < answers.count("yes") / len(answers) < 0.6
+
+
+def test_captions_name_every_object():
+    assert caption({"top left": "red circle", "bottom right": "teal triangle"}) == (
+        "a red circle in the top left, a teal triangle in the bottom right"
+    )
+    assert caption({"": "red circle"}) == "a red circle"
+
+
+def test_train_and_test_share_no_photograph():
+    assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["test"])
+
+
+def test_files_are_llava_json_and_seeded(data_dir):
+    texts = []
+    for _ in range(2):
+        rng = random.Random(3)
+        write_train(write_images("train", {1: 1, 2: 1, 3: 2}, data_dir, rng), data_dir, 8, rng)
+        write_test(write_images("test", {1: 1, 2: 1, 3: 1}, data_dir, rng), data_dir, 8, rng)
+        texts.append([path.read_bytes() for path in sorted(data_dir.glob("**/*mosaics*")) if path.is_file()])
+    assert texts[0] == texts[1]
+    train = load_llava(data_dir / "mosaics_train.json", data_dir / "images")
+    assert len(train) == 8 and train[0]["images"][0].size == (IMAGE_SIZE, IMAGE_SIZE)
+    assert all(len(row["messages"]) == 2 * 9 for row in train)  # eight questions and the caption
+    assert len(load_llava(data_dir / "mosaics_train_captions.json", data_dir / "images")) == 8
+    for kind in ("flat_1x1", "photo_2x2", "photo_3x3"):
+        test = load_llava(data_dir / f"mosaics_test_{kind}.json", data_dir / "images")
+        assert len(test) == 8 and len(test["messages"][0]) == 2
