@@ -1,13 +1,45 @@
-"""Supervised fine-tuning learns, trains only what it should, and leaves a folder that loads."""
+"""Supervised fine-tuning learns, trains only what it should, resumes, and leaves a folder that loads."""
 
 import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.training import sft
+from lightvlm.training.collator import LightVLMCollator, StepSampler
 from lightvlm.training.llava_data import load_llava
+from peft import PeftModel
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
+from tokenizers.processors import TemplateProcessing
+from trl import SFTConfig, TrlParser
+
+TRAINING = Path(sft.__file__).parent
+CONFIGS = [path for path in sorted((TRAINING / "configs").glob("*.yaml")) if "pruner" not in path.stem]
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+FSDP_ON_CPU = """  # accelerate shards on GPUs alone; two CPU processes pass for them
+from accelerate import DistributedType, PartialState
+from lightvlm.training import sft
+from trl import SFTConfig
+
+original = SFTConfig.__post_init__
+
+def prepare(config):
+    original(config)
+    config.device
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+SFTConfig.__post_init__ = prepare
+sft.main()
+"""
 
 
 @pytest.fixture
@@ -29,13 +61,15 @@ def data(tmp_path):
     return tmp_path
 
 
-def train(data, monkeypatch, *options):
+def command(data, **options):
+    """What is typed behind `sft.py`."""
     settings = {
         "model_name_or_path": data / "model",
-        "data_path": data / "data.json",
+        "data_path": [data / "data.json"],
         "image_folder": data,
         "output_dir": data / "out",
         "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 3,
         "learning_rate": 5e-3,
         "assistant_only_loss": True,
         "max_length": "null",
@@ -44,41 +78,86 @@ def train(data, monkeypatch, *options):
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "report_to": "none",
+        "logging_steps": 1,
+        **options,
     }
-    command = ["sft.py", *(part for name, value in settings.items() for part in (f"--{name}", value)), *options]
-    monkeypatch.setattr("sys.argv", [str(part) for part in command])
+    parts = []
+    for name, value in settings.items():
+        parts += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return [str(part) for part in parts]
+
+
+def train(data, monkeypatch, output_dir="out", **options):
+    """Run `sft.py` with these options, and return the model and the processor that it saved."""
+    monkeypatch.setattr("sys.argv", ["sft.py", *command(data, output_dir=data / output_dir, **options)])
     sft.main()
-    return LightVLM.from_pretrained(data / "out"), LightVLMProcessor.from_pretrained(data / "out")
+    return LightVLM.from_pretrained(data / output_dir), LightVLMProcessor.from_pretrained(data / output_dir)
+
+
+@pytest.fixture
+def logs(monkeypatch):
+    """What the trainers of a test log."""
+    logged = []
+
+    class LoggedTrainer(sft.LightVLMTrainer):
+        def log(self, logs, *args, **kwargs):
+            super().log(logs, *args, **kwargs)
+            logged.append({"step": self.state.global_step, **logs})
+
+    monkeypatch.setattr(sft, "LightVLMTrainer", LoggedTrainer)
+    return logged
+
+
+def curve(logs):
+    """Step, loss and K of each step."""
+    return [(each["step"], each["loss"], each["kept_image_tokens"]) for each in logs if "loss" in each]
+
+
+def arguments(**options):
+    return sft.LightVLMArguments(
+        "", [], **{"min_image_tokens": 4, "max_image_tokens": NUM_PATCHES, "full_share": 0.0} | options
+    )
 
 
 def collator(**options):
-    arguments = sft.LightVLMArguments("", [], **{"min_image_tokens": 4, "full_share": 0.0} | options)
-    return sft.LightVLMCollator(make_processor(), arguments, assistant_only_loss=True)
+    return LightVLMCollator(make_processor(), assistant_only_loss=True, **options)
+
+
+def budgets(count, **options):
+    """So many draws of K."""
+    generator = torch.Generator().manual_seed(0)
+    return [sft.draw_budget(arguments(**options), generator) for _ in range(count)]
+
+
+def changed_names(model):
+    before = make_model(num_image_tokens=9).state_dict()
+    return {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}
+
+
+# What learns
 
 
 def test_training_learns_from_the_image_and_leaves_a_folder_that_loads(data, monkeypatch):
-    before = make_model(num_image_tokens=9).state_dict()
-    model, processor = train(data, monkeypatch, "--min_image_tokens", "4", "--num_train_epochs", "20")
+    model, processor = train(data, monkeypatch, min_image_tokens=4, num_train_epochs=20)
     for index in range(8):
         with torch.no_grad():
             answer = model.chat(str(data / f"{index}.png"), "what color?", max_new_tokens=5, processor=processor)
         assert answer == ("yes" if index % 2 else "no")
-    after = model.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = changed_names(model)
     assert not any("vision_tower" in name or "scorer" in name or "_score" in name for name in changed)
     for part in ("multi_modal_projector", "pruner.row_embedding", "language_model", "lm_head"):
         assert any(part in name for name in changed), part
-    assert processor.num_image_tokens == 9
-    assert {file.name for file in (data / "out").iterdir()} == {file.name for file in (data / "model").iterdir()}
+    assert processor.num_image_tokens == model.config.num_image_tokens == 9
+    files = {file.name for file in (data / "model").iterdir()}
+    assert {file.name for file in (data / "out").iterdir()} == files | {"README.md"}
 
 
 def test_only_the_named_parts_learn(data, monkeypatch):
-    before = make_model(num_image_tokens=9).state_dict()
-    model, _ = train(data, monkeypatch, "--train_parts", "multi_modal_projector", "--max_steps", "2")
-    changed = {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}
+    model, _ = train(data, monkeypatch, train_parts="multi_modal_projector", max_steps=2)
+    changed = changed_names(model)
     assert changed and all("multi_modal_projector" in name for name in changed)
     with pytest.raises(ValueError, match="no part called projektor"):
-        train(data, monkeypatch, "--train_parts", "projektor", "lm_head")
+        train(data, monkeypatch, train_parts=["projektor", "lm_head"])
 
 
 def test_labels_are_the_assistants_words_alone(data):
@@ -90,49 +169,321 @@ def test_labels_are_the_assistants_words_alone(data):
     assert texts == [f" no{end}", f" no{end} circle{end}", f" yes{end} circle{end}"]
 
 
-def test_budgets_are_drawn_per_batch_over_the_whole_range(data):
+@pytest.mark.parametrize("independent_turns", [False, True])
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
+def test_a_prompt_has_the_tokens_that_it_has_in_chat(data, independent_turns, start):
+    collate = collator(independent_turns=independent_turns)
+    processor, tokenizer = collate.processor, collate.processor.tokenizer
+    begin = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=begin
+    )
+    processor.chat_template = start + processor.chat_template
+    row = load_llava(data / "data.json", data)[1]
+    content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": row["messages"][0]["content"]}]
+    asked = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ][0]
+    assert prompt[0] == tokenizer.bos_token_id != prompt[1]
+    assert collate([row])["input_ids"][0, : len(prompt)].tolist() == prompt
+
+
+def test_k_of_training_is_k_of_the_saved_checkpoint(data, monkeypatch, logs):
+    model, processor = train(data, monkeypatch, num_image_tokens=5, max_steps=3)
+    assert [kept for _, _, kept in curve(logs)] == [5, 5, 5]
+    assert processor.num_image_tokens == model.config.num_image_tokens == 5
+    assert "5 by default" in (data / "out" / "README.md").read_text()
+
+
+def test_weights_are_saved_in_the_type_that_is_asked_for(data, monkeypatch):
+    model, _ = train(data, monkeypatch, max_steps=1, save_dtype="bfloat16", learning_rate=0)
+    assert model.dtype == torch.bfloat16
+    expected = make_model(num_image_tokens=9).state_dict()
+    assert all(torch.equal(expected[name].bfloat16(), weight) for name, weight in model.state_dict().items())
+
+
+# K of a step
+
+
+def test_k_is_drawn_over_the_whole_range():
+    drawn = budgets(200)
+    assert min(drawn) < 6 and max(drawn) > 24 and 4 <= min(drawn) <= max(drawn) <= NUM_PATCHES
+    assert set(budgets(5, full_share=1.0)) == {NUM_PATCHES}
+    assert set(budgets(20, max_image_tokens=5)) == {4, 5}
+
+
+def test_shares_of_the_draws_are_the_largest_and_the_smallest_k():
+    drawn = budgets(2000, full_share=0.15, min_share=0.25, log_uniform_max=10)
+    assert 0.12 < drawn.count(NUM_PATCHES) / 2000 < 0.18
+    assert 0.23 < drawn.count(4) / 2000 < 0.40  # some of the log-uniform draws are 4 as well
+    assert max(budget for budget in drawn if budget < NUM_PATCHES) == 10
+
+
+def test_rows_of_a_step_share_k_and_each_epoch_has_its_own_order_and_draws():
+    draw = partial(sft.draw_budget, arguments())
+    first, again, second = ([*StepSampler(12, 4, draw, 0, lambda epoch=epoch: epoch)] for epoch in (0, 0, 1))
+    assert first == again != second
+    assert sorted(number for number, _ in first) == sorted(number for number, _ in second) == [*range(12)]
+    assert all(len({budget for _, budget in first[start : start + 4]}) == 1 for start in (0, 4, 8))
+    assert len({budget for _, budget in first + second}) > 2
+
+
+def test_a_batch_has_k_of_its_rows_and_the_processor_keeps_its_own(data):
     rows = load_llava(data / "data.json", data)
     collate = collator()
-    budgets = []
-    for _ in range(60):
-        batch = collate([rows[1], rows[2]])
-        first, second = batch["num_image_tokens"].tolist()
-        assert first == second
-        assert (batch["input_ids"] == collate.processor.image_token_id).sum() == first + second
-        budgets.append(first)
-    assert min(budgets) < 6 and max(budgets) > 24 and 4 <= min(budgets) <= max(budgets) <= NUM_PATCHES
-    assert all(collator(full_share=1.0).draw_budget() == NUM_PATCHES for _ in range(5))
-    assert {collator(max_image_tokens=5).draw_budget() for _ in range(20)} == {4, 5}
+    batch = collate([{**rows[index], "num_image_tokens": 7} for index in (1, 2)])
+    assert batch["num_image_tokens"].tolist() == [7, 7]
+    assert (batch["input_ids"] == collate.processor.image_token_id).sum() == 14
+    assert collate([rows[1]])["num_image_tokens"].tolist() == [9] == [collate.processor.num_image_tokens]
+
+
+@pytest.mark.parametrize("independent_turns", [False, True])
+def test_a_batch_of_text_alone_runs_the_whole_model_and_has_the_same_loss(data, independent_turns):
+    rows = load_llava(data / "data.json", data)
+    short = {**rows[0], "messages": [{**rows[0]["messages"][0], "content": "?"}, rows[0]["messages"][1]]}
+    batch = collator(independent_turns=independent_turns)([short, rows[0]])
+    assert batch["num_image_tokens"].tolist() == [9]
+    model = make_model()
+    loss = model(**batch).loss
+    loss.backward()
+    assert all(weight.grad is not None for weight in model.model.multi_modal_projector.parameters())
+    for name in ("pixel_values", "num_image_tokens"):
+        batch.pop(name)
+    for name in ("input_ids", "labels", "position_ids"):
+        batch[name] = batch[name][:, :-9] if name in batch else None
+    batch["attention_mask"] = batch["attention_mask"][..., :-9]
+    if independent_turns:
+        batch["attention_mask"] = batch["attention_mask"][..., :-9, :]
+    torch.testing.assert_close(model(**batch).loss, loss)
+
+
+# Independent turns
 
 
 def test_independent_turns_have_the_loss_of_each_question_asked_alone(data):
-    rows = [load_llava(data / "data.json", data)[index] for index in (1, 2, 4)]
-    rows[1]["messages"] = rows[1]["messages"][:2]  # of different length
-    collate = collator(independent_turns=True, min_image_tokens=None)
+    rows = load_llava(data / "data.json", data)
+    two_images = {**rows[3], "images": [*rows[3]["images"], *rows[5]["images"]]}
+    rows = [{**rows[1], "messages": rows[1]["messages"][:2]}, rows[2], rows[0], two_images]
     model = make_model().eval()
     alone = []
     for row in rows:
         for turn in range(0, len(row["messages"]), 2):
-            batch = collator(min_image_tokens=None)([{**row, "messages": row["messages"][turn : turn + 2]}])
-            loss = model(**batch).loss
-            alone += [loss] * (batch["labels"] != -100).sum()
-    batch = collate(rows)
+            batch = collator()([{**row, "messages": row["messages"][turn : turn + 2]}])
+            alone += [model(**batch).loss] * (batch["labels"] != -100).sum()
+    batch = collator(independent_turns=True)(rows)
     assert (batch["labels"] != -100).sum() == len(alone)
     torch.testing.assert_close(model(**batch).loss, torch.stack(alone).mean())
 
 
-def test_independent_turns_train(data, monkeypatch):
+def test_independent_turns_train_with_rows_without_an_image(data, monkeypatch, logs):
+    train(data, monkeypatch, independent_turns=True, max_steps=3, min_image_tokens=4)
+    assert len(curve(logs)) == 3
+
+
+# LoRA
+
+
+def test_lora_is_merged_into_a_plain_checkpoint_that_answers_as_the_adapted_model(data, monkeypatch):
+    options = {"lora_r": 4, "lora_alpha": 64, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    model, processor = train(data, monkeypatch, **options)
+    changed = changed_names(model)
+    language_model = {name for name in changed if "language_model" in name}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert language_model == {name for name in linear if "language_model" in name}
+    assert {name.split(".")[-2] for name in changed - language_model} == {
+        *("linear_1", "linear_2", "row_embedding", "column_embedding")
+    }
+    assert not any("adapter" in file.name for file in (data / "out").iterdir())
+
+    adapted = PeftModel.from_pretrained(LightVLM.from_pretrained(data / "model"), str(data / "out" / "checkpoint-3"))
+    batch = collator()([load_llava(data / "data.json", data)[1]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, adapted(**batch).logits, **TOLERANCE)
+
+
+def test_the_projector_may_learn_at_its_own_rate(data, monkeypatch):
+    model, _ = train(data, monkeypatch, max_steps=2, learning_rate=0, projector_learning_rate=1e-2)
+    changed = changed_names(model)
+    assert changed and all("multi_modal_projector" in name for name in changed)
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_r": 4}])
+def test_a_resumed_run_has_the_losses_and_k_of_one_that_was_not_interrupted(data, monkeypatch, logs, lora):
+    options = {"min_image_tokens": 4, "max_steps": 5, "save_strategy": "steps", "save_steps": 2, **lora}
+    straight, _ = train(data, monkeypatch, **options)  # an epoch is three steps
+    expected = curve(logs)
+    logs.clear()
+    checkpoint = data / "out" / "checkpoint-2"
+    resumed, _ = train(data, monkeypatch, "again", **options, resume_from_checkpoint=checkpoint)
+    assert [step for step, _, _ in curve(logs)] == [3, 4, 5]
+    torch.testing.assert_close(torch.tensor(curve(logs)), torch.tensor(expected[2:]), atol=1e-6, rtol=1e-6)
+    assert len({kept for _, _, kept in expected}) > 2
+    weights = resumed.state_dict()
+    for name, weight in straight.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_dataloader_workers_and_accumulated_batches_change_nothing(data, monkeypatch, logs):
+    options = {"min_image_tokens": 4, "max_steps": 4}
+    train(data, monkeypatch, **options)
+    expected = curve(logs)
+    logs.clear()
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    train(data, monkeypatch, **options, **split, dataloader_num_workers=2)
+    losses = torch.tensor([loss for _, loss, _ in curve(logs)])
+    torch.testing.assert_close(losses, torch.tensor([loss for _, loss, _ in expected]), **TOLERANCE)
+
+
+def test_a_stream_draws_k_for_each_step(data, monkeypatch, logs):
     rows = json.loads((data / "data.json").read_text())
     (data / "data.json").write_text(json.dumps(rows[1:]))
-    options = [
-        "--independent_turns",
-        "true",
-        "--max_steps",
-        "2",
-        "--min_image_tokens",
-        "4",
-        "--save_dtype",
-        "bfloat16",
-    ]
-    model, _ = train(data, monkeypatch, *options)
-    assert model.dtype == torch.bfloat16
+    train(data, monkeypatch, streaming=True, max_steps=4, min_image_tokens=4, per_device_train_batch_size=2)
+    kept = [kept for _, _, kept in curve(logs)]
+    assert len(kept) == 4 and len({*kept}) > 1 and all(each == int(each) for each in kept)
+
+
+# Logs
+
+
+def test_speed_and_kept_tokens_are_logged_to_tensorboard(data, monkeypatch):
+    options = {"report_to": "tensorboard", "max_steps": 2, "include_num_input_tokens_seen": True}
+    train(data, monkeypatch, **options)
+    (events,) = (data / "out").rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    assert {"train/loss", "train/kept_image_tokens", "train/train_tokens_per_second"} <= {
+        *accumulator.Tags()["scalars"]
+    }
+    assert [event.value for event in accumulator.Scalars("train/kept_image_tokens")] == [9.0, 9.0]
+
+
+def test_the_loss_at_several_k_is_evaluated_while_training(data, monkeypatch, logs):
+    options = {"eval_data_path": [data / "data.json"], "eval_image_tokens": [4, 36], "eval_strategy": "steps"}
+    train(data, monkeypatch, **options, eval_steps=2, max_steps=2, learning_rate=0)
+    model = make_model(num_image_tokens=9)
+    rows = [*load_llava(data / "data.json", data)]
+    for budget in (4, 36):
+        (logged,) = [each for each in logs if f"eval_k{budget}_loss" in each]
+        batches = [
+            collator()([{**row, "num_image_tokens": budget} for row in rows[start : start + 3]]) for start in (0, 3, 6)
+        ]
+        with torch.no_grad():
+            expected = torch.stack([model(**batch).loss for batch in batches]).mean()
+        assert logged[f"eval_k{budget}_loss"] == pytest.approx(expected.item(), rel=1e-4)
+        assert logged["eval_kept_image_tokens"] == budget
+        assert f"- final eval_k{budget}_loss: {expected:.4f}" in (data / "out" / "README.md").read_text()
+
+
+# The folder
+
+
+def test_the_card_is_true_and_its_example_runs(data, monkeypatch, capsys):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "min_image_tokens": 4}
+    train(data, monkeypatch, **options, base_model=["microsoft/phi-2", "openai/clip-vit-large-patch14-336"])
+    card = (data / "out" / "README.md").read_text()
+    _, metadata, text = card.split("---\n", 2)
+    assert yaml.safe_load(metadata) == {
+        "base_model": ["microsoft/phi-2", "openai/clip-vit-large-patch14-336"],
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["lightvlm", "token-pruning"],
+    }
+    for fact in (
+        "data.json",
+        "steps: 2 of 3 rows each",
+        "4 to 36 of them in training",
+        "final loss",
+        "started from: model",
+    ):
+        assert fact in text
+    monkeypatch.chdir(data / "out")
+    Image.open(data / "1.png").save("photo.jpg")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    assert "generated_text" in capsys.readouterr().out
+
+
+def test_nothing_in_the_folder_is_a_pickle_but_the_state_of_interrupted_runs(data, monkeypatch):
+    train(data, monkeypatch, max_steps=2, save_strategy="steps", save_steps=1)
+    files = [path for path in (data / "out").iterdir() if not path.name.startswith("checkpoint-")]
+    assert {path.suffix for path in files} == {".json", ".jinja", ".py", ".safetensors", ".md"}
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_image_tokens": 37}, "from 1 to 36"),
+        ({"eval_image_tokens": [0], "eval_data_path": ["x.json"], "eval_strategy": "steps"}, "from 1 to 36"),
+        ({"min_image_tokens": 9, "max_image_tokens": 4}, "must not decrease"),
+        ({"max_image_tokens": 9}, "need min_image_tokens"),
+        ({"min_image_tokens": 9, "full_share": 0.9, "min_share": 0.2}, "at most 1"),
+        ({"eval_image_tokens": [9]}, "eval_image_tokens needs eval_data_path"),
+        ({"eval_data_path": ["x.json"]}, "needs eval_strategy"),
+        ({"eval_strategy": "epoch"}, "eval_strategy needs eval_data_path"),
+        ({"streaming": True}, "streaming needs max_steps"),
+        ({"independent_turns": True, "max_length": 9}, "max_length"),
+        ({"projector_learning_rate": 1e-4, "train_parts": ["lm_head"]}, "projector_learning_rate"),
+        ({"save_dtype": "int8"}, "save_dtype"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
+        ({"push_to_hub": True}, "hf upload"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_before_anything_heavy_is_loaded(data, monkeypatch, options, message):
+    (data / "model" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=message):
+        train(data, monkeypatch, **options)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_is_possible_and_has_the_published_batch_on_eight_gpus(config):
+    options = ["--config", str(config), "--use_cpu", "true"]
+    if "align" in config.stem or "tiny" in config.stem:
+        options += ["--model_name_or_path", "model"]
+    if "tiny" not in config.stem:
+        options += ["--data-path", "data.json", "--image-folder", "images", "--output-dir", "out"]
+    args, training_args = TrlParser((sft.LightVLMArguments, SFTConfig)).parse_args_and_config(options)
+    sft.check_arguments(args, training_args, 729 if "siglip" in config.stem else 576)
+    batch = 8 * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    assert "tiny" in config.stem or batch == (256 if "align" in config.stem else 128)
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("setup", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_gradients_and_k_of_one(data, monkeypatch, setup):
+    rows = json.loads((data / "data.json").read_text())
+    (data / "data.json").write_text(json.dumps(rows[:-1]))  # eight, the first without an image
+    options = {"min_image_tokens": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    options |= {"independent_turns": setup == "ddp", "ddp_find_unused_parameters": False}
+    model, _ = train(data, monkeypatch, "one", **options, per_device_train_batch_size=4)
+    (data / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
+    script = {"ddp": TRAINING / "sft.py", "fsdp": data / "fsdp_on_cpu.py"}[setup]
+    config = str(TRAINING / "accelerate" / f"{setup}.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
+    launch += ["--num_processes", "2", "--main_process_port", "0", str(script)]
+    options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "output_dir": data / "two"}
+    subprocess.run([*launch, *command(data, **options)], check=True, timeout=120)
+
+    one, two = (
+        json.loads((data / run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+        for run in ("one", "two")
+    )
+    assert [each["kept_image_tokens"] for each in one] == [each["kept_image_tokens"] for each in two]
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(*(torch.tensor([each[name] for each in run]) for run in (two, one)), **TOLERANCE)
+    batch = collator()([load_llava(data / "data.json", data)[1]])
+    with torch.no_grad():
+        other = LightVLM.from_pretrained(data / "two")
+        torch.testing.assert_close(other(**batch).logits, model(**batch).logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+def test_accelerate_reads_its_configurations(name):
+    config = load_config_from_file(str(TRAINING / "accelerate" / f"{name}.yaml"))
+    assert config.mixed_precision == "bf16" and config.num_processes == 8

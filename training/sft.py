@@ -1,23 +1,55 @@
 """Train LightVLM on LLaVA JSON files with TRL's SFTTrainer.
 
-    accelerate launch training/sft.py --config training/configs/tiny_sft.yaml \\
-        --model_name_or_path build/few --output_dir build/trained
+    accelerate launch training/sft.py --config training/configs/phi2_clip_k144.yaml \\
+        --data-path llava_instruct_150k.json --image-folder coco/train2017 --output-dir build/phi2-clip-k144
 
 Every option of the configuration file can be given on the command line too, where it wins. The output folder holds
-weights, processor and code, and loads with `from_pretrained` as it is.
+weights, processor, code and a card, and loads with `from_pretrained` as it is. For several GPUs put
+`--config_file training/accelerate/ddp.yaml` (or fsdp.yaml, zero3.yaml) before the script.
 """
 
-import copy
 import math
+import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import concatenate_datasets
-from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from huggingface_hub import ModelCard, ModelCardData
+from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream
 from lightvlm.training.llava_data import load_llava
+from peft import LoraConfig, PeftModel
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer, TrlParser
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+CARD = """\
+---
+{metadata}
+---
+
+# {name}
+
+A LightVLM checkpoint: a vision-language model that answers from {num_image_tokens} of an image's {num_patches}
+tokens, or from as many as a call asks for.
+
+```python
+from transformers import pipeline
+
+folder = "."  # this folder, or its name on the Hub
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+content = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "What is in this image?"}}]
+print(pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=64, return_full_text=False))
+```
+
+## Training
+
+{training}
+"""
 
 
 @dataclass
@@ -27,103 +59,103 @@ class LightVLMArguments:
     model_name_or_path: str = field(metadata={"help": "folder or Hub name of a LightVLM checkpoint"})
     data_path: list[str] = field(metadata={"help": "LLaVA JSON files"})
     image_folder: str | None = field(default=None, metadata={"help": "folder that its image paths are relative to"})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read rows as they are needed, in the files' order; needs max_steps"}
+    )
+    eval_data_path: list[str] | None = field(default=None, metadata={"help": "LLaVA JSON files, for a loss at each K"})
+    eval_image_tokens: list[int] | None = field(
+        default=None, metadata={"help": "the K of eval_data_path's losses; num_image_tokens by default"}
+    )
     train_parts: list[str] = field(
         default_factory=lambda: ["multi_modal_projector", "pruner", "language_model", "lm_head"],
         metadata={"help": "parts of the model that learn; the others are frozen"},
     )
+    num_image_tokens: int | None = field(
+        default=None, metadata={"help": "K of training and of the saved checkpoint; the loaded one's if None"}
+    )
     min_image_tokens: int | None = field(
-        default=None,
-        metadata={"help": "draw K per batch, log-uniform from this on; by default K is the processor's"},
+        default=None, metadata={"help": "draw K per optimizer step, log-uniform from this on"}
     )
     max_image_tokens: int | None = field(default=None, metadata={"help": "the largest K drawn; all patches if None"})
+    log_uniform_max: int | None = field(
+        default=None, metadata={"help": "the largest K of the log-uniform draws; max_image_tokens if None"}
+    )
     full_share: float = field(default=0.15, metadata={"help": "share of the drawn K that are the largest"})
-    save_dtype: str | None = field(default=None, metadata={"help": "of the saved weights, such as bfloat16"})
+    min_share: float = field(default=0.0, metadata={"help": "share of the drawn K that are the smallest"})
     independent_turns: bool = field(
         default=False, metadata={"help": "train each question of a row as if it were asked alone"}
     )
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "train a LoRA of this rank on language_model, in place of it and lm_head, and merge it"},
+    )
+    lora_alpha: int = field(default=256, metadata={"help": "its scale is lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before its layers"})
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "of multi_modal_projector; learning_rate if None"}
+    )
+    save_dtype: str = field(default="float32", metadata={"help": "of the saved weights, such as bfloat16"})
+
+    base_model: list[str] | None = field(
+        default=None, metadata={"help": "Hub names for the card, where model_name_or_path is a folder made of them"}
+    )
+
+    @property
+    def full_parts(self) -> list[str]:
+        """The parts that learn in full, which in a LoRA run the language model and its head do not."""
+        adapted = ("language_model", "lm_head") if self.lora_r else ()
+        return [part for part in self.train_parts if part not in adapted]
 
 
-class LightVLMCollator(DataCollatorForVisionLanguageModeling):
-    """TRL's collator, with two options: K drawn anew for each batch, and turns that do not see each other."""
-
-    def __init__(self, processor: LightVLMProcessor, arguments: LightVLMArguments, **kwargs):
-        super().__init__(copy.copy(processor), **kwargs)  # a copy: the saved processor keeps its own default
-        self.arguments = arguments
-
-    def draw_budget(self) -> int:
-        """Log-uniform from the smallest budget to the largest, but the largest in `full_share` of the draws."""
-        largest = self.arguments.max_image_tokens or self.processor.num_patches
-        if torch.rand(()).item() < self.arguments.full_share:
-            return largest
-        low, high = math.log(self.arguments.min_image_tokens), math.log(largest)
-        return round(math.exp(low + (high - low) * torch.rand(()).item()))
-
-    def torch_call(self, examples: list[dict]) -> dict:
-        """A batch whose images all have the same K."""
-        if self.arguments.min_image_tokens is not None:
-            self.processor.num_image_tokens = self.draw_budget()
-        if self.arguments.independent_turns:
-            return pack_independent_turns(examples, self.processor)
-        return super().torch_call(examples)
-
-
-def pack_independent_turns(examples: list[dict], processor: LightVLMProcessor) -> dict[str, torch.Tensor]:
-    """Train every question about an image as if it were asked alone, while the image is encoded and prefilled once.
-
-    A row is the prompt up to the end of the image, then each question with its answer; these see the image and
-    themselves, not each other, and their positions start over behind the image. Labels are on the answers alone.
-
-    Args:
-        examples: rows of `load_llava` with one image each and an even number of turns.
-
-    Returns:
-        `input_ids`, `labels` and `position_ids` (batch, length), `attention_mask` (batch, 1, length, length, bool),
-        `pixel_values` and `num_image_tokens`.
-    """
-    tokenizer, budget = processor.tokenizer, processor.num_image_tokens
-    rows = []
-    for example in examples:
-        prefix, blocks = [], []
-        for question, answer in zip(example["messages"][::2], example["messages"][1::2], strict=True):
-            asked = {**question, "content": [{"type": "image"}, {"type": "text", "text": question["content"]}]}
-            prompt = processor.apply_chat_template([asked], add_generation_prompt=True)
-            answered = processor.apply_chat_template([asked, answer]).removeprefix(prompt)
-            prompt_ids, answer_ids = (
-                tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answered)
-            )
-            start = prompt_ids.index(processor.image_token_id) + 1
-            prefix = prompt_ids[: start - 1] + [processor.image_token_id] * budget
-            blocks.append((prompt_ids[start:], answer_ids))
-        rows.append((prefix, blocks))
-
-    length = max(len(prefix) + sum(len(q) + len(a) for q, a in blocks) for prefix, blocks in rows)
-    input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    labels, position_ids = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
-    block_ids = torch.full_like(input_ids, -1)  # 0: prefix, 1, 2, ...: turns, -1: padding
-    for row, (prefix, blocks) in enumerate(rows):
-        input_ids[row, : len(prefix)] = torch.tensor(prefix)
-        position_ids[row, : len(prefix)] = torch.arange(len(prefix))
-        block_ids[row, : len(prefix)] = 0
-        start = len(prefix)
-        for number, (question, answer) in enumerate(blocks, start=1):
-            end = start + len(question) + len(answer)
-            input_ids[row, start:end] = torch.tensor(question + answer)
-            labels[row, end - len(answer) : end] = torch.tensor(answer)
-            position_ids[row, start:end] = torch.arange(len(prefix), len(prefix) + end - start)
-            block_ids[row, start:end] = number
-            start = end
-    queries, keys = block_ids[:, :, None], block_ids[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    attention_mask = ((queries == keys) | (keys == 0)) & causal  # padding attends to padding, which nothing reads
-    images = [image for example in examples for image in example["images"]]
-    inputs = processor(images=images, num_image_tokens=budget, return_tensors="pt")
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask[:, None],
-        "position_ids": position_ids,
-        "labels": labels,
-        **inputs,
+def check_arguments(args: LightVLMArguments, training_args: SFTConfig, num_patches: int) -> None:
+    """ValueError with all that is wrong with the arguments, before anything heavy is loaded."""
+    bounds = [args.min_image_tokens, args.log_uniform_max, args.max_image_tokens]
+    bounds = [budget for budget in bounds if budget is not None]
+    budgets = [*bounds, *(args.eval_image_tokens or [])]
+    budgets += [] if args.num_image_tokens is None else [args.num_image_tokens]
+    shares = [args.full_share, args.min_share]
+    has_projector = "multi_modal_projector" in args.train_parts
+    problems = {
+        f"an image has {num_patches} tokens, so give numbers from 1 to {num_patches}": not all(
+            1 <= budget <= num_patches for budget in budgets
+        ),
+        "log_uniform_max and max_image_tokens need min_image_tokens": bounds and args.min_image_tokens is None,
+        "min_image_tokens, log_uniform_max and max_image_tokens must not decrease": bounds != sorted(bounds),
+        "full_share and min_share are shares, and together at most 1": min(shares) < 0 or sum(shares) > 1,
+        "eval_image_tokens needs eval_data_path": args.eval_image_tokens and not args.eval_data_path,
+        "eval_data_path needs eval_strategy": args.eval_data_path and training_args.eval_strategy == "no",
+        "eval_strategy needs eval_data_path": training_args.eval_strategy != "no" and not args.eval_data_path,
+        "streaming needs max_steps": args.streaming and training_args.max_steps < 1,
+        "independent_turns cuts nothing off, so set max_length to null": args.independent_turns
+        and training_args.max_length is not None,
+        "projector_learning_rate needs multi_modal_projector in train_parts": args.projector_learning_rate is not None
+        and not has_projector,
+        "lora_r is a rank, 1 or more": args.lora_r is not None and args.lora_r < 1,
+        "save_dtype is float32, bfloat16 or float16": args.save_dtype not in ("float32", "bfloat16", "float16"),
+        "rows come in random order whatever train_sampling_strategy": training_args.train_sampling_strategy
+        != "random",
+        "load_best_model_at_end cannot be; each checkpoint-* loads as it is": training_args.load_best_model_at_end,
+        "push_to_hub cannot be; upload the finished folder with `hf upload`": training_args.push_to_hub,
     }
+    if any(problems.values()):
+        raise ValueError("; ".join(message for message, is_wrong in problems.items() if is_wrong) + ".")
+
+
+def draw_budget(args: LightVLMArguments, generator: torch.Generator) -> int:
+    """K of an optimizer step: `num_image_tokens`, or drawn where `min_image_tokens` is given.
+
+    The largest K in `full_share` of the draws, the smallest in `min_share`, else log-uniform between.
+    """
+    if args.min_image_tokens is None:
+        return args.num_image_tokens
+    share, place = torch.rand(2, generator=generator).tolist()
+    if share < args.full_share:
+        return args.max_image_tokens
+    if share < args.full_share + args.min_share:
+        return args.min_image_tokens
+    low, high = math.log(args.min_image_tokens), math.log(args.log_uniform_max or args.max_image_tokens)
+    return round(math.exp(low + (high - low) * place))
 
 
 def freeze_all_but(model: LightVLMForConditionalGeneration, parts: list[str]) -> None:
@@ -140,33 +172,177 @@ def freeze_all_but(model: LightVLMForConditionalGeneration, parts: list[str]) ->
         parameter.requires_grad = not is_scorer and any(part in modules for part in parts)
 
 
+def make_lora_config(model: LightVLMForConditionalGeneration, args: LightVLMArguments) -> LoraConfig:
+    """Adapters on all linear layers of the language model, beside the modules that learn in full."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    learning = {name.rpartition(".")[0] for name, weight in model.named_parameters() if weight.requires_grad}
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=[name for name in linear if ".language_model." in name],
+        modules_to_save=sorted(learning),
+    )
+
+
+class LightVLMTrainer(SFTTrainer):
+    """SFTTrainer with a K for each optimizer step, and a plain checkpoint at the end.
+
+    Args:
+        arguments: what to train, on what, and with how many image tokens, all given.
+        kwargs: SFTTrainer's.
+    """
+
+    def __init__(self, arguments: LightVLMArguments, **kwargs):
+        self.arguments = arguments
+        super().__init__(**kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's, with rows that know K of their optimizer step."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        draw = partial(draw_budget, self.arguments)
+        rows_per_step = self.get_total_train_batch_size(self.args)
+        if isinstance(self.train_dataset, IterableDataset):
+            rows = StepStream(self.train_dataset, rows_per_step, draw, seed)
+        else:
+            rows = StepRows(self.train_dataset)
+
+        def sampler(rows: StepRows) -> StepSampler:
+            return StepSampler(len(rows), rows_per_step, draw, seed, epoch=lambda: int(self.state.epoch))
+
+        return self._get_dataloader(rows, "Training", self._train_batch_size, sampler, is_training=True)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's, with the projector's own learning rate."""
+        optimizer = super().create_optimizer(model)
+        rate = self.arguments.projector_learning_rate
+        if rate is not None:
+            named = (model or self.model).named_parameters()
+            projector = {id(weight) for name, weight in named if "multi_modal_projector" in name}
+            for group in list(optimizer.param_groups):
+                own = [weight for weight in group["params"] if id(weight) in projector]
+                group["params"] = [weight for weight in group["params"] if id(weight) not in projector]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
+        """As SFTTrainer's; logs K, too."""
+        head = self.model.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()  # SFTTrainer reads its weights uncalled: a process would learn from its own rows alone
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["kept_image_tokens"].append(inputs["num_image_tokens"].float().mean().item())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As Trainer's, which would skip whole models: their weights are saved under LLaVA's names."""
+        if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = LightVLMForConditionalGeneration.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            self.model.load_state_dict(saved.state_dict())
+
+    def write_checkpoint(self) -> None:
+        """Write the folder that is shipped: weights, merged and of `save_dtype`, processor, code and card.
+
+        Weights that are spread over processes are gathered in a folder first, and one process goes on from there.
+        """
+        gathered = Path(self.args.output_dir, "gathered")
+        self.save_model(str(gathered), _internal_call=True)
+        if self.is_world_process_zero():
+            unset_hf_deepspeed_config()  # or loading would wait for the other processes
+            start = self.arguments.model_name_or_path if self.arguments.lora_r else gathered
+            model = LightVLMForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+            if self.arguments.lora_r:
+                model = PeftModel.from_pretrained(model, gathered).merge_and_unload()
+            model.config.num_image_tokens = self.arguments.num_image_tokens
+            model.to(getattr(torch, self.arguments.save_dtype)).save_pretrained(self.args.output_dir)
+            self.processing_class.save_pretrained(self.args.output_dir)
+            self.create_model_card()
+            shutil.rmtree(gathered)
+
+    def create_model_card(self, *_args, **_kwargs) -> None:
+        """README.md: what the checkpoint is, how to use it and how it was trained."""
+        args, config, losses = self.arguments, self.model.config, {}
+        for logs in self.state.log_history:
+            losses |= {name: value for name, value in logs.items() if name.endswith("loss")}
+        start = None if Path(args.model_name_or_path).is_dir() else args.model_name_or_path
+        metadata = ModelCardData(
+            pipeline_tag="image-text-to-text",
+            library_name="transformers",
+            base_model=args.base_model or start,
+            tags=["lightvlm", "token-pruning"],
+        )
+        learned = ["pruner (but not its scorer)" if part == "pruner" else part for part in args.full_parts]
+        learned += [f"language_model (LoRA of rank {args.lora_r})"] if args.lora_r else []
+        drawn = f"{args.min_image_tokens} to {args.max_image_tokens} of them in training, drawn for each step, and "
+        training = {
+            "started from": Path(args.model_name_or_path).name,
+            "data": ", ".join(Path(path).name for path in args.data_path),
+            "image tokens": (drawn if args.min_image_tokens else "") + f"{args.num_image_tokens} by default",
+            "trained": ", ".join(learned),
+            "steps": f"{self.state.global_step:,} of {self.get_total_train_batch_size(self.args)} rows each",
+            **{f"final {name}": f"{value:.4f}" for name, value in losses.items()},
+        }
+        card = ModelCard(
+            CARD.format(
+                metadata=metadata.to_yaml(),
+                name=Path(self.args.output_dir).name,
+                num_image_tokens=args.num_image_tokens,
+                num_patches=config.num_patches,
+                training="\n".join(f"- {name}: {value}" for name, value in training.items()),
+            )
+        )
+        if self.is_world_process_zero():
+            card.save(Path(self.args.output_dir, "README.md"))
+
+
+def load_rows(args: LightVLMArguments) -> tuple[Dataset | IterableDataset, dict[str, Dataset] | None]:
+    """Rows to train on; and those to evaluate on, once for each K, called k144 for K = 144."""
+    options = {"image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
+    rows = concatenate_datasets([load_llava(path, streaming=args.streaming, **options) for path in args.data_path])
+    if args.eval_data_path is None:
+        return rows, None
+    held_out = concatenate_datasets([load_llava(path, **options) for path in args.eval_data_path])
+    budgets = {f"k{budget}": [budget] * len(held_out) for budget in args.eval_image_tokens}
+    return rows, {name: held_out.add_column("num_image_tokens", column) for name, column in budgets.items()}
+
+
 def main() -> None:
     parser = TrlParser((LightVLMArguments, SFTConfig))
     args, training_args = parser.parse_args_and_config()
+    config = LightVLMConfig.from_pretrained(args.model_name_or_path)
+    check_arguments(args, training_args, config.num_patches)
+    args.num_image_tokens = args.num_image_tokens or config.num_image_tokens
+    args.max_image_tokens = args.max_image_tokens or config.num_patches
+    args.eval_image_tokens = args.eval_image_tokens or [args.num_image_tokens]
+    training_args.remove_unused_columns = False  # of which one is K
 
+    train_rows, eval_rows = load_rows(args)
     processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
     model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-    freeze_all_but(model, args.train_parts)
+    model.config.num_image_tokens = processor.num_image_tokens = args.num_image_tokens
+    # FSDP wraps these. Layers of the vision encoder are called in parts, which it does not allow.
+    model._no_split_modules = model.model.language_model._no_split_modules
+    freeze_all_but(model, args.full_parts)
 
-    collator = LightVLMCollator(
-        processor,
+    trainer = LightVLMTrainer(
         args,
-        max_length=training_args.max_length,
-        assistant_only_loss=training_args.assistant_only_loss,
-    )
-    trainer = SFTTrainer(
         model=model,
         args=training_args,
-        data_collator=collator,
-        train_dataset=concatenate_datasets([load_llava(path, args.image_folder) for path in args.data_path]),
+        data_collator=LightVLMCollator(
+            processor,
+            args.independent_turns,
+            max_length=training_args.max_length,
+            assistant_only_loss=training_args.assistant_only_loss,
+        ),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
+        peft_config=make_lora_config(model, args) if args.lora_r else None,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if args.save_dtype is not None:
-        model.to(getattr(torch, args.save_dtype))
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        (Path(training_args.output_dir) / "training_args.bin").unlink()  # a pickle; the folder is for strangers
+    trainer.write_checkpoint()
 
 
 if __name__ == "__main__":

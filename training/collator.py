@@ -1,0 +1,202 @@
+"""Batches for training: rows with the K of their optimizer step, and how they become tensors."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset, IterableDataset
+from lightvlm import LightVLMProcessor
+from PIL import Image
+from torch.nn.functional import pad
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+
+@dataclass(eq=False)
+class StepSampler(torch.utils.data.Sampler):
+    """Row numbers in a new order each epoch, each with the K that all rows of its optimizer step share.
+
+    All of it follows from seed and epoch, so dataloader workers, processes and interruptions change nothing; and no
+    process waits for another that drew a larger K.
+
+    Args:
+        num_rows: of the dataset.
+        rows_per_step: rows of an optimizer step, of all processes and accumulated batches together.
+        draw: K of a step, drawn with a generator.
+        seed: of order and K.
+        epoch: gives the epoch that begins or is resumed.
+    """
+
+    num_rows: int
+    rows_per_step: int
+    draw: Callable[[torch.Generator], int]
+    seed: int
+    epoch: Callable[[], int]
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        order = torch.randperm(self.num_rows, generator=generator).tolist()
+        for start in range(0, self.num_rows, self.rows_per_step):
+            budget = self.draw(generator)
+            for number in order[start : start + self.rows_per_step]:
+                yield number, budget
+
+
+@dataclass(eq=False)
+class StepRows(torch.utils.data.Dataset):
+    """Rows, asked for by the pairs of a `StepSampler`, with K as `num_image_tokens`."""
+
+    rows: Dataset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, pair: tuple[int, int]) -> dict:
+        number, budget = pair
+        return {**self.rows[number], "num_image_tokens": budget}
+
+
+@dataclass(eq=False)
+class StepStream(torch.utils.data.IterableDataset):
+    """Rows of a stream, in the same order each epoch, with K as `num_image_tokens`. Arguments as of `StepSampler`."""
+
+    rows: IterableDataset
+    rows_per_step: int
+    draw: Callable[[torch.Generator], int]
+    seed: int
+
+    def __iter__(self) -> Iterator[dict]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for number, row in enumerate(self.rows):
+            if number % self.rows_per_step == 0:
+                budget = self.draw(generator)
+            yield {**row, "num_image_tokens": budget}
+
+
+class LightVLMCollator(DataCollatorForVisionLanguageModeling):
+    """TRL's collator, with K of the first row for the whole batch, and no batch without an image.
+
+    Args:
+        processor: whose K is for rows without one.
+        independent_turns: train each question of a row as if it were asked alone, see `pack_turns`.
+        kwargs: TRL's.
+    """
+
+    def __init__(self, processor: LightVLMProcessor, independent_turns: bool = False, **kwargs):
+        super().__init__(processor, **kwargs)
+        self.independent_turns = independent_turns
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        """A batch whose images all have the same K."""
+        default = self.processor.num_image_tokens
+        self.processor.num_image_tokens = examples[0].get("num_image_tokens", default)
+        batch = self.pack(examples) if self.independent_turns else self.begin(super().torch_call(examples))
+        if "pixel_values" not in batch:
+            batch = add_blank_image(batch, self.processor)
+        self.processor.num_image_tokens = default  # the processor is saved with each checkpoint
+        return batch
+
+    def begin(self, batch: dict) -> dict:
+        """A batch of TRL's, with what begins every text, such as <s>: TRL leaves it out, and generation does not."""
+        first = self.processor.tokenizer("")["input_ids"]
+        if batch["input_ids"][0, : len(first)].tolist() != first:
+            for name, value in {"input_ids": 0, "attention_mask": 1, "labels": -100}.items():
+                batch[name] = pad(batch[name], (len(first), 0), value=value)
+            batch["input_ids"][:, : len(first)] = torch.tensor(first)
+        return batch
+
+    def pack(self, examples: list[dict]) -> dict:
+        """A batch of `pack_turns`, with the images."""
+        conversations, images = [row["messages"] for row in examples], [row["images"] for row in examples]
+        batch = pack_turns(conversations, self.processor, self.processor.num_image_tokens, [*map(len, images)])
+        flat = [image for row in images for image in row]
+        return {**batch, **self.processor(images=flat, return_tensors="pt")} if flat else batch
+
+
+def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
+    """The same batch of text alone, with an image behind its first row that nothing attends to.
+
+    FSDP and ZeRO-3 gather each module's weights on all processes at once: one that skips the vision encoder, for want
+    of an image, would leave the others waiting forever.
+    """
+    blank = processor(images=[Image.new("RGB", (32, 32))], return_tensors="pt")
+    budget, mask = processor.num_image_tokens, batch["attention_mask"]
+    batch["attention_mask"] = pad(mask, (0, budget) if mask.dim() == 2 else (0, budget, 0, budget))
+    if mask.dim() == 4:
+        behind = torch.arange(-budget, 0)
+        batch["attention_mask"][..., behind, behind] = True  # attention without any key is no number
+        batch["position_ids"] = pad(batch["position_ids"], (0, budget))
+    batch["labels"] = pad(batch["labels"], (0, budget), value=-100)
+    batch["input_ids"] = pad(batch["input_ids"], (0, budget), value=processor.tokenizer.pad_token_id)
+    batch["input_ids"][0, -budget:] = processor.image_token_id
+    return {**batch, **blank}
+
+
+def pack_turns(
+    conversations: list[list[dict]],
+    processor: LightVLMProcessor,
+    num_image_tokens: int,
+    num_images: list[int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Train every question about an image as if it were asked alone, while the image is encoded and prefilled once.
+
+    A row is the prompt up to the end of its images, then each question with its answer; these see the images and
+    themselves, not each other, and their positions start over behind the images. Labels are on the answers alone.
+
+    Args:
+        conversations: messages of each row, questions and answers by turns, as `load_llava` returns them.
+        processor: for chat template and tokenizer.
+        num_image_tokens: K of every image.
+        num_images: of each row; one each if None.
+
+    Returns:
+        `input_ids`, `labels` and `position_ids` (batch, length), `attention_mask` (batch, 1, length, length, bool).
+    """
+    tokenizer, image_token_id = processor.tokenizer, processor.image_token_id
+    first = tokenizer("")["input_ids"]  # <s> or the like, unless the chat template writes it
+    rows = []
+    for messages, count in zip(conversations, num_images or [1] * len(conversations), strict=True):
+        prefix, blocks = [], []
+        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+            content = [{"type": "image"}] * count + [{"type": "text", "text": question["content"]}]
+            asked = {**question, "content": content}
+            prompt = processor.apply_chat_template([asked], add_generation_prompt=True)
+            answered = processor.apply_chat_template([asked, answer]).removeprefix(prompt)
+            prompt_ids, answer_ids = (
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answered)
+            )
+            prompt_ids = prompt_ids if prompt_ids[: len(first)] == first else first + prompt_ids
+            start = len(prompt_ids) - prompt_ids[::-1].index(image_token_id) if count else 0
+            prefix = []
+            for token in prompt_ids[:start]:
+                prefix += [token] * (num_image_tokens if token == image_token_id else 1)
+            blocks.append((prompt_ids[start:], answer_ids))
+        rows.append((prefix, blocks))
+
+    length = max(len(prefix) + sum(len(q) + len(a) for q, a in blocks) for prefix, blocks in rows)
+    input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    labels, position_ids = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
+    block_ids = torch.full_like(input_ids, -1)  # 0: prefix, 1, 2, ...: turns, -1: padding
+    for row, (prefix, blocks) in enumerate(rows):
+        input_ids[row, : len(prefix)] = torch.tensor(prefix)
+        position_ids[row, : len(prefix)] = torch.arange(len(prefix))
+        block_ids[row, : len(prefix)] = 0
+        start = len(prefix)
+        for number, (question, answer) in enumerate(blocks, start=1):
+            end = start + len(question) + len(answer)
+            input_ids[row, start:end] = torch.tensor(question + answer)
+            labels[row, end - len(answer) : end] = torch.tensor(answer)
+            position_ids[row, start:end] = torch.arange(len(prefix), len(prefix) + end - start)
+            block_ids[row, start:end] = number
+            start = end
+    queries, keys = block_ids[:, :, None], block_ids[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    attention_mask = ((queries == keys) | (keys == 0)) & causal  # padding attends to padding, which nothing reads
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask[:, None],
+        "position_ids": position_ids,
+        "labels": labels,
+    }
