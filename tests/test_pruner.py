@@ -1,0 +1,172 @@
+"""Policy gradient teaches the scorer what the language model needs, and touches nothing else."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.training import pruner
+from tiny import NUM_PATCHES, make_image, make_model, make_processor
+
+
+def test_probabilities_of_all_orders_sum_to_one():
+    scores = torch.randn(2, 4)
+    orders = torch.tensor(list(itertools.permutations(range(4))))[:, None].expand(-1, 2, -1)
+    whole = pruner.order_log_probability(scores, orders, 4).exp()
+    torch.testing.assert_close(whole.sum(dim=0), torch.ones(2))
+    firsts = orders[:, 0, 0]
+    first = torch.stack([whole[firsts == patch].sum(dim=0) for patch in range(4)], dim=-1)
+    torch.testing.assert_close(first, scores.softmax(dim=-1))
+    alone = pruner.order_log_probability(scores, orders, 1).exp()
+    torch.testing.assert_close(alone, scores.softmax(dim=-1).T[firsts])
+
+
+def test_orders_are_drawn_as_often_as_their_probability_says():
+    scores = torch.tensor([[2.0, 0.0, -1.0, 1.0]])
+    orders = pruner.sample_orders(scores, 20_000)
+    assert (orders.sort(dim=-1).values == torch.arange(4)).all()
+    share = torch.bincount(orders[:, 0, 0], minlength=4) / len(orders)
+    torch.testing.assert_close(share, scores.softmax(dim=-1)[0], atol=0.015, rtol=0)
+
+
+def test_the_baseline_of_a_sample_is_the_mean_of_the_others():
+    rewards = torch.tensor([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]])
+    expected = torch.tensor([[1.0 - 4.0, -1.5], [2.0 - 3.5, -1.5], [6.0 - 1.5, 3.0]])
+    torch.testing.assert_close(pruner.leave_one_out(rewards), expected)
+
+
+class Planted(pruner.PolicyGradient):
+    """Pays for keeping the one patch whose features carry a mark, or the one that the question points at."""
+
+    def reward(self, features, kept, inputs):
+        wanted = features[..., 0].argmax(dim=-1)
+        return (kept == wanted[:, None]).any(dim=-1).float()
+
+
+def learn(objective, batches, steps=150):
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for _ in range(steps):
+        loss = objective(**batches())["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def marked(batch: int = 32) -> dict:
+    features = torch.randn(batch, NUM_PATCHES, 32)
+    features[torch.arange(batch), torch.randint(NUM_PATCHES, (batch,)), 0] += 8
+    return {"features": features, "prior": torch.full((batch, NUM_PATCHES), 1 / NUM_PATCHES), "num_image_tokens": 2}
+
+
+def test_one_informative_patch_per_image_is_found_with_near_certainty():
+    objective = Planted(make_model())
+    learn(objective, marked)
+    batch = marked(500)
+    scores = objective.model.model.pruner.score(batch["features"], batch["prior"])
+    assert (scores.argmax(dim=-1) == batch["features"][..., 0].argmax(dim=-1)).float().mean() > 0.98
+
+
+class Asked(pruner.PolicyGradient):
+    """Pays for keeping a patch that carries the mark of the question, one of two."""
+
+    def reward(self, features, kept, inputs):
+        wanted = features[torch.arange(len(features)), :, inputs["mark"]].argmax(dim=-1)
+        return (kept == wanted[:, None]).any(dim=-1).float()
+
+
+def asked(batch: int = 32) -> dict:
+    """Two marked patches in each image, of which the question, one of two words, wants one."""
+    inputs, mark = marked(batch), torch.randint(2, (batch,))
+    places = torch.stack([torch.randperm(NUM_PATCHES)[:2] for _ in range(batch)])
+    inputs["features"] = torch.randn(batch, NUM_PATCHES, 32)
+    for kind in (0, 1):
+        inputs["features"][torch.arange(batch), places[:, kind], kind] += 8
+    return {**inputs, "num_image_tokens": 1, "mark": mark, "question_ids": torch.stack([mark + 7, mark * 0 - 1], 1)}
+
+
+def test_the_question_points_at_its_patch_and_leaves_the_static_score_as_it_is():
+    model = make_model(score="question")
+    objective = Asked(model, question_aware=True)
+    batch = asked(500)
+    before = model.model.pruner.score(batch["features"], batch["prior"])
+    learn(objective, asked, steps=300)
+    torch.testing.assert_close(model.model.pruner.score(batch["features"], batch["prior"]), before)
+    questions = model.model.embed_questions(batch["question_ids"])
+    scores = model.model.pruner.score(batch["features"], batch["prior"], questions)
+    wanted = batch["features"][torch.arange(500), :, batch["mark"]].argmax(dim=-1)
+    assert (scores.argmax(dim=-1) == wanted).float().mean() > 0.95
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "no"}]}]
+    for index in range(6):
+        make_image(index).save(tmp_path / f"{index}.png")
+        conversations = []
+        for question, answer in (("<image>\nwhat color?", "red" if index % 2 else "blue"), ("what shape?", "circle")):
+            conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        rows.append({"id": index, "image": f"{index}.png", "conversations": conversations})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    make_model(num_image_tokens=9).save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def train(data, monkeypatch, **options):
+    settings = {
+        "model_name_or_path": data / "model",
+        "data_path": data / "data.json",
+        "image_folder": data,
+        "output_dir": data / "out",
+        "image_tokens": 4,
+        "per_device_train_batch_size": 6,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    command = [part for name, value in (settings | options).items() for part in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["pruner.py", *command])
+    pruner.main()
+    return LightVLM.from_pretrained(data / "out")
+
+
+def changed_parts(data, model):
+    before = LightVLM.from_pretrained(data / "model", score=model.config.score).state_dict()
+    return {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}
+
+
+def test_the_reward_rises_and_nothing_but_the_score_changes(data, monkeypatch):
+    logs = []
+    monkeypatch.setattr(pruner.PrunerTrainer, "log", lambda self, values, *rest: logs.append(values.get("reward")))
+    model = train(data, monkeypatch, max_steps=120, num_samples=8)
+    rewards = torch.tensor([reward for reward in logs if reward is not None])
+    assert rewards[-20:].mean() > rewards[:20].mean() + 0.1
+    changed = changed_parts(data, model)
+    assert changed and all(".scorer." in name or "_score." in name for name in changed)
+    assert LightVLMProcessor.from_pretrained(data / "out").num_image_tokens == 9
+    assert {file.name for file in (data / "out").iterdir()} == {file.name for file in (data / "model").iterdir()}
+
+
+def test_a_question_aware_checkpoint_is_made_of_a_static_one(data, monkeypatch):
+    model = train(data, monkeypatch, question_aware=True)
+    assert model.config.score == "question"
+    changed = changed_parts(data, model)
+    assert changed and all("question_projection" in name or "patch_projection" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"image_tokens": NUM_PATCHES}, "from 1 to 35"),
+        ({"image_tokens": 0}, "image_tokens"),
+        ({"num_samples": 1}, "2"),
+    ],
+)
+def test_impossible_arguments_are_refused(data, monkeypatch, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        train(data, monkeypatch, **options)

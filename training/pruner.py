@@ -1,0 +1,241 @@
+"""Teach the pruner's scorer which tokens the language model needs, by policy gradient; all else is frozen.
+
+    accelerate launch training/pruner.py --config training/configs/tiny_pruner.yaml \\
+        --model_name_or_path build/trained --output_dir build/pruned
+
+Choosing the K best tokens has no gradient. So K tokens are sampled, several times for each image, with probabilities
+that follow the scores; the language model says how likely the right answers are with them; and scores of samples that
+did better than the others of the same image rise (REINFORCE with a leave-one-out baseline, Kool et al. 2019). The
+language model runs forward only, on K tokens an image.
+
+The encoder runs once for each image, and its features are kept in memory: 1.2 MB an image for CLIP ViT-L/14-336.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from datasets import concatenate_datasets
+from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.modeling_lightvlm import LightVLMImageFeatures, encode_patches
+from lightvlm.training.collator import pack_turns
+from lightvlm.training.llava_data import load_llava
+from torch import nn
+from tqdm import tqdm
+from transformers import Trainer, TrainingArguments, set_seed
+from trl import TrlParser
+
+
+@dataclass
+class PrunerArguments:
+    """What the scorer learns from."""
+
+    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
+    data_path: list[str] = field(metadata={"help": "LLaVA JSON files; rows without an image are left out"})
+    image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
+    max_images: int | None = field(default=None, metadata={"help": "take so many rows of all, by chance"})
+    image_tokens: list[int] = field(
+        default_factory=lambda: [16, 36, 64], metadata={"help": "K is drawn from these for each batch"}
+    )
+    num_samples: int = field(default=4, metadata={"help": "choices of K tokens that are compared for each image"})
+    question_aware: bool = field(
+        default=False, metadata={"help": "teach the question's term alone, and leave the static score as it is"}
+    )
+
+
+def sample_orders(scores: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """Patches in random order, drawn one after the other with probabilities that follow the scores.
+
+    The Plackett-Luce distribution, sampled by Gumbel noise (Kool et al. 2019).
+
+    Args:
+        scores: (batch, patches), log-probabilities but for a constant.
+        num_samples: orders of each image.
+
+    Returns:
+        (num_samples, batch, patches) indices.
+    """
+    noise = -torch.empty(num_samples, *scores.shape, device=scores.device).exponential_().log()
+    return (scores + noise).argsort(dim=-1, descending=True)
+
+
+def order_log_probability(scores: torch.Tensor, orders: torch.Tensor, budget: int) -> torch.Tensor:
+    """Log-probability of the first `budget` patches of each order. (samples, batch) of `sample_orders`'s shapes."""
+    ordered = scores.expand(len(orders), -1, -1).gather(-1, orders)
+    remaining = ordered.flip(-1).logcumsumexp(dim=-1).flip(-1)  # of a patch and all that come after it
+    return (ordered - remaining)[..., :budget].sum(dim=-1)
+
+
+def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+    """How much better than the mean of the image's other samples each one did. (samples, batch), samples >= 2."""
+    return (rewards - rewards.mean(dim=0)) * len(rewards) / (len(rewards) - 1)
+
+
+class PolicyGradient(nn.Module):
+    """A model and the loss whose gradient teaches its scorer.
+
+    Args:
+        model: all of it is frozen but the pruner's score.
+        num_samples: choices that are compared for each image.
+        question_aware: the question's term learns, instead of the others.
+    """
+
+    def __init__(self, model: LightVLMForConditionalGeneration, num_samples: int = 4, question_aware: bool = False):
+        super().__init__()
+        self.model, self.num_samples, self.question_aware = model.eval(), num_samples, question_aware
+        model.requires_grad_(False)
+        pruner = model.model.pruner
+        learning = (
+            [pruner.patch_projection, pruner.question_projection]
+            if question_aware
+            else [pruner.scorer, pruner.row_score, pruner.column_score]
+        )
+        for module in learning:
+            module.requires_grad_(True)
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        prior: torch.Tensor,
+        num_image_tokens: int,
+        question_ids: torch.LongTensor | None = None,
+        **inputs: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The loss, and the mean reward of all samples.
+
+        Args:
+            features: (batch, patches, dim) of the vision encoder.
+            prior: (batch, patches), the encoder's attention.
+            num_image_tokens: K.
+            question_ids: (batch, words), padded with -1.
+            inputs: for the language model, with labels, of `pack_turns`.
+        """
+        backbone = self.model.model
+        questions = backbone.embed_questions(question_ids) if self.question_aware else None
+        scores = backbone.pruner.score(features, prior, questions)
+        orders = sample_orders(scores.detach(), self.num_samples)
+        rewards = self.reward(features, orders[..., :num_image_tokens].sort(dim=-1).values, inputs)
+        log_probability = order_log_probability(scores, orders, num_image_tokens)
+        return {"loss": -(leave_one_out(rewards) * log_probability).mean(), "reward": rewards.mean()}
+
+    @torch.no_grad()
+    def reward(self, features: torch.Tensor, kept: torch.LongTensor, inputs: dict) -> torch.Tensor:
+        """Mean log-probability of the answers' tokens, of each no less than -6, when only some patches are seen.
+
+        Args:
+            features: (batch, patches, dim).
+            kept: (samples, batch, K) patches in raster order.
+            inputs: of `pack_turns`, for the batch.
+
+        Returns:
+            (samples, batch).
+        """
+        backbone, samples, patches = self.model.model, len(kept), features.shape[1]
+        places = torch.arange(patches, device=features.device).repeat(len(features))
+        tokens = backbone.multi_modal_projector(features.flatten(0, 1))
+        tokens = backbone.pruner.add_positions(tokens, places).unflatten(0, features.shape[:2])  # [B, N, hidden]
+        chosen = [image[indices] for sample in kept for image, indices in zip(tokens, sample, strict=True)]
+        inputs = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+        labels = inputs.pop("labels")[:, 1:]
+        hidden = backbone(**inputs, mm_encoder_outputs={"image": LightVLMImageFeatures(pooler_output=chosen)})[0]
+        is_answer = labels >= 0
+        logits = self.model.lm_head(hidden[:, :-1][is_answer]).float()
+        found = -nn.functional.cross_entropy(logits, labels[is_answer], reduction="none").clamp_max(6)
+        total = torch.zeros(labels.shape, device=found.device).masked_scatter(is_answer, found).sum(dim=-1)
+        return (total / is_answer.sum(dim=-1)).unflatten(0, (samples, -1))
+
+
+class PrunerTrainer(Trainer):
+    """Trainer that logs the reward."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        if (self.state.global_step + 1) % self.args.logging_steps == 0:
+            self.log({"reward": outputs["reward"].item()})
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+
+@torch.no_grad()
+def encode_rows(model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, rows) -> list[dict]:
+    """Each row's `messages`, and its image's `features` (patches, dim) and `prior` (patches,), on the CPU."""
+    examples, backbone = [], model.model
+    for start in tqdm(range(0, len(rows), 16), desc="Encoding images"):
+        batch = [rows[index] for index in range(start, min(start + 16, len(rows)))]
+        pixels = processor.image_processor([row["images"][0] for row in batch], return_tensors="pt")["pixel_values"]
+        features, prior = encode_patches(
+            backbone.vision_tower,
+            pixels.to(model.device, model.dtype),
+            model.config.vision_feature_layer,
+            model.config.prior_layer,
+        )
+        for row, image_features, image_prior in zip(batch, features.cpu(), prior.cpu(), strict=True):
+            examples.append({"messages": row["messages"], "features": image_features, "prior": image_prior})
+    return examples
+
+
+def split_turns(examples: list[dict]) -> list[dict]:
+    """One example for each question."""
+    return [
+        {**example, "messages": example["messages"][start : start + 2]}
+        for example in examples
+        for start in range(0, len(example["messages"]), 2)
+    ]
+
+
+class PrunerCollator:
+    """A batch for `PolicyGradient`, with K drawn anew."""
+
+    def __init__(self, processor: LightVLMProcessor, image_tokens: list[int]):
+        self.processor, self.image_tokens = processor, image_tokens
+
+    def __call__(self, examples: list[dict]) -> dict:
+        budget = random.choice(self.image_tokens)
+        questions = [example["messages"][0]["content"] for example in examples]
+        return {
+            "features": torch.stack([example["features"] for example in examples]).float(),
+            "prior": torch.stack([example["prior"] for example in examples]),
+            "num_image_tokens": budget,
+            "question_ids": torch.tensor(self.processor.encode_questions(questions, len(questions))),
+            **pack_turns([example["messages"] for example in examples], self.processor, budget),
+        }
+
+
+def check(args: PrunerArguments, config: LightVLMConfig) -> None:
+    """ValueError where the arguments ask for the impossible."""
+    if not args.image_tokens or not all(1 <= budget < config.num_patches for budget in args.image_tokens):
+        raise ValueError(f"image_tokens={args.image_tokens}: give numbers from 1 to {config.num_patches - 1}.")
+    if args.num_samples < 2:
+        raise ValueError(f"num_samples={args.num_samples}: a sample is compared with others, so take 2 or more.")
+
+
+def main() -> None:
+    parser = TrlParser((PrunerArguments, TrainingArguments))
+    args, training_args = parser.parse_args_and_config()
+    set_seed(training_args.seed)
+
+    processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
+    config = LightVLMConfig.from_pretrained(args.model_name_or_path)
+    check(args, config)
+    score = "question" if args.question_aware else "positional" if config.score == "cls" else config.score
+    model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, score=score, dtype=torch.float32)
+    rows = concatenate_datasets([load_llava(path, args.image_folder) for path in args.data_path])
+    rows = rows.select([index for index, images in enumerate(rows.with_format("arrow")["images"]) if len(images) == 1])
+    if args.max_images is not None:
+        rows = rows.shuffle(seed=training_args.seed).select(range(min(args.max_images, len(rows))))
+    examples = encode_rows(model.to(training_args.device), processor, rows)
+
+    training_args.remove_unused_columns = False
+    trainer = PrunerTrainer(
+        PolicyGradient(model, args.num_samples, args.question_aware),
+        training_args,
+        data_collator=PrunerCollator(processor, args.image_tokens),
+        train_dataset=split_turns(examples) if args.question_aware else examples,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(training_args.output_dir)
+        processor.save_pretrained(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
