@@ -34,7 +34,7 @@ checkpoint: $(DATA)/mosaics_train.json
 		--half-resolution-steps 1200 --tokenizer build/decoder --output-dir build/vision
 	$(BIN)/lightvlm build --vision build/vision --text build/decoder --prior-layer -1 --output-dir build/untrained
 	$(TRAIN)/tiny_align.yaml --model_name_or_path build/untrained --output_dir build/aligned
-	$(TRAIN)/tiny_sft_k64.yaml --model_name_or_path build/aligned --output_dir build/few
+	$(TRAIN)/tiny_sft_few.yaml --model_name_or_path build/aligned --output_dir build/few
 	$(TRAIN)/tiny_sft.yaml --model_name_or_path build/few --output_dir build/elastic
 	$(TEACH) --model_name_or_path build/elastic --output_dir build/taught
 	$(TRAIN)/tiny_sft.yaml --model_name_or_path build/taught --output_dir build/tuned

@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", required=True, help="folder that its image paths are relative to")
     parser.add_argument("--selectors", default="topk", help="one or several of topk, uniform, random: topk,random")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,64,16")
+    parser.add_argument(
+        "--question-aware", action="store_true", help='let each question choose the tokens (score="question" only)'
+    )
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--limit", type=positive, help="only the first so many rows")
     parser.add_argument("--seed", type=int, default=0, help="for the random selector (0)")
@@ -37,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = load_llava(args.data_path, args.image_folder)
     model, processor = load(args.model_path)
+    if args.question_aware and model.config.score != "question":
+        raise ValueError(f'--question-aware: the pruner of {args.model_path} has score="{model.config.score}".')
     for budget in args.num_image_tokens:
         processor.resolve_budgets(budget, 1)
     questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
@@ -44,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     for selector in selectors:
         for budget in args.num_image_tokens:
             if budget < processor.num_patches or selector == selectors[0]:  # keeping all leaves nothing to select
-                results.append(accuracy(model, questions, budget, selector, args.batch_size, args.seed))
+                options = {"question_aware": args.question_aware, "batch_size": args.batch_size, "seed": args.seed}
+                results.append(accuracy(model, questions, budget, selector, **options))
     command = shlex.join(["lightvlm", *args.argv])
     print(f"\n{command}\nseed {args.seed}\n\n{table(results)}")
     if args.output:

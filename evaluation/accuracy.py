@@ -5,9 +5,9 @@ import math
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.modeling_lightvlm import encode_patches
 from lightvlm.pruning_lightvlm import SELECTORS
 from tqdm import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -40,9 +40,10 @@ class Questions:
         if None in self.paths:
             raise ValueError(f"Row {self.paths.index(None)} has no image: every question needs one.")
         self.answers = [messages[1]["content"] for messages in rows["messages"]]
+        self.questions = [messages[0]["content"] for messages in rows["messages"]]
         self.prompts = []
-        for messages in rows["messages"]:
-            content = [{"type": "image"}, {"type": "text", "text": messages[0]["content"]}]
+        for question in self.questions:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
             prompt = [{"role": "user", "content": content}]
             self.prompts.append(processor.apply_chat_template(prompt, add_generation_prompt=True))
 
@@ -51,13 +52,20 @@ class Questions:
         order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
-    def encode(self, model: LightVLM, batch: list[int], budget: int) -> dict:
+    def encode(self, model: LightVLM, batch: list[int], budget: int, question_aware: bool) -> dict:
         """Inputs for `generate`: the batch's prompts, and its images' tokens, each image encoded once."""
         unique = list(dict.fromkeys(self.paths[row] for row in batch))
         pixels = self.processor(images=unique, num_image_tokens=budget, return_tensors="pt")["pixel_values"]
-        features = model.get_image_features(pixels, num_image_tokens=budget).pooler_output
-        tokens = dict(zip(unique, features, strict=True))
-        repeated = BaseModelOutputWithPooling(pooler_output=[tokens[self.paths[row]] for row in batch])
+        config, backbone = model.config, model.model
+        pixels = pixels.to(model.device, model.dtype)
+        encoded = encode_patches(backbone.vision_tower, pixels, config.vision_feature_layer, config.prior_layer)
+        places = torch.tensor([unique.index(self.paths[row]) for row in batch], device=model.device)
+        features, prior = (values[places] for values in encoded)
+        asked = None
+        if question_aware:
+            asked = self.processor.encode_questions([self.questions[row] for row in batch], len(batch))
+            asked = torch.tensor(asked, device=model.device)
+        images = backbone.prune(features, prior, [budget] * len(batch), asked)
 
         mark, tokenizer = self.processor.image_token, self.processor.tokenizer
         prompts = [self.prompts[row].replace(mark, mark * budget) for row in batch]
@@ -65,12 +73,18 @@ class Questions:
         inputs = tokenizer(
             prompts, padding=True, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not begun
         )
-        return {**inputs.to(model.device), "mm_encoder_outputs": {"image": repeated}}
+        return {**inputs.to(model.device), "mm_encoder_outputs": {"image": images}}
 
 
 @torch.no_grad()
 def accuracy(
-    model: LightVLM, questions: Questions, budget: int, selector: str, batch_size: int = 64, seed: int = 0
+    model: LightVLM,
+    questions: Questions,
+    budget: int,
+    selector: str,
+    question_aware: bool = False,
+    batch_size: int = 64,
+    seed: int = 0,
 ) -> dict:
     """Share of right answers at one budget: greedy, equal to the expected answer but for case and a full stop.
 
@@ -80,10 +94,10 @@ def accuracy(
     torch.manual_seed(seed)
     pruner, processor = model.model.pruner, questions.processor
     chosen, pruner.select = pruner.select, SELECTORS[selector]
-    correct = 0
+    correct, name = 0, f"{selector} by question" if question_aware else selector
     try:
-        for batch in tqdm(questions.batches(batch_size), desc=f"{selector}, {budget} tokens"):
-            inputs = questions.encode(model, batch, budget)
+        for batch in tqdm(questions.batches(batch_size), desc=f"{name}, {budget} tokens"):
+            inputs = questions.encode(model, batch, budget, question_aware)
             output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
             answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             expected = [questions.answers[row] for row in batch]
@@ -93,7 +107,7 @@ def accuracy(
     total = len(questions.answers)
     low, high = wilson_interval(correct, total)
     return {
-        "selector": selector,
+        "selector": name,
         "num_image_tokens": budget,
         "correct": correct,
         "total": total,

@@ -63,8 +63,8 @@ class LightVLMProcessor(ProcessorMixin):
 
     K is `num_image_tokens`, one integer for all images of a call or a list with one for each:
     `processor(images=..., text=..., num_image_tokens=64)`, or
-    `processor.apply_chat_template(..., processor_kwargs={"num_image_tokens": 64})`. `question`, one text or one for each
-    image, lets a pruner with `score="question"` choose tokens by it.
+    `processor.apply_chat_template(..., processor_kwargs={"num_image_tokens": 64})`. `question`, one text or one for
+    each image, lets a pruner with `score="question"` choose tokens by it.
 
     Args:
         image_processor: any transformers image processor of fixed output size.

@@ -1,6 +1,5 @@
 """The shipped checkpoint is a small Hub folder with this code, and it answers."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -8,16 +7,8 @@ from lightvlm import LightVLM
 from lightvlm.cli.common import SHIPPED, load
 from lightvlm.evaluation.accuracy import Questions, accuracy
 from lightvlm.training.llava_data import load_llava
-from lightvlm.training.prepare_easy_vqa import write_split
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def easy_vqa(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("easy-vqa")
-    write_split("test", folder, random.Random(0))
-    return folder
 
 
 def test_it_is_small_and_all_safetensors():
@@ -42,15 +33,17 @@ def test_its_code_is_this_code(source):
 
 
 @pytest.mark.parametrize("budget", [576, 144, 64, 16])
-def test_it_answers_easy_vqa_at_every_budget(easy_vqa, budget):
+def test_it_answers_easy_vqa_at_every_budget(easy_vqa_folder, budget):
     model, processor = load(str(SHIPPED))
-    questions = Questions(load_llava(easy_vqa / "test.json", easy_vqa / "images").select(range(60)), processor)
+    questions = Questions(
+        load_llava(easy_vqa_folder / "test.json", easy_vqa_folder / "images").select(range(60)), processor
+    )
     assert accuracy(model, questions, budget, "topk")["correct"] >= 57
 
 
-def test_it_describes_an_image_in_chat(easy_vqa):
+def test_it_describes_an_image_in_chat(easy_vqa_folder):
     model = LightVLM.from_pretrained(SHIPPED).eval()
-    rows = load_llava(easy_vqa / "test_captions.json", easy_vqa / "images").select(range(10))
+    rows = load_llava(easy_vqa_folder / "test_captions.json", easy_vqa_folder / "images").select(range(10))
     right = 0
     for row in rows:
         answer = model.chat(row["images"][0], "What is in this image?").split()

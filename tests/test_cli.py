@@ -168,6 +168,8 @@ def test_eval_names_what_is_wrong(checkpoint, data, capsys):
     assert evaluate(checkpoint, data, "--num-image-tokens", "36,37") == 2
     assert evaluate(checkpoint, data, "--selectors", "nonsense") == 2
     assert "nonsense" in capsys.readouterr().err
+    assert evaluate(checkpoint, data, "--question-aware") == 2
+    assert 'score="positional"' in capsys.readouterr().err
     (data / "1.png").write_bytes(b"broken")
     assert evaluate(checkpoint, data) == 2
     assert "1 with a corrupt image" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from lightvlm.training.llava_data import load_llava
-from lightvlm.training.prepare_easy_vqa import PALETTE, SHAPES, write_split
+from lightvlm.training.prepare_easy_vqa import PALETTE, SHAPES
 from lightvlm.training.prepare_mosaics import (
     IMAGE_SIZE,
     OBJECTS,
@@ -25,12 +25,14 @@ from lightvlm.training.prepare_mosaics import (
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("easy-vqa")
+def data_dir(easy_vqa_folder, tmp_path_factory):
+    """The first sixty captions of each split, which are enough, and quick."""
+    folder = tmp_path_factory.mktemp("mosaics")
+    (folder / "images").mkdir()
     for split in ("train", "test"):
-        write_split(split, folder, random.Random(0))
-        captions = folder / f"{split}_captions.json"
-        captions.write_text(json.dumps(json.loads(captions.read_text())[:60]))  # enough, and quick
+        captions = json.loads((easy_vqa_folder / f"{split}_captions.json").read_text())[:60]
+        (folder / f"{split}_captions.json").write_text(json.dumps(captions))
+        (folder / "images" / split).symlink_to(easy_vqa_folder / "images" / split)
     return folder
 
 

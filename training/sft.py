@@ -343,6 +343,8 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.write_checkpoint()
+    trainer.accelerator.wait_for_everyone()  # a process that leaves early may take the others down with it
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

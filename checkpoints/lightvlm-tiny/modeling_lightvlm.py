@@ -166,9 +166,25 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
         features, prior = encode_patches(self.vision_tower, pixel_values, layers, self.config.prior_layer)
-        questions = None if question_ids is None else self.embed_questions(question_ids)
-        kept = self.pruner(features, prior, budgets, questions)  # of [B, N, D] and [B, N]
+        return self.prune(features, prior, budgets, question_ids)
 
+    def prune(
+        self,
+        features: torch.Tensor,
+        prior: torch.Tensor,
+        budgets: list[int],
+        question_ids: torch.LongTensor | None = None,
+    ) -> LightVLMImageFeatures:
+        """Keep and project K patches of each image.
+
+        Args:
+            features: (images, patches, dim) of `encode_patches`.
+            prior: (images, patches) of the same.
+            budgets: K of each image.
+            question_ids: as in `get_image_features`.
+        """
+        questions = None if question_ids is None else self.embed_questions(question_ids)
+        kept = self.pruner(features, prior, budgets, questions)
         patches = features.shape[1]
         packed = torch.cat([indices + image * patches for image, indices in enumerate(kept)])  # [sum of K]
         tokens = self.multi_modal_projector(features.flatten(0, 1)[packed])  # [sum of K, hidden]
