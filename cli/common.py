@@ -59,3 +59,12 @@ def load(model_path: str):
             "missing, superfluous, or of another shape. Save the checkpoint again, or correct its config.json."
         )
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def check_question_aware(args: argparse.Namespace, model) -> None:
+    """ValueError where questions are to choose the tokens, but the pruner does not hear them."""
+    if args.question_aware and model.config.score != "question":
+        raise ValueError(
+            f'--question-aware needs a pruner of score="question", and that of {args.model_path} has '
+            f'"{model.config.score}": `training/pruner.py --question-aware true` teaches one.'
+        )

@@ -10,7 +10,7 @@ import json
 import shlex
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, budget_list, load, positive
+from lightvlm.cli.common import add_model_path, budget_list, check_question_aware, load, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", required=True, help="folder that its image paths are relative to")
     parser.add_argument("--selectors", default="topk", help="one or several of topk, uniform, random: topk,random")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,64,16")
-    parser.add_argument(
-        "--question-aware", action="store_true", help='let each question choose the tokens (score="question" only)'
-    )
+    parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--limit", type=positive, help="only the first so many rows")
     parser.add_argument("--seed", type=int, default=0, help="for the random selector (0)")
@@ -40,8 +38,7 @@ def run(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = load_llava(args.data_path, args.image_folder)
     model, processor = load(args.model_path)
-    if args.question_aware and model.config.score != "question":
-        raise ValueError(f'--question-aware: the pruner of {args.model_path} has score="{model.config.score}".')
+    check_question_aware(args, model)
     for budget in args.num_image_tokens:
         processor.resolve_budgets(budget, 1)
     questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)

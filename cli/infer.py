@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 
-from lightvlm.cli.common import add_model_path, budget_list, load, positive
+from lightvlm.cli.common import add_model_path, budget_list, check_question_aware, load, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", nargs="+", required=True, help="image files")
     parser.add_argument("--prompt", nargs="+", required=True, help="questions; each is asked about each image")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[None], help="K, or several: 576,144,64")
+    parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
     parser.add_argument("--max-new-tokens", type=positive, default=64)
     parser.add_argument("--format", choices=["text", "json"], default="text")
 
 
-def ask(model, processor, image, prompt: str, num_image_tokens: int | None, max_new_tokens: int) -> dict:
+def ask(
+    model, processor, image, prompt: str, num_image_tokens: int | None, question_aware: bool, max_new_tokens: int
+) -> dict:
     """One answer, with the tokens kept and the language model's prefill time (median of 5 after a warm-up)."""
     import torch
 
@@ -36,11 +39,13 @@ def ask(model, processor, image, prompt: str, num_image_tokens: int | None, max_
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"num_image_tokens": budget},
+        processor_kwargs={"num_image_tokens": budget} | ({"question": prompt} if question_aware else {}),
     ).to(model.device)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        features = model.get_image_features(inputs["pixel_values"], num_image_tokens=budget)
+        features = model.get_image_features(
+            inputs["pixel_values"], num_image_tokens=budget, question_ids=inputs.get("question_ids")
+        )
         times = []
         for _ in range(6):
             start = time.perf_counter()
@@ -61,9 +66,10 @@ def run(args: argparse.Namespace) -> None:
 
     images = [(path, open_image(path)) for path in args.image]
     model, processor = load(args.model_path)
+    check_question_aware(args, model)
     results = []
     for (path, image), prompt, budget in itertools.product(images, args.prompt, args.num_image_tokens):
-        answer = ask(model, processor, image, prompt, budget, args.max_new_tokens)
+        answer = ask(model, processor, image, prompt, budget, args.question_aware, args.max_new_tokens)
         results.append({"image": path, "prompt": prompt, **answer})
     print(json.dumps(results, indent=2) if args.format == "json" else table(results))
 

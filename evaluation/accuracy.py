@@ -31,14 +31,16 @@ class Questions:
         processor: the checkpoint's.
 
     Raises:
-        ValueError: where a row has no image.
+        ValueError: where a row has no image, or several.
     """
 
     def __init__(self, rows: Dataset, processor: LightVLMProcessor):
         self.processor = processor
-        self.paths = [row[0]["path"] if row else None for row in rows.with_format("arrow")["images"].to_pylist()]
-        if None in self.paths:
-            raise ValueError(f"Row {self.paths.index(None)} has no image: every question needs one.")
+        self.paths = []
+        for number, images in enumerate(rows.with_format("arrow")["images"].to_pylist()):
+            if len(images) != 1:
+                raise ValueError(f"Row {number} has {len(images) or 'no'} images: every question needs one image.")
+            self.paths.append(images[0]["path"])
         self.answers = [messages[1]["content"] for messages in rows["messages"]]
         self.questions = [messages[0]["content"] for messages in rows["messages"]]
         self.prompts = []
@@ -94,7 +96,7 @@ def accuracy(
     torch.manual_seed(seed)
     pruner, processor = model.model.pruner, questions.processor
     chosen, pruner.select = pruner.select, SELECTORS[selector]
-    correct, name = 0, f"{selector} by question" if question_aware else selector
+    correct, name = 0, selector if not question_aware or selector != "topk" else "topk by question"
     try:
         for batch in tqdm(questions.batches(batch_size), desc=f"{name}, {budget} tokens"):
             inputs = questions.encode(model, batch, budget, question_aware)

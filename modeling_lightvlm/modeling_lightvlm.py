@@ -182,7 +182,12 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             prior: (images, patches) of the same.
             budgets: K of each image.
             question_ids: as in `get_image_features`.
+
+        Raises:
+            ValueError: where there are more or fewer questions than images.
         """
+        if question_ids is not None and len(question_ids) != len(features):
+            raise ValueError(f"question_ids has {len(question_ids)} rows, but there are {len(features)} images.")
         questions = None if question_ids is None else self.embed_questions(question_ids)
         kept = self.pruner(features, prior, budgets, questions)
         patches = features.shape[1]

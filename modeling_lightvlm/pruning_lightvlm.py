@@ -182,4 +182,7 @@ class TokenPruner(nn.Module):
         if self.row_score is None:
             return tokens
         rows, columns = indices // self.patches_per_side, indices % self.patches_per_side
-        return tokens + self.row_embedding(rows) + self.column_embedding(columns)
+        places = self.row_embedding(rows) + self.column_embedding(columns)
+        # As for word embeddings in Vaswani et al. 2017: at the learning rate of weight matrices, places would stay
+        # too faint to be read beside projected features.
+        return tokens + places * tokens.shape[-1] ** 0.5

@@ -169,7 +169,7 @@ def test_eval_names_what_is_wrong(checkpoint, data, capsys):
     assert evaluate(checkpoint, data, "--selectors", "nonsense") == 2
     assert "nonsense" in capsys.readouterr().err
     assert evaluate(checkpoint, data, "--question-aware") == 2
-    assert 'score="positional"' in capsys.readouterr().err
+    assert 'has "positional"' in capsys.readouterr().err
     (data / "1.png").write_bytes(b"broken")
     assert evaluate(checkpoint, data) == 2
     assert "1 with a corrupt image" in capsys.readouterr().err

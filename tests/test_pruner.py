@@ -2,12 +2,17 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
+from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training import pruner
+from lightvlm.training.collator import pack_turns
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
+from transformers import TrainingArguments
+from trl import TrlParser
 
 
 def test_probabilities_of_all_orders_sum_to_one():
@@ -159,14 +164,56 @@ def test_a_question_aware_checkpoint_is_made_of_a_static_one(data, monkeypatch):
     assert changed and all("question_projection" in name or "patch_projection" in name for name in changed)
 
 
+def test_a_scorer_without_positions_learns_too(data, monkeypatch):
+    make_model(score="mlp").save_pretrained(data / "model")
+    changed = changed_parts(data, train(data, monkeypatch))
+    assert changed and all(".scorer." in name for name in changed)
+
+
+def test_the_reward_is_the_mean_log_probability_of_the_answers_with_the_kept_tokens():
+    model, processor = make_model(), make_processor()
+    objective = pruner.PolicyGradient(model, num_samples=2).train()
+    assert not model.training
+    features, kept = torch.randn(2, NUM_PATCHES, 32), torch.tensor([[[1, 5], [0, 7]], [[2, 30], [3, 4]]])
+    ask, say = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}
+    conversations = [[ask, say], [ask, {**say, "content": "a circle"}, {**ask, "content": "no?"}, say]]
+    rewards = objective.reward(features, kept, pack_turns(conversations, processor, 2))
+    for sample, image in itertools.product(range(2), range(2)):
+        chosen = kept[sample, image]
+        tokens = model.model.pruner.add_positions(model.model.multi_modal_projector(features[image, chosen]), chosen)
+        inputs = pack_turns(conversations[image : image + 1], processor, 2)
+        labels = inputs.pop("labels")[0, 1:]
+        images = {"image": LightVLMImageFeatures(pooler_output=[tokens])}
+        found = model(**inputs, mm_encoder_outputs=images).logits[0, :-1].log_softmax(dim=-1)
+        found = found[labels >= 0].gather(-1, labels[labels >= 0][:, None])
+        torch.testing.assert_close(rewards[sample, image], found.clamp_min(-6).mean())
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"image_tokens": NUM_PATCHES}, "from 1 to 35"),
         ({"image_tokens": 0}, "image_tokens"),
-        ({"num_samples": 1}, "2"),
+        ({"num_samples": 1}, "take 2 or more"),
+        ({"save_strategy": "steps"}, "save_strategy"),
     ],
 )
 def test_impossible_arguments_are_refused(data, monkeypatch, options, reason):
     with pytest.raises(ValueError, match=reason):
         train(data, monkeypatch, **options)
+
+
+def test_rows_without_an_image_are_no_lesson(data, monkeypatch):
+    rows = json.loads((data / "data.json").read_text())
+    (data / "data.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(ValueError, match="has one image"):
+        train(data, monkeypatch)
+
+
+def test_the_shipped_recipe_is_read():
+    path = Path(pruner.__file__).parent / "configs" / "tiny_pruner.yaml"
+    parser = TrlParser((pruner.PrunerArguments, TrainingArguments))
+    args, training_args = parser.parse_args_and_config(
+        ["--config", str(path), "--model_name_or_path", "model", "--output_dir", "out"]
+    )
+    pruner.check(args, training_args, LightVLMConfig())

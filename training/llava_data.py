@@ -205,7 +205,8 @@ def load_llava(
     if not total:
         raise ValueError(f"{data_path} has no rows")
     if len(errors) == total or errors and not skip_bad_rows:
-        raise ValueError(report(errors, total, data_path))
+        cure = "" if len(errors) == total else "\nMend them, or leave them out: --skip-bad-rows (skip_bad_rows=True)."
+        raise ValueError(report(errors, total, data_path) + cure)
     if errors:
         logger.warning(report(errors, total, data_path))
     if streaming:

@@ -152,9 +152,15 @@ def draw_mosaic(
     return Mosaic(canvas, objects, labels)
 
 
-def caption(objects: dict[str, str]) -> str:
-    """Every object and its place, in raster order."""
-    return ", ".join(f"a {name} in the {place}" if place else f"a {name}" for place, name in objects.items())
+def caption(objects: dict[str, str], rng: random.Random) -> str:
+    """Every object behind its place, in random order.
+
+    "top left red circle" is one look-up away from the place's name; a decoder that learned it answers questions that
+    name a place, which are two, and which it did not learn from captions in raster order or with the place at the end.
+    """
+    named = list(objects.items())
+    rng.shuffle(named)
+    return ", ".join(f"{place} {name}".strip() for place, name in named)
 
 
 def ask_place(objects: dict[str, str], rng: random.Random) -> tuple[str, str]:
@@ -222,7 +228,7 @@ def write_train(images: dict[str, dict[str, str]], data_dir: Path, questions: in
     """One conversation an image, and its caption in a file of their own."""
     rows, described = [], []
     for name, objects in images.items():
-        turns = [(DESCRIBE, caption(objects)), *ask(objects, questions, rng)]
+        turns = [(DESCRIBE, caption(objects, rng)), *ask(objects, questions, rng)]
         described.append(llava_row(name, name, turns[:1]))
         rng.shuffle(turns)
         rows.append(llava_row(name, name, turns))
@@ -255,11 +261,14 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=8, help="about one image")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng = random.Random(args.seed)
-    train = write_images("train", dict(zip(GRIDS, args.train_images, strict=True)), args.data_dir, rng)
-    write_train(train, args.data_dir, args.questions, rng)
-    test = write_images("test", dict.fromkeys(GRIDS, args.test_images), args.data_dir, rng)
-    write_test(test, args.data_dir, args.questions, rng)
+    counts = {
+        "train": dict(zip(GRIDS, args.train_images, strict=True)),
+        "test": dict.fromkeys(GRIDS, args.test_images),
+    }
+    for split, write in (("train", write_train), ("test", write_test)):
+        rng = random.Random(f"{args.seed}-{split}")
+        images = write_images(split, counts[split], args.data_dir, rng)
+        write(images, args.data_dir, args.questions, rng)
 
 
 if __name__ == "__main__":

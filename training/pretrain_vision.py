@@ -78,7 +78,7 @@ class Mosaics(IterableDataset):
         labels = np.where(coverage > 0.25, patches.max(axis=(1, 3)), -1)
         return {
             "pixel_values": self.image_processor(mosaic.image, return_tensors="pt")["pixel_values"][0],
-            "caption": caption(mosaic.objects),
+            "caption": caption(mosaic.objects, rng),
             "patch_labels": torch.from_numpy(labels.ravel()),
         }
 

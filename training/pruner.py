@@ -15,7 +15,7 @@ import random
 from dataclasses import dataclass, field
 
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures, encode_patches
 from lightvlm.training.collator import pack_turns
@@ -25,15 +25,18 @@ from tqdm import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 from trl import TrlParser
 
+STATIC_TERMS = ("scorer", "row_score", "column_score")  # of the score, without the question's
+
 
 @dataclass
 class PrunerArguments:
     """What the scorer learns from."""
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
-    data_path: list[str] = field(metadata={"help": "LLaVA JSON files; rows without an image are left out"})
+    data_path: list[str] = field(metadata={"help": "LLaVA JSON files; rows count that have one image"})
     image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
-    max_images: int | None = field(default=None, metadata={"help": "take so many rows of all, by chance"})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
+    max_images: int = field(default=3000, metadata={"help": "take so many rows of all, by chance"})
     image_tokens: list[int] = field(
         default_factory=lambda: [16, 36, 64], metadata={"help": "K is drawn from these for each batch"}
     )
@@ -82,16 +85,17 @@ class PolicyGradient(nn.Module):
 
     def __init__(self, model: LightVLMForConditionalGeneration, num_samples: int = 4, question_aware: bool = False):
         super().__init__()
-        self.model, self.num_samples, self.question_aware = model.eval(), num_samples, question_aware
+        self.accepts_loss_kwargs = False  # tells the trainer that the loss is a mean over images, not over labels
+        self.model, self.num_samples, self.question_aware = model, num_samples, question_aware
         model.requires_grad_(False)
-        pruner = model.model.pruner
-        learning = (
-            [pruner.patch_projection, pruner.question_projection]
-            if question_aware
-            else [pruner.scorer, pruner.row_score, pruner.column_score]
-        )
-        for module in learning:
-            module.requires_grad_(True)
+        learning = ("patch_projection", "question_projection") if question_aware else STATIC_TERMS
+        for name, module in model.model.pruner.named_children():
+            module.requires_grad_(name in learning)
+        self.train()
+
+    def train(self, mode: bool = True) -> "PolicyGradient":
+        """Evaluation mode, whatever the trainer asks for: dropout would be noise in the rewards."""
+        return super().train(False)
 
     def forward(
         self,
@@ -150,25 +154,25 @@ class PrunerTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        if (self.state.global_step + 1) % self.args.logging_steps == 0:
+        if (self.state.global_step + 1) % self.state.logging_steps == 0:
             self.log({"reward": outputs["reward"].item()})
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 
 @torch.no_grad()
 def encode_rows(model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, rows) -> list[dict]:
-    """Each row's `messages`, and its image's `features` (patches, dim) and `prior` (patches,), on the CPU."""
+    """Each row's `messages`, and its image's bf16 `features` (patches, dim) and `prior` (patches,), on the CPU."""
     examples, backbone = [], model.model
     for start in tqdm(range(0, len(rows), 16), desc="Encoding images"):
         batch = [rows[index] for index in range(start, min(start + 16, len(rows)))]
-        pixels = processor.image_processor([row["images"][0] for row in batch], return_tensors="pt")["pixel_values"]
+        pixels = processor(images=[row["images"][0] for row in batch], return_tensors="pt")["pixel_values"]
         features, prior = encode_patches(
             backbone.vision_tower,
             pixels.to(model.device, model.dtype),
             model.config.vision_feature_layer,
             model.config.prior_layer,
         )
-        for row, image_features, image_prior in zip(batch, features.cpu(), prior.cpu(), strict=True):
+        for row, image_features, image_prior in zip(batch, features.cpu().bfloat16(), prior.cpu(), strict=True):
             examples.append({"messages": row["messages"], "features": image_features, "prior": image_prior})
     return examples
 
@@ -200,41 +204,55 @@ class PrunerCollator:
         }
 
 
-def check(args: PrunerArguments, config: LightVLMConfig) -> None:
+def check(args: PrunerArguments, training_args: TrainingArguments, config: LightVLMConfig) -> None:
     """ValueError where the arguments ask for the impossible."""
     if not args.image_tokens or not all(1 <= budget < config.num_patches for budget in args.image_tokens):
         raise ValueError(f"image_tokens={args.image_tokens}: give numbers from 1 to {config.num_patches - 1}.")
     if args.num_samples < 2:
         raise ValueError(f"num_samples={args.num_samples}: a sample is compared with others, so take 2 or more.")
+    if training_args.save_strategy != "no":
+        raise ValueError("save_strategy must be no: a run takes minutes, and its end alone is saved.")
+
+
+def load_rows(args: PrunerArguments, seed: int) -> Dataset:
+    """Up to `max_images` rows that have one image; ValueError where there are none."""
+    options = {"image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
+    rows = concatenate_datasets([load_llava(path, **options) for path in args.data_path])
+    images = rows.with_format("arrow")["images"]
+    rows = rows.select([number for number, row in enumerate(images) if len(row) == 1])
+    if len(rows) == 0:
+        raise ValueError(
+            f"None of the rows of {', '.join(args.data_path)} has one image, which the pruner learns from."
+        )
+    return rows.shuffle(seed=seed).select(range(min(args.max_images, len(rows))))
 
 
 def main() -> None:
     parser = TrlParser((PrunerArguments, TrainingArguments))
     args, training_args = parser.parse_args_and_config()
     set_seed(training_args.seed)
+    training_args.remove_unused_columns = False
+    training_args.data_seed = training_args.seed  # the same order on all processes, whatever noise each one draws
 
     processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
     config = LightVLMConfig.from_pretrained(args.model_name_or_path)
-    check(args, config)
+    check(args, training_args, config)
     score = "question" if args.question_aware else "positional" if config.score == "cls" else config.score
     model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, score=score, dtype=torch.float32)
-    rows = concatenate_datasets([load_llava(path, args.image_folder) for path in args.data_path])
-    rows = rows.select([index for index, images in enumerate(rows.with_format("arrow")["images"]) if len(images) == 1])
-    if args.max_images is not None:
-        rows = rows.shuffle(seed=training_args.seed).select(range(min(args.max_images, len(rows))))
-    examples = encode_rows(model.to(training_args.device), processor, rows)
-
-    training_args.remove_unused_columns = False
+    examples = encode_rows(model.to(training_args.device), processor, load_rows(args, training_args.seed))
     trainer = PrunerTrainer(
         PolicyGradient(model, args.num_samples, args.question_aware),
         training_args,
         data_collator=PrunerCollator(processor, args.image_tokens),
         train_dataset=split_turns(examples) if args.question_aware else examples,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    torch.manual_seed(training_args.seed + training_args.process_index)  # each process compares samples of its own
+    trainer.train()
     if trainer.is_world_process_zero():
-        model.save_pretrained(training_args.output_dir)
+        model.to(config.dtype or torch.float32).save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

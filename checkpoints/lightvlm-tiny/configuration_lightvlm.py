@@ -17,8 +17,8 @@ class LightVLMConfig(LlavaConfig):
             What makes a patch important. "cls": the vision encoder's own attention alone. "mlp": its logarithm plus a
             two-layer MLP of the patch features. "positional": "mlp" plus a learned row and column term, and a row and
             column embedding on the kept tokens. "question": "positional" plus, in calls that give a question, a
-            low-rank product of patches and question; such tokens cannot be cached for another question, later turns
-            see those chosen for an earlier one, and vLLM never asks for them. All are equal until trained.
+            low-rank product of patches and question; tokens so chosen cannot be cached for another question, each turn
+            of a conversation wants them anew, and vLLM never asks for them. All are equal until trained.
         select (`str`):
             Which patches are kept. "topk": the best scores. "uniform" and "random" ignore the scores: baselines.
         prior_layer (`int`):
