@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/easy-vqa
+MOSAICS := $(foreach kind,flat_2x2 photo_2x2 flat_3x3 photo_3x3,$(DATA)/mosaics_test_$(kind).json)
+EVAL := $(BIN)/lightvlm eval --image-folder $(DATA)/images
 TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 .PHONY: run test eval lint checkpoint
@@ -14,9 +16,11 @@ run: $(DATA)/test.json
 test: .venv/ready
 	$(BIN)/pytest
 
-eval: $(DATA)/test.json
-	$(BIN)/lightvlm eval --data-path $(DATA)/test.json --image-folder $(DATA)/images \
-		--output evaluation/results/easy_vqa.json
+eval: $(DATA)/mosaics_train.json
+	$(EVAL) --data-path $(DATA)/test.json $(MOSAICS) --num-image-tokens 576,144,64,36,16 \
+		--output evaluation/results/static.json
+	$(EVAL) --data-path $(MOSAICS) --num-image-tokens 64,36,16 --question-aware \
+		--output evaluation/results/question_aware.json
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -2,10 +2,11 @@
 
 examples:
   lightvlm eval --data-path data/easy-vqa/test.json --image-folder data/easy-vqa/images
-  lightvlm eval --data-path test.json --image-folder images --selectors topk,random --num-image-tokens 144,64,16
+  lightvlm eval --data-path a.json b.json --image-folder images --selectors topk,random --num-image-tokens 144,64
 """
 
 import argparse
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -15,7 +16,9 @@ from lightvlm.cli.common import add_model_path, budget_list, check_question_awar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
-    parser.add_argument("--data-path", required=True, help="LLaVA JSON file; the first question of each row counts")
+    parser.add_argument(
+        "--data-path", nargs="+", required=True, help="LLaVA JSON files; the first question of each row counts"
+    )
     parser.add_argument("--image-folder", required=True, help="folder that its image paths are relative to")
     parser.add_argument("--selectors", default="topk", help="one or several of topk, uniform, random: topk,random")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,64,16")
@@ -36,18 +39,18 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join(SELECTORS)}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = load_llava(args.data_path, args.image_folder)
+    files = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}
     model, processor = load(args.model_path)
     check_question_aware(args, model)
     for budget in args.num_image_tokens:
         processor.resolve_budgets(budget, 1)
-    questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
     results = []
-    for selector in selectors:
-        for budget in args.num_image_tokens:
+    for name, rows in files.items():
+        questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
+        for selector, budget in itertools.product(selectors, args.num_image_tokens):
             if budget < processor.num_patches or selector == selectors[0]:  # keeping all leaves nothing to select
                 options = {"question_aware": args.question_aware, "batch_size": args.batch_size, "seed": args.seed}
-                results.append(accuracy(model, questions, budget, selector, **options))
+                results.append({"data": name, **accuracy(model, questions, budget, selector, **options)})
     command = shlex.join(["lightvlm", *args.argv])
     print(f"\n{command}\nseed {args.seed}\n\n{table(results)}")
     if args.output:

@@ -120,12 +120,19 @@ def accuracy(
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: a line for each selector and budget."""
-    lines = ["| selector | tokens | accuracy | 95 % interval | correct |", "| --- | ---: | ---: | ---: | ---: |"]
+    """Markdown: a line for each file, selector and budget."""
+    lines = ["| data | selector | tokens | accuracy | 95 % interval | correct |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for row in results:
         interval = f"{row['low']:.2%} – {row['high']:.2%}"
         counts = f"{row['correct']:,} / {row['total']:,}"
-        lines.append(
-            f"| {row['selector']} | {row['num_image_tokens']} | {row['accuracy']:.2%} | {interval} | {counts} |"
-        )
+        cells = [
+            row["data"],
+            row["selector"],
+            str(row["num_image_tokens"]),
+            f"{row['accuracy']:.2%}",
+            interval,
+            counts,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

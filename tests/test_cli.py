@@ -157,7 +157,7 @@ def test_eval_prints_a_table_and_writes_json(checkpoint, data, capsys):
     report = data / "new" / "out.json"
     assert evaluate(checkpoint, data, "--selectors", "topk, random", "--batch-size", "3", "--output", str(report)) == 0
     out = capsys.readouterr().out
-    assert "| topk | 36 |" in out and "| random | 4 |" in out and "seed 0" in out
+    assert "| data | topk | 36 |" in out and "| data | random | 4 |" in out and "seed 0" in out
     assert "lightvlm eval --model-path" in out
     assert [row["total"] for row in json.loads(report.read_text())["results"]] == [4] * 3
     assert evaluate(checkpoint, data, "--limit", "2") == 0
