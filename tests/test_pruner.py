@@ -158,10 +158,13 @@ def test_the_reward_rises_and_nothing_but_the_score_changes(data, monkeypatch):
 
 
 def test_a_question_aware_checkpoint_is_made_of_a_static_one(data, monkeypatch):
+    (data / "model" / "README.md").write_text("# A card\n\n- steps: 7\n")
     model = train(data, monkeypatch, question_aware=True)
     assert model.config.score == "question"
     changed = changed_parts(data, model)
     assert changed and all("question_projection" in name or "patch_projection" in name for name in changed)
+    card = (data / "out" / "README.md").read_text()
+    assert card.startswith("# A card\n\n- steps: 7\n- pruner: the question's term of the score, by 2 steps")
 
 
 def test_a_scorer_without_positions_learns_too(data, monkeypatch):

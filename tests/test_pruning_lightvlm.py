@@ -98,7 +98,7 @@ def test_positional_terms_know_row_and_column():
     scores = pruner.score(torch.randn(1, 36, 32), torch.ones(1, 36))
     assert scores.argmax() == 2 * 6 + 3
     tokens = pruner.add_positions(torch.zeros(3, 32), torch.tensor([2 * 6 + 3, 2 * 6, 3]))
-    assert tokens[:, 0].tolist() == [11.0, 1.0, 10.0]
+    torch.testing.assert_close(tokens[:, 0], 32**0.5 * torch.tensor([11.0, 1.0, 10.0]))  # times sqrt(hidden)
 
 
 def test_only_a_question_scorer_hears_the_question():

@@ -13,6 +13,7 @@ The encoder runs once for each image, and its features are kept in memory: 1.2 M
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -22,7 +23,7 @@ from lightvlm.training.collator import pack_turns
 from lightvlm.training.llava_data import load_llava
 from torch import nn
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from trl import TrlParser
 
 STATIC_TERMS = ("scorer", "row_score", "column_score")  # of the score, without the question's
@@ -227,6 +228,20 @@ def load_rows(args: PrunerArguments, seed: int) -> Dataset:
     return rows.shuffle(seed=seed).select(range(min(args.max_images, len(rows))))
 
 
+def extend_card(args: PrunerArguments, output_dir: str, state: TrainerState) -> None:
+    """The card of the checkpoint that the run started from, if it has one, with a line about this run."""
+    card = Path(args.model_name_or_path, "README.md")
+    if card.is_file():
+        files = ", ".join(Path(path).name for path in args.data_path)
+        term = "the question's term of the score" if args.question_aware else "the score"
+        rewards = [logs["reward"] for logs in state.log_history if "reward" in logs]
+        line = (
+            f"- pruner: {term}, by {state.global_step} steps of policy gradient on {files}, K of {args.image_tokens}; "
+            f"mean log-probability of the answers {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last"
+        )
+        Path(output_dir, "README.md").write_text(f"{card.read_text().rstrip()}\n{line}\n")
+
+
 def main() -> None:
     parser = TrlParser((PrunerArguments, TrainingArguments))
     args, training_args = parser.parse_args_and_config()
@@ -251,6 +266,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         model.to(config.dtype or torch.float32).save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
+        extend_card(args, training_args.output_dir, trainer.state)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
