@@ -44,13 +44,16 @@ def run(args: argparse.Namespace) -> None:
     check_question_aware(args, model)
     for budget in args.num_image_tokens:
         processor.resolve_budgets(budget, 1)
+    settings = [
+        (selector, budget)
+        for selector, budget in itertools.product(selectors, args.num_image_tokens)
+        if budget < processor.num_patches or selector == selectors[0]  # keeping all leaves nothing to select
+    ]
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
-        for selector, budget in itertools.product(selectors, args.num_image_tokens):
-            if budget < processor.num_patches or selector == selectors[0]:  # keeping all leaves nothing to select
-                options = {"question_aware": args.question_aware, "batch_size": args.batch_size, "seed": args.seed}
-                results.append({"data": name, **accuracy(model, questions, budget, selector, **options)})
+        for result in accuracy(model, questions, settings, args.question_aware, args.batch_size, args.seed):
+            results.append({"data": name, **result})
     command = shlex.join(["lightvlm", *args.argv])
     print(f"\n{command}\nseed {args.seed}\n\n{table(results)}")
     if args.output:

@@ -54,69 +54,89 @@ class Questions:
         order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
-    def encode(self, model: LightVLM, batch: list[int], budget: int, question_aware: bool) -> dict:
-        """Inputs for `generate`: the batch's prompts, and its images' tokens, each image encoded once."""
+    def encode(self, model: LightVLM, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and prior of each row's image, as of `encode_patches`, each image encoded once."""
         unique = list(dict.fromkeys(self.paths[row] for row in batch))
-        pixels = self.processor(images=unique, num_image_tokens=budget, return_tensors="pt")["pixel_values"]
-        config, backbone = model.config, model.model
-        pixels = pixels.to(model.device, model.dtype)
-        encoded = encode_patches(backbone.vision_tower, pixels, config.vision_feature_layer, config.prior_layer)
+        pixels = self.processor(images=unique, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        config = model.config
+        encoded = encode_patches(model.model.vision_tower, pixels, config.vision_feature_layer, config.prior_layer)
         places = torch.tensor([unique.index(self.paths[row]) for row in batch], device=model.device)
         features, prior = (values[places] for values in encoded)
-        asked = None
-        if question_aware:
-            asked = self.processor.encode_questions([self.questions[row] for row in batch], len(batch))
-            asked = torch.tensor(asked, device=model.device)
-        images = backbone.prune(features, prior, [budget] * len(batch), asked)
+        return features, prior
 
+    def question_ids(self, batch: list[int]) -> torch.Tensor:
+        """Each row's question for a pruner with `score="question"`."""
+        return torch.tensor(self.processor.encode_questions([self.questions[row] for row in batch], len(batch)))
+
+    def tokenize(self, batch: list[int], budget: int) -> dict[str, torch.Tensor]:
+        """Each row's prompt with K placeholders."""
         mark, tokenizer = self.processor.image_token, self.processor.tokenizer
         prompts = [self.prompts[row].replace(mark, mark * budget) for row in batch]
         begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
-        inputs = tokenizer(
+        return tokenizer(
             prompts, padding=True, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not begun
         )
-        return {**inputs.to(model.device), "mm_encoder_outputs": {"image": images}}
 
 
 @torch.no_grad()
 def accuracy(
     model: LightVLM,
     questions: Questions,
-    budget: int,
-    selector: str,
+    settings: list[tuple[str, int]],
     question_aware: bool = False,
     batch_size: int = 64,
     seed: int = 0,
-) -> dict:
-    """Share of right answers at one budget: greedy, equal to the expected answer but for case and a full stop.
+) -> list[dict]:
+    """Share of right answers: greedy, equal to the expected answer but for case and a full stop.
+
+    Args:
+        model: in evaluation mode.
+        questions: that it is asked.
+        settings: selector and K of each measurement; all of them are made on one encoding of the images.
+        question_aware: whether each question chooses the tokens of `topk`.
+        batch_size: questions at a time.
+        seed: of the random selector.
 
     Returns:
-        `selector`, `num_image_tokens`, `correct`, `total`, `accuracy`, and `low` and `high` of its 95 % interval.
+        For each setting `selector`, `num_image_tokens`, `correct`, `total`, `accuracy`, and `low` and `high`, the 95 %
+        interval.
     """
     torch.manual_seed(seed)
-    pruner, processor = model.model.pruner, questions.processor
-    chosen, pruner.select = pruner.select, SELECTORS[selector]
-    correct, name = 0, selector if not question_aware or selector != "topk" else "topk by question"
+    backbone, processor = model.model, questions.processor
+    chosen, correct = backbone.pruner.select, [0] * len(settings)
     try:
-        for batch in tqdm(questions.batches(batch_size), desc=f"{name}, {budget} tokens"):
-            inputs = questions.encode(model, batch, budget, question_aware)
-            output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-            answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            expected = [questions.answers[row] for row in batch]
-            correct += sum(normalise(ours) == normalise(right) for ours, right in zip(answers, expected, strict=True))
+        for batch in tqdm(questions.batches(batch_size), desc="Batches"):
+            features, prior = questions.encode(model, batch)
+            asked = questions.question_ids(batch).to(model.device) if question_aware else None
+            for index, (selector, budget) in enumerate(settings):
+                backbone.pruner.select = SELECTORS[selector]
+                images = backbone.prune(features, prior, [budget] * len(batch), asked)
+                inputs = questions.tokenize(batch, budget).to(model.device)
+                output = model.generate(
+                    **inputs, mm_encoder_outputs={"image": images}, max_new_tokens=16, do_sample=False
+                )
+                answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                correct[index] += sum(
+                    normalise(answer) == normalise(questions.answers[row])
+                    for row, answer in zip(batch, answers, strict=True)
+                )
     finally:
-        pruner.select = chosen
-    total = len(questions.answers)
-    low, high = wilson_interval(correct, total)
-    return {
-        "selector": name,
-        "num_image_tokens": budget,
-        "correct": correct,
-        "total": total,
-        "accuracy": correct / total,
-        "low": low,
-        "high": high,
-    }
+        backbone.pruner.select = chosen
+    results, total = [], len(questions.answers)
+    for (selector, budget), right in zip(settings, correct, strict=True):
+        low, high = wilson_interval(right, total)
+        results.append(
+            {
+                "selector": "topk by question" if question_aware and selector == "topk" else selector,
+                "num_image_tokens": budget,
+                "correct": right,
+                "total": total,
+                "accuracy": right / total,
+                "low": low,
+                "high": high,
+            }
+        )
+    return results
 
 
 def table(results: list[dict]) -> str:

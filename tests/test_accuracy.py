@@ -35,5 +35,6 @@ def test_right_answers_are_counted_whatever_the_batch(tmp_path, question_aware):
     (tmp_path / "data.json").write_text(json.dumps(rows))
     data = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
     for batch_size in (1, 4, 6):
-        result = accuracy(model, data, 4, "topk", question_aware, batch_size)
-        assert (result["correct"], result["total"]) == (4, 6)
+        settings = [("topk", 4), ("uniform", 9), ("topk", 4)]
+        first, _, last = accuracy(model, data, settings, question_aware, batch_size)
+        assert (first["correct"], first["total"]) == (4, 6) and first == last
