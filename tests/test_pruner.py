@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,8 +121,8 @@ def data(tmp_path):
     return tmp_path
 
 
-def train(data, monkeypatch, **options):
-    settings = {
+def settings(data, **options):
+    return {
         "model_name_or_path": data / "model",
         "data_path": data / "data.json",
         "image_folder": data,
@@ -133,8 +135,12 @@ def train(data, monkeypatch, **options):
         "use_cpu": True,
         "save_strategy": "no",
         "report_to": "none",
+        **options,
     }
-    command = [part for name, value in (settings | options).items() for part in (f"--{name}", str(value))]
+
+
+def train(data, monkeypatch, **options):
+    command = [part for name, value in settings(data, **options).items() for part in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", ["pruner.py", *command])
     pruner.main()
     return LightVLM.from_pretrained(data / "out")
@@ -213,10 +219,44 @@ def test_rows_without_an_image_are_no_lesson(data, monkeypatch):
         train(data, monkeypatch)
 
 
-def test_the_shipped_recipe_is_read():
-    path = Path(pruner.__file__).parent / "configs" / "tiny_pruner.yaml"
+@pytest.mark.parametrize("name", ["tiny_pruner", "phi2_pruner"])
+def test_every_recipe_is_possible(name):
+    path = Path(pruner.__file__).parent / "configs" / f"{name}.yaml"
+    required = [
+        "--model_name_or_path",
+        "model",
+        "--data_path",
+        "data.json",
+        "--image_folder",
+        ".",
+        "--output_dir",
+        "out",
+    ]
     parser = TrlParser((pruner.PrunerArguments, TrainingArguments))
-    args, training_args = parser.parse_args_and_config(
-        ["--config", str(path), "--model_name_or_path", "model", "--output_dir", "out"]
-    )
+    args, training_args = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", *required])
     pruner.check(args, training_args, LightVLMConfig())
+
+
+def test_two_processes_teach_one_scorer(data):
+    options = [part for name, value in settings(data, max_steps=3).items() for part in (f"--{name}", str(value))]
+    training = Path(pruner.__file__).parent
+    launch = [
+        "accelerate.commands.launch",
+        "--config_file",
+        training / "accelerate" / "ddp.yaml",
+        "--num_processes",
+        "2",
+    ]
+    launch += [
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        training / "pruner.py",
+        *options,
+        "--per_device_train_batch_size",
+        "3",
+    ]
+    subprocess.run([sys.executable, "-m", *map(str, launch)], check=True, timeout=300)
+    changed = changed_parts(data, LightVLM.from_pretrained(data / "out"))
+    assert changed and all(".scorer." in name or "_score." in name for name in changed)
