@@ -1,6 +1,6 @@
 """Train a small CLIP vision encoder contrastively against captions, so that [CLS] attention means something.
 
-    python training/pretrain_vision.py --variants flat --full-resolution-steps 0 \\
+    python training/pretrain_vision.py --variants flat \\
         --tokenizer build/decoder --output-dir build/vision-flat
     python training/pretrain_vision.py --variants flat photo --start-from build/vision-flat --learning-rate 5e-4 \\
         --tokenizer build/decoder --output-dir build/vision
