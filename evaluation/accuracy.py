@@ -5,7 +5,6 @@ import math
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.modeling_lightvlm import encode_patches
 from lightvlm.pruning_lightvlm import SELECTORS
 from tqdm import tqdm
 
@@ -55,11 +54,9 @@ class Questions:
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def encode(self, model: LightVLM, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and prior of each row's image, as of `encode_patches`, each image encoded once."""
+        """Features and prior of each row's image, each image encoded once."""
         unique = list(dict.fromkeys(self.paths[row] for row in batch))
-        pixels = self.processor(images=unique, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-        config = model.config
-        encoded = encode_patches(model.model.vision_tower, pixels, config.vision_feature_layer, config.prior_layer)
+        encoded = model.model.encode(self.processor(images=unique, return_tensors="pt")["pixel_values"])
         places = torch.tensor([unique.index(self.paths[row]) for row in batch], device=model.device)
         features, prior = (values[places] for values in encoded)
         return features, prior

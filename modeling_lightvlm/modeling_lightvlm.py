@@ -163,10 +163,16 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             ValueError: where the budgets do not fit the images.
         """
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
+        features, prior = self.encode(pixel_values, vision_feature_layer)
+        return self.prune(features, prior, budgets, question_ids)
+
+    def encode(
+        self, pixel_values: torch.Tensor, vision_feature_layer: int | list[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and prior of `encode_patches`, at the configuration's layers unless told otherwise."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
-        features, prior = encode_patches(self.vision_tower, pixel_values, layers, self.config.prior_layer)
-        return self.prune(features, prior, budgets, question_ids)
+        return encode_patches(self.vision_tower, pixel_values, layers, self.config.prior_layer)
 
     def prune(
         self,
@@ -178,7 +184,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         """Keep and project K patches of each image.
 
         Args:
-            features: (images, patches, dim) of `encode_patches`.
+            features: (images, patches, dim) of `encode`.
             prior: (images, patches) of the same.
             budgets: K of each image.
             question_ids: as in `get_image_features`.

@@ -176,8 +176,8 @@ class TokenPruner(nn.Module):
         """Tell the language model where kept tokens stood.
 
         Args:
-            tokens: (tokens, hidden) after the projector.
-            indices: (tokens,) of the patches that they were.
+            tokens: (..., hidden) after the projector.
+            indices: (...), the patches that they were.
         """
         if self.row_score is None:
             return tokens

@@ -12,6 +12,7 @@ from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training import pruner
 from lightvlm.training.collator import pack_turns
+from lightvlm.training.prepare_easy_vqa import llava_row
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 from transformers import TrainingArguments
 from trl import TrlParser
@@ -44,7 +45,7 @@ def test_the_baseline_of_a_sample_is_the_mean_of_the_others():
 
 
 class Planted(pruner.PolicyGradient):
-    """Pays for keeping the one patch whose features carry a mark, or the one that the question points at."""
+    """Pays for keeping the one patch whose features carry a mark."""
 
     def reward(self, features, kept, inputs):
         wanted = features[..., 0].argmax(dim=-1)
@@ -111,10 +112,8 @@ def data(tmp_path):
     rows = [{"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "no"}]}]
     for index in range(6):
         make_image(index).save(tmp_path / f"{index}.png")
-        conversations = []
-        for question, answer in (("<image>\nwhat color?", "red" if index % 2 else "blue"), ("what shape?", "circle")):
-            conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        rows.append({"id": index, "image": f"{index}.png", "conversations": conversations})
+        turns = [("what color?", "red" if index % 2 else "blue"), ("what shape?", "circle")]
+        rows.append(llava_row(index, f"{index}.png", turns))
     (tmp_path / "data.json").write_text(json.dumps(rows))
     make_model(num_image_tokens=9).save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
@@ -222,41 +221,18 @@ def test_rows_without_an_image_are_no_lesson(data, monkeypatch):
 @pytest.mark.parametrize("name", ["tiny_pruner", "phi2_pruner"])
 def test_every_recipe_is_possible(name):
     path = Path(pruner.__file__).parent / "configs" / f"{name}.yaml"
-    required = [
-        "--model_name_or_path",
-        "model",
-        "--data_path",
-        "data.json",
-        "--image_folder",
-        ".",
-        "--output_dir",
-        "out",
-    ]
+    required = ["--model_name_or_path=model", "--data_path=data.json", "--image_folder=.", "--output_dir=out"]
     parser = TrlParser((pruner.PrunerArguments, TrainingArguments))
     args, training_args = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", *required])
     pruner.check(args, training_args, LightVLMConfig())
 
 
 def test_two_processes_teach_one_scorer(data):
-    options = [part for name, value in settings(data, max_steps=3).items() for part in (f"--{name}", str(value))]
+    options = settings(data, max_steps=3, per_device_train_batch_size=3)
     training = Path(pruner.__file__).parent
-    launch = [
-        "accelerate.commands.launch",
-        "--config_file",
-        training / "accelerate" / "ddp.yaml",
-        "--num_processes",
-        "2",
-    ]
-    launch += [
-        "--main_process_port",
-        "0",
-        "--mixed_precision",
-        "no",
-        training / "pruner.py",
-        *options,
-        "--per_device_train_batch_size",
-        "3",
-    ]
+    launch = ["accelerate.commands.launch", "--config_file", training / "accelerate" / "ddp.yaml"]
+    launch += ["--num_processes", 2, "--main_process_port", 0, "--mixed_precision", "no", training / "pruner.py"]
+    launch += [part for name, value in options.items() for part in (f"--{name}", value)]
     subprocess.run([sys.executable, "-m", *map(str, launch)], check=True, timeout=300)
     changed = changed_parts(data, LightVLM.from_pretrained(data / "out"))
     assert changed and all(".scorer." in name or "_score." in name for name in changed)

@@ -15,6 +15,7 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.training import sft
 from lightvlm.training.collator import LightVLMCollator, StepSampler
 from lightvlm.training.llava_data import load_llava
+from lightvlm.training.prepare_easy_vqa import llava_row
 from peft import PeftModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -50,11 +51,8 @@ def data(tmp_path):
         make_image(index).point(lambda value, index=index: value // 4 + 190 * (index % 2)).save(
             tmp_path / f"{index}.png"
         )
-        turns = [("<image>\nwhat color?", "yes" if index % 2 else "no"), ("what shape?", "circle")]
-        conversations = []
-        for question, answer in turns:
-            conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        rows.append({"id": index, "image": f"{index}.png", "conversations": conversations})
+        turns = [("what color?", "yes" if index % 2 else "no"), ("what shape?", "circle")]
+        rows.append(llava_row(index, f"{index}.png", turns))
     (tmp_path / "data.json").write_text(json.dumps(rows))
     make_model(num_image_tokens=9).save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")

@@ -1,7 +1,7 @@
 """Teach the pruner's scorer which tokens the language model needs, by policy gradient; all else is frozen.
 
     accelerate launch training/pruner.py --config training/configs/tiny_pruner.yaml \\
-        --model_name_or_path build/trained --output_dir build/pruned
+        --model_name_or_path build/elastic --output_dir build/taught
 
 Choosing the K best tokens has no gradient. So K tokens are sampled, several times for each image, with probabilities
 that follow the scores; the language model says how likely the right answers are with them; and scores of samples that
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, concatenate_datasets
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures, encode_patches
+from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training.collator import pack_turns
 from lightvlm.training.llava_data import load_llava
 from torch import nn
@@ -135,11 +135,10 @@ class PolicyGradient(nn.Module):
         Returns:
             (samples, batch).
         """
-        backbone, samples, patches = self.model.model, len(kept), features.shape[1]
-        places = torch.arange(patches, device=features.device).repeat(len(features))
-        tokens = backbone.multi_modal_projector(features.flatten(0, 1))
-        tokens = backbone.pruner.add_positions(tokens, places).unflatten(0, features.shape[:2])  # [B, N, hidden]
-        chosen = [image[indices] for sample in kept for image, indices in zip(tokens, sample, strict=True)]
+        backbone, samples = self.model.model, len(kept)
+        images = torch.arange(len(features), device=features.device)[:, None]
+        tokens = backbone.multi_modal_projector(features[images, kept])  # [samples, B, K, hidden]
+        chosen = list(backbone.pruner.add_positions(tokens, kept).flatten(0, 1))
         inputs = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
         labels = inputs.pop("labels")[:, 1:]
         hidden = backbone(**inputs, mm_encoder_outputs={"image": LightVLMImageFeatures(pooler_output=chosen)})[0]
@@ -163,16 +162,11 @@ class PrunerTrainer(Trainer):
 @torch.no_grad()
 def encode_rows(model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, rows) -> list[dict]:
     """Each row's `messages`, and its image's bf16 `features` (patches, dim) and `prior` (patches,), on the CPU."""
-    examples, backbone = [], model.model
+    examples = []
     for start in tqdm(range(0, len(rows), 16), desc="Encoding images"):
         batch = [rows[index] for index in range(start, min(start + 16, len(rows)))]
         pixels = processor(images=[row["images"][0] for row in batch], return_tensors="pt")["pixel_values"]
-        features, prior = encode_patches(
-            backbone.vision_tower,
-            pixels.to(model.device, model.dtype),
-            model.config.vision_feature_layer,
-            model.config.prior_layer,
-        )
+        features, prior = model.model.encode(pixels)
         for row, image_features, image_prior in zip(batch, features.cpu().bfloat16(), prior.cpu(), strict=True):
             examples.append({"messages": row["messages"], "features": image_features, "prior": image_prior})
     return examples
@@ -236,9 +230,10 @@ def extend_card(args: PrunerArguments, output_dir: str, state: TrainerState) -> 
         term = "the question's term of the score" if args.question_aware else "the score"
         rewards = [logs["reward"] for logs in state.log_history if "reward" in logs]
         line = (
-            f"- pruner: {term}, by {state.global_step} steps of policy gradient on {files}, K of {args.image_tokens}; "
-            f"mean log-probability of the answers {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last"
+            f"- pruner: {term}, by {state.global_step} steps of policy gradient on {files}, K of {args.image_tokens}"
         )
+        if rewards:  # fewer steps than logging_steps leave none
+            line += f"; mean log-probability of the answers {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last"
         Path(output_dir, "README.md").write_text(f"{card.read_text().rstrip()}\n{line}\n")
 
 

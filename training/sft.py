@@ -96,7 +96,6 @@ class LightVLMArguments:
         default=None, metadata={"help": "of multi_modal_projector; learning_rate if None"}
     )
     save_dtype: str = field(default="float32", metadata={"help": "of the saved weights, such as bfloat16"})
-
     base_model: list[str] | None = field(
         default=None, metadata={"help": "Hub names for the card, where model_name_or_path is a folder made of them"}
     )
