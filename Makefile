@@ -22,22 +22,44 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The whole recipe of the next checkpoint, from easy-VQA and mosaics.
-TRAIN := $(BIN)/accelerate launch training/sft.py --config training/configs
-TEACH := $(BIN)/accelerate launch training/pruner.py --config training/configs/tiny_pruner.yaml
-checkpoint: $(DATA)/mosaics_train.json
-	$(BIN)/python training/init_decoder.py --output-dir build/decoder \
-		--data-path $(DATA)/train.json $(DATA)/mosaics_train.json
-	$(BIN)/python training/pretrain_vision.py --variants flat --tokenizer build/decoder --output-dir build/vision-flat
-	$(BIN)/python training/pretrain_vision.py --start-from build/vision-flat --learning-rate 5e-4 \
-		--half-resolution-steps 1200 --tokenizer build/decoder --output-dir build/vision
-	$(BIN)/lightvlm build --vision build/vision --text build/decoder --prior-layer -1 --output-dir build/untrained
-	$(TRAIN)/tiny_align.yaml --model_name_or_path build/untrained --output_dir build/aligned
-	$(TRAIN)/tiny_sft.yaml --model_name_or_path build/aligned --output_dir build/elastic
-	$(TEACH) --model_name_or_path build/elastic --output_dir build/taught
-	$(TRAIN)/tiny_sft.yaml --model_name_or_path build/taught --output_dir build/tuned
-	$(TEACH) --model_name_or_path build/tuned --output_dir build/trained \
-		--question-aware true --per-device-train-batch-size 64
+# The recipe of the shipped checkpoint, a folder of build/ for each stage. Made for a GPU; without one it takes days.
+OPTIONS = --use-cpu $(shell $(BIN)/python -c "import torch; print(not torch.cuda.is_available())") \
+	--dataloader-num-workers $(shell getconf _NPROCESSORS_ONLN)
+TRAIN = $(BIN)/accelerate launch training/sft.py $(OPTIONS) --config training/configs
+TEACH = $(BIN)/accelerate launch training/pruner.py $(OPTIONS) --config training/configs/tiny_pruner.yaml
+SEE = $(BIN)/python training/pretrain_vision.py --num-workers $(shell getconf _NPROCESSORS_ONLN) --tokenizer build/decoder
+WEIGHTS := model.safetensors
+
+checkpoint: build/trained/$(WEIGHTS)
+
+build/decoder/$(WEIGHTS): $(DATA)/mosaics_train.json
+	$(BIN)/python training/init_decoder.py --output-dir $(@D) --data-path $(DATA)/train.json $<
+
+build/vision-flat/$(WEIGHTS): build/decoder/$(WEIGHTS)
+	$(SEE) --variants flat --full-resolution-steps 0 --output-dir $(@D)
+
+build/vision/$(WEIGHTS): build/vision-flat/$(WEIGHTS)
+	$(SEE) --start-from $(<D) --half-resolution-steps 1200 --full-resolution-steps 850 --batch-size 128 \
+		--output-dir $(@D)
+
+build/untrained/$(WEIGHTS): build/vision/$(WEIGHTS)
+	$(BIN)/lightvlm build --vision $(<D) --text build/decoder --prior-layer -1 --output-dir $(@D)
+
+build/aligned/$(WEIGHTS): build/untrained/$(WEIGHTS)
+	$(TRAIN)/tiny_align.yaml --model_name_or_path $(<D) --output_dir $(@D)
+
+build/elastic/$(WEIGHTS): build/aligned/$(WEIGHTS)
+	$(TRAIN)/tiny_sft.yaml --model_name_or_path $(<D) --output_dir $(@D)
+
+build/taught/$(WEIGHTS): build/elastic/$(WEIGHTS)
+	$(TEACH) --model_name_or_path $(<D) --output_dir $(@D)
+
+build/tuned/$(WEIGHTS): build/taught/$(WEIGHTS)
+	$(TRAIN)/tiny_sft.yaml --model_name_or_path $(<D) --output_dir $(@D)
+
+build/trained/$(WEIGHTS): build/tuned/$(WEIGHTS)
+	$(TEACH) --model_name_or_path $(<D) --output_dir $(@D) \
+		--question-aware true --per-device-train-batch-size 256
 
 $(DATA)/test.json: .venv/ready
 	$(BIN)/python training/prepare_easy_vqa.py --output-dir $(DATA)

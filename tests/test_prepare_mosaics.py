@@ -12,16 +12,18 @@ from lightvlm.training.prepare_mosaics import (
     IMAGE_SIZE,
     OBJECTS,
     PHOTOGRAPHS,
+    MosaicFiles,
     ask,
     caption,
     draw_mosaic,
     load_cells,
     load_photographs,
     places,
-    write_images,
+    recolor,
     write_test,
     write_train,
 )
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +114,20 @@ def test_train_and_test_share_no_photograph():
     assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["test"])
 
 
+def test_training_photographs_come_in_twelve_colourings_and_test_photographs_as_they_are():
+    assert len(load_photographs("test")) == len(PHOTOGRAPHS["test"])
+    assert len(load_photographs("train")) == 12 * len(PHOTOGRAPHS["train"])
+    colors = np.asarray([[[10, 100, 200]]], dtype=np.uint8)
+    seen = {tuple(np.asarray(image)[0, 0]) for image in recolor(Image.fromarray(colors))}
+    assert len(seen) == 12 and {(10, 100, 200), (200, 100, 10), (245, 155, 55)} <= seen
+
+
 def test_files_are_llava_json_and_seeded(data_dir):
     texts = []
     for _ in range(2):
-        rng = random.Random(3)
-        write_train(write_images("train", {1: 1, 2: 1, 3: 2}, data_dir, rng), data_dir, 8, rng)
-        write_test(write_images("test", {1: 1, 2: 1, 3: 1}, data_dir, rng), data_dir, 8, rng)
+        train, test = (MosaicFiles(split, {1: 1, 2: 1, 3: 2}, data_dir, seed=3) for split in ("train", "test"))
+        write_train(dict(train[number] for number in range(len(train))), data_dir, 8, random.Random(3))
+        write_test(dict(test[number] for number in range(len(test))), data_dir, 8, random.Random(3))
         texts.append(
             [
                 path.read_bytes()
@@ -130,6 +140,6 @@ def test_files_are_llava_json_and_seeded(data_dir):
     assert len(train) == 8 and train[0]["images"][0].size == (IMAGE_SIZE, IMAGE_SIZE)
     assert all(len(row["messages"]) == 2 * 9 for row in train)  # eight questions and the caption
     assert len(load_llava(data_dir / "mosaics_train_captions.json", data_dir / "images")) == 8
-    for kind in ("flat_1x1", "photo_2x2", "photo_3x3"):
+    for kind, images in {"flat_1x1": 1, "photo_2x2": 1, "photo_3x3": 2}.items():
         test = load_llava(data_dir / f"mosaics_test_{kind}.json", data_dir / "images")
-        assert len(test) == 8 and len(test["messages"][0]) == 2
+        assert len(test) == 8 * images and len(test["messages"][0]) == 2

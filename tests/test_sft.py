@@ -236,6 +236,13 @@ def test_a_batch_has_k_of_its_rows_and_the_processor_keeps_its_own(data):
     assert collate([rows[1]])["num_image_tokens"].tolist() == [9] == [collate.processor.num_image_tokens]
 
 
+def test_images_travel_in_the_type_that_autocast_would_round_them_to(data):
+    rows = load_llava(data / "data.json", data)
+    exact, rounded = (collator(pixel_dtype=dtype)([rows[1]]) for dtype in (torch.float32, torch.bfloat16))
+    assert rounded["pixel_values"].dtype == torch.bfloat16
+    assert torch.equal(rounded["pixel_values"], exact["pixel_values"].bfloat16())
+
+
 @pytest.mark.parametrize("independent_turns", [False, True])
 def test_a_batch_of_text_alone_runs_the_whole_model_and_has_the_same_loss(data, independent_turns):
     rows = load_llava(data / "data.json", data)

@@ -81,12 +81,19 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
     Args:
         processor: whose K is for rows without one.
         independent_turns: train each question of a row as if it were asked alone, see `pack_turns`.
+        pixel_dtype: of the images; what autocast would round them to is half the bytes to bring to the GPU.
         kwargs: TRL's.
     """
 
-    def __init__(self, processor: LightVLMProcessor, independent_turns: bool = False, **kwargs):
+    def __init__(
+        self,
+        processor: LightVLMProcessor,
+        independent_turns: bool = False,
+        pixel_dtype: torch.dtype = torch.float32,
+        **kwargs,
+    ):
         super().__init__(processor, **kwargs)
-        self.independent_turns = independent_turns
+        self.independent_turns, self.pixel_dtype = independent_turns, pixel_dtype
 
     def torch_call(self, examples: list[dict]) -> dict:
         """A batch whose images all have the same K."""
@@ -95,6 +102,7 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
         batch = self.pack(examples) if self.independent_turns else self.begin(super().torch_call(examples))
         if "pixel_values" not in batch:
             batch = add_blank_image(batch, self.processor)
+        batch["pixel_values"] = batch["pixel_values"].to(self.pixel_dtype)
         self.processor.num_image_tokens = default  # the processor is saved with each checkpoint
         return batch
 

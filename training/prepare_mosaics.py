@@ -16,7 +16,9 @@ nor photographs:
 """
 
 import argparse
+import itertools
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,9 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 from lightvlm.training.prepare_easy_vqa import COLUMNS, DESCRIBE, PALETTE, ROWS, SHAPES, foreground, llava_row
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
+from torch.utils.data import DataLoader, Dataset
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 GRIDS = (1, 2, 3)
@@ -84,13 +87,20 @@ def load_cells(data_dir: Path, split: str) -> list[Cell]:
     return cells
 
 
+def recolor(photograph: Image.Image) -> list[Image.Image]:
+    """A photograph with its channels in each order, and the negatives of these: twelve, where there was one."""
+    ordered = [Image.merge("RGB", channels) for channels in itertools.permutations(photograph.split())]
+    return [*ordered, *map(ImageOps.invert, ordered)]
+
+
 def load_photographs(split: str) -> list[Image.Image]:
-    """The photographs behind a split's shapes."""
+    """The photographs behind a split's shapes; those of the training split, which are few, in many colours."""
     photographs = []
     for name in PHOTOGRAPHS[split]:
         pixels = load_sample_image(name) if name.endswith(".jpg") else getattr(skimage.data, name)()
         pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # of a stereo pair, the left
-        photographs.append(Image.fromarray(pixels).convert("RGB"))
+        photograph = Image.fromarray(pixels).convert("RGB")
+        photographs += recolor(photograph) if split == "train" else [photograph]
     return photographs
 
 
@@ -209,19 +219,35 @@ def ask(objects: dict[str, str], count: int, rng: random.Random) -> list[tuple[s
     return list(questions.items())
 
 
-def write_images(split: str, counts: dict[int, int], data_dir: Path, rng: random.Random) -> dict[str, dict[str, str]]:
-    """Draw `counts[grid]` mosaics of each variant; return the objects of each by the image's name."""
-    cells, photographs = load_cells(data_dir, split), load_photographs(split)
-    (data_dir / "images" / "mosaics" / split).mkdir(parents=True, exist_ok=True)
-    images = {}
-    for variant in VARIANTS:
-        for grid, count in counts.items():
-            for number in range(count):
-                mosaic = draw_mosaic(cells, photographs, variant, grid, rng, IMAGE_SIZE)
-                name = f"mosaics/{split}/{variant}_{grid}x{grid}_{number}.jpg"
-                mosaic.image.save(data_dir / "images" / name, quality=95, subsampling=0)
-                images[name] = mosaic.objects
-    return images
+class MosaicFiles(Dataset):
+    """Mosaics of a split, drawn and saved when asked for; an item is an image's name and its objects by place.
+
+    Args:
+        split: "train" or "test".
+        counts: images of each grid, in each variant.
+        data_dir: of the module's docstring.
+        seed: with the name, it decides all of an image.
+    """
+
+    def __init__(self, split: str, counts: dict[int, int], data_dir: Path, seed: int):
+        self.folder, self.seed = data_dir / "images", seed
+        self.cells, self.photographs = load_cells(data_dir, split), load_photographs(split)
+        self.kinds = [(variant, grid) for variant in VARIANTS for grid, count in counts.items() for _ in range(count)]
+        numbers = [number for _ in VARIANTS for count in counts.values() for number in range(count)]
+        self.names = [
+            f"mosaics/{split}/{variant}_{grid}x{grid}_{number}.jpg"
+            for (variant, grid), number in zip(self.kinds, numbers, strict=True)
+        ]
+        (self.folder / "mosaics" / split).mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[str, dict[str, str]]:
+        name, rng = self.names[index], random.Random(f"{self.seed}-{self.names[index]}")
+        mosaic = draw_mosaic(self.cells, self.photographs, *self.kinds[index], rng, IMAGE_SIZE)
+        mosaic.image.save(self.folder / name, quality=95, subsampling=0)
+        return name, mosaic.objects
 
 
 def write_train(images: dict[str, dict[str, str]], data_dir: Path, questions: int, rng: random.Random) -> None:
@@ -254,8 +280,9 @@ def write_test(images: dict[str, dict[str, str]], data_dir: Path, questions: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data/easy-vqa"), help="of prepare_easy_vqa.py")
+    parser.add_argument("--splits", nargs="+", choices=PHOTOGRAPHS, default=list(PHOTOGRAPHS))
     parser.add_argument(
-        "--train-images", type=int, nargs=3, default=[500, 1250, 2750], help="1x1, 2x2 and 3x3, of each variant"
+        "--train-images", type=int, nargs=3, default=[1000, 3000, 6000], help="1x1, 2x2 and 3x3, of each variant"
     )
     parser.add_argument("--test-images", type=int, default=520, help="of each grid and variant")
     parser.add_argument("--questions", type=int, default=8, help="about one image")
@@ -265,10 +292,11 @@ def main() -> None:
         "train": dict(zip(GRIDS, args.train_images, strict=True)),
         "test": dict.fromkeys(GRIDS, args.test_images),
     }
-    for split, write in (("train", write_train), ("test", write_test)):
-        rng = random.Random(f"{args.seed}-{split}")
-        images = write_images(split, counts[split], args.data_dir, rng)
-        write(images, args.data_dir, args.questions, rng)
+    for split in args.splits:
+        files = MosaicFiles(split, counts[split], args.data_dir, args.seed)
+        images = dict(DataLoader(files, batch_size=None, num_workers=os.cpu_count()))
+        write = write_train if split == "train" else write_test
+        write(images, args.data_dir, args.questions, random.Random(f"{args.seed}-{split}"))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """Train a small CLIP vision encoder contrastively against captions, so that [CLS] attention means something.
 
-    python training/pretrain_vision.py --variants flat \\
+    python training/pretrain_vision.py --variants flat --full-resolution-steps 0 \\
         --tokenizer build/decoder --output-dir build/vision-flat
-    python training/pretrain_vision.py --variants flat photo --start-from build/vision-flat --learning-rate 5e-4 \\
+    python training/pretrain_vision.py --start-from build/vision-flat --full-resolution-steps 850 \\
         --tokenizer build/decoder --output-dir build/vision
 
 Images are drawn as mosaics of one to nine objects, flat or on photographs, whose captions name each object's place; an
-auxiliary loss asks each patch of the feature layer which object it shows. Most steps run at half resolution, the last
-at full resolution, with interpolated position embeddings. Position embeddings start as two-dimensional sine-cosine
+auxiliary loss asks each patch of the feature layer which object it shows. The first steps run at half resolution, with
+interpolated position embeddings, the last at full resolution. Position embeddings start as two-dimensional sine-cosine
 waves: at the usual 0.02 they drown in the patch embeddings. Shapes are told apart on flat mosaics first: on
 photographs, where colours are learned at once, they were not within 600 steps.
 """
 
 import argparse
 import random
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from lightvlm.training.prepare_mosaics import (
     load_photographs,
 )
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -42,6 +43,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 FEATURE_LAYER = -2
 
@@ -56,12 +58,11 @@ def sine_cosine_positions(side: int, dim: int, amplitude: float) -> torch.Tensor
 
 
 class Mosaics(IterableDataset):
-    """Endless mosaics: `pixel_values`, the `caption`, and the object each patch shows (`patch_labels`, -1: none)."""
+    """Endless mosaics: `pixels` in bytes, the `caption`, and each patch's object (`patch_labels`, -1: none)."""
 
-    def __init__(self, data_dir: Path, variants: list[str], image_size: int, seed: int):
+    def __init__(self, data_dir: Path, split: str, variants: list[str], image_size: int, seed: int):
         self.variants, self.image_size, self.seed = variants, image_size, seed
-        self.image_processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
-        self.cells, self.photographs = load_cells(data_dir, "train"), load_photographs("train")
+        self.cells, self.photographs = load_cells(data_dir, split), load_photographs(split)
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -77,7 +78,7 @@ class Mosaics(IterableDataset):
         coverage = (patches >= 0).mean(axis=(1, 3))
         labels = np.where(coverage > 0.25, patches.max(axis=(1, 3)), -1)
         return {
-            "pixel_values": self.image_processor(mosaic.image, return_tensors="pt")["pixel_values"][0],
+            "pixels": torch.from_numpy(np.array(mosaic.image)).movedim(-1, 0),
             "caption": caption(mosaic.objects, rng),
             "patch_labels": torch.from_numpy(labels.ravel()),
         }
@@ -92,8 +93,17 @@ class CLIPWithPatchLabels(CLIPModel):
         self.background_head = nn.Linear(width, 1)
         self.color_head, self.shape_head = nn.Linear(width, len(PALETTE)), nn.Linear(width, len(SHAPES))
 
-    def forward(self, patch_labels: torch.Tensor, **inputs) -> dict[str, torch.Tensor]:
-        outputs = super().forward(**inputs, return_loss=True, output_hidden_states=True, interpolate_pos_encoding=True)
+    def forward(self, pixels: torch.Tensor, patch_labels: torch.Tensor, **inputs) -> dict[str, torch.Tensor]:
+        mean, std = (
+            pixels.new_tensor(v, dtype=torch.float)[:, None, None] for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        )
+        outputs = super().forward(
+            **inputs,
+            pixel_values=(pixels / 255 - mean) / std,  # here: floats would be four times the bytes to bring
+            return_loss=True,
+            output_hidden_states=True,
+            interpolate_pos_encoding=True,
+        )
         patches = outputs.vision_model_output.hidden_states[FEATURE_LAYER][:, 1:]  # (batch, patches, hidden)
         is_background = patch_labels < 0
         background_logits = self.background_head(patches).squeeze(-1).float()
@@ -108,12 +118,16 @@ class CLIPWithPatchLabels(CLIPModel):
             "color_loss": nn.functional.cross_entropy(color_logits, colors),
             "shape_loss": nn.functional.cross_entropy(shape_logits, shapes),
         }
-        accuracy = (shape_logits.argmax(dim=-1) == shapes).float().mean()
-        return {"loss": sum(losses.values()), **losses, "shape_accuracy": accuracy}
+        accuracies = {
+            "background_accuracy": ((background_logits > 0) == is_background).float().mean(),
+            "color_accuracy": (color_logits.argmax(dim=-1) == colors).float().mean(),
+            "shape_accuracy": (shape_logits.argmax(dim=-1) == shapes).float().mean(),
+        }
+        return {"loss": sum(losses.values()), **losses, **accuracies}
 
 
 class VisionTrainer(Trainer):
-    """Trainer that logs each loss, and how many patches' shapes are told."""
+    """Trainer that logs each loss, and how many patches are told right."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -152,6 +166,16 @@ def build_model(tokenizer) -> CLIPWithPatchLabels:
     return model
 
 
+@torch.no_grad()
+def test(model: CLIPWithPatchLabels, batches: DataLoader, count: int = 8) -> dict[str, float]:
+    """Losses and accuracies, averaged over the first batches."""
+    model.eval()
+    results = [
+        model(**{name: value.to(model.device) for name, value in batch.items()}) for batch in islice(batches, count)
+    ]
+    return {name: sum(result[name].item() for result in results) / count for name in results[0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data/easy-vqa"), help="of prepare_easy_vqa.py")
@@ -163,6 +187,7 @@ def main() -> None:
     parser.add_argument("--half-resolution-steps", type=int, default=1000)
     parser.add_argument("--full-resolution-steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--num-workers", type=int, default=1, help="processes that draw mosaics")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -177,13 +202,13 @@ def main() -> None:
         batch = tokenizer(captions, padding=True, return_tensors="pt", return_token_type_ids=False)
         return {
             **batch,
-            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "pixels": torch.stack([row["pixels"] for row in rows]),
             "patch_labels": torch.stack([row["patch_labels"] for row in rows]),
         }
 
     stages = [
         ("half-resolution", IMAGE_SIZE // 2, args.half_resolution_steps, args.learning_rate),
-        ("full-resolution", IMAGE_SIZE, args.full_resolution_steps, 0.3 * args.learning_rate),
+        ("full-resolution", IMAGE_SIZE, args.full_resolution_steps, 0.5 * args.learning_rate),
     ]
     for name, image_size, steps, learning_rate in stages:
         if steps == 0:
@@ -203,11 +228,14 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,
-            dataloader_num_workers=1,
+            dataloader_num_workers=args.num_workers,
             seed=args.seed,
         )
-        mosaics = Mosaics(args.data_dir, args.variants, image_size, args.seed)
+        mosaics = Mosaics(args.data_dir, "train", args.variants, image_size, args.seed)
         VisionTrainer(model, arguments, data_collator=collate, train_dataset=mosaics).train()
+    for variant in args.variants:
+        mosaics = Mosaics(args.data_dir, "test", [variant], IMAGE_SIZE, args.seed)
+        print(f"test, {variant}:", test(model, DataLoader(mosaics, args.batch_size, collate_fn=collate)))
     model.vision_model.save_pretrained(args.output_dir)
     CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}

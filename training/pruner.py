@@ -13,6 +13,7 @@ The encoder runs once for each image, and its features are kept in memory: 1.2 M
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training.collator import pack_turns
 from lightvlm.training.llava_data import load_llava
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from trl import TrlParser
@@ -115,7 +117,7 @@ class PolicyGradient(nn.Module):
             question_ids: (batch, words), padded with -1.
             inputs: for the language model, with labels, of `pack_turns`.
         """
-        backbone = self.model.model
+        backbone, features = self.model.model, features.float()
         questions = backbone.embed_questions(question_ids) if self.question_aware else None
         scores = backbone.pruner.score(features, prior, questions)
         orders = sample_orders(scores.detach(), self.num_samples)
@@ -159,16 +161,22 @@ class PrunerTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 
+def open_images(rows: list[dict], processor: LightVLMProcessor) -> tuple[list[list[dict]], torch.Tensor]:
+    """The `messages` and the pixels of rows that have one image each."""
+    pixels = processor(images=[row["images"][0] for row in rows], return_tensors="pt")["pixel_values"]
+    return [row["messages"] for row in rows], pixels
+
+
 @torch.no_grad()
-def encode_rows(model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, rows) -> list[dict]:
+def encode_rows(
+    model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, rows: Dataset, num_workers: int = 0
+) -> list[dict]:
     """Each row's `messages`, and its image's bf16 `features` (patches, dim) and `prior` (patches,), on the CPU."""
-    examples = []
-    for start in tqdm(range(0, len(rows), 16), desc="Encoding images"):
-        batch = [rows[index] for index in range(start, min(start + 16, len(rows)))]
-        pixels = processor(images=[row["images"][0] for row in batch], return_tensors="pt")["pixel_values"]
+    examples, collate = [], partial(open_images, processor=processor)
+    for messages, pixels in tqdm(DataLoader(rows, 16, collate_fn=collate, num_workers=num_workers), "Encoding images"):
         features, prior = model.model.encode(pixels)
-        for row, image_features, image_prior in zip(batch, features.cpu().bfloat16(), prior.cpu(), strict=True):
-            examples.append({"messages": row["messages"], "features": image_features, "prior": image_prior})
+        columns = zip(messages, features.cpu().bfloat16(), prior.cpu(), strict=True)
+        examples += [dict(zip(("messages", "features", "prior"), column, strict=True)) for column in columns]
     return examples
 
 
@@ -191,7 +199,7 @@ class PrunerCollator:
         budget = random.choice(self.image_tokens)
         questions = [example["messages"][0]["content"] for example in examples]
         return {
-            "features": torch.stack([example["features"] for example in examples]).float(),
+            "features": torch.stack([example["features"] for example in examples]),
             "prior": torch.stack([example["prior"] for example in examples]),
             "num_image_tokens": budget,
             "question_ids": torch.tensor(self.processor.encode_questions(questions, len(questions))),
@@ -249,7 +257,8 @@ def main() -> None:
     check(args, training_args, config)
     score = "question" if args.question_aware else "positional" if config.score == "cls" else config.score
     model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, score=score, dtype=torch.float32)
-    examples = encode_rows(model.to(training_args.device), processor, load_rows(args, training_args.seed))
+    rows, num_workers = load_rows(args, training_args.seed), training_args.dataloader_num_workers
+    examples = encode_rows(model.to(training_args.device), processor, rows, num_workers)
     trainer = PrunerTrainer(
         PolicyGradient(model, args.num_samples, args.question_aware),
         training_args,

@@ -332,6 +332,7 @@ def main() -> None:
         data_collator=LightVLMCollator(
             processor,
             args.independent_turns,
+            torch.bfloat16 if training_args.bf16 else torch.float32,
             max_length=training_args.max_length,
             assistant_only_loss=training_args.assistant_only_loss,
         ),
