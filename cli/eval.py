@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-path", nargs="+", required=True, help="LLaVA JSON files; the first question of each row counts"
     )
     parser.add_argument("--image-folder", required=True, help="folder that its image paths are relative to")
-    parser.add_argument("--selectors", default="topk", help="one or several of topk, uniform, random: topk,random")
+    parser.add_argument(
+        "--selectors", default="topk", help="one or several, comma-separated; see SELECTORS in evaluation/selectors.py"
+    )
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,64,16")
     parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
     parser.add_argument("--batch-size", type=positive, default=64)
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lightvlm.evaluation.accuracy import Questions, accuracy, table
-    from lightvlm.pruning_lightvlm import SELECTORS
+    from lightvlm.evaluation.selectors import SELECTORS
     from lightvlm.training.llava_data import load_llava
 
     selectors = [name.strip() for name in args.selectors.split(",")]

@@ -1,11 +1,13 @@
 """Accuracy of a checkpoint on LLaVA JSON questions, at several token budgets."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.pruning_lightvlm import SELECTORS
+from lightvlm.evaluation.selectors import image_tokens, prune_in_language_model
+from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from tqdm import tqdm
 
 
@@ -53,13 +55,11 @@ class Questions:
         order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
-    def encode(self, model: LightVLM, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and prior of each row's image, each image encoded once."""
+    def pixels(self, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixel values of the batch's images, each image once, and which of them each row is about."""
         unique = list(dict.fromkeys(self.paths[row] for row in batch))
-        encoded = model.model.encode(self.processor(images=unique, return_tensors="pt")["pixel_values"])
-        places = torch.tensor([unique.index(self.paths[row]) for row in batch], device=model.device)
-        features, prior = (values[places] for values in encoded)
-        return features, prior
+        pixels = self.processor(images=unique, return_tensors="pt")["pixel_values"]
+        return pixels, torch.tensor([unique.index(self.paths[row]) for row in batch])
 
     def question_ids(self, batch: list[int]) -> torch.Tensor:
         """Each row's question for a pruner with `score="question"`."""
@@ -99,26 +99,29 @@ def accuracy(
         interval.
     """
     torch.manual_seed(seed)
-    backbone, processor = model.model, questions.processor
-    chosen, correct = backbone.pruner.select, [0] * len(settings)
-    try:
-        for batch in tqdm(questions.batches(batch_size), desc="Batches"):
-            features, prior = questions.encode(model, batch)
-            asked = questions.question_ids(batch).to(model.device) if question_aware else None
-            for index, (selector, budget) in enumerate(settings):
-                backbone.pruner.select = SELECTORS[selector]
-                images = backbone.prune(features, prior, [budget] * len(batch), asked)
-                inputs = questions.tokenize(batch, budget).to(model.device)
+    backbone, processor, correct = model.model, questions.processor, [0] * len(settings)
+    for batch in tqdm(questions.batches(batch_size), desc="Batches"):
+        pixels, places = (values.to(model.device) for values in questions.pixels(batch))
+        features, prior = (values[places] for values in backbone.encode(pixels))
+        asked = backbone.embed_questions(questions.question_ids(batch).to(model.device)) if question_aware else None
+        scores = backbone.pruner.score(features, prior, asked)
+        for index, (selector, budget) in enumerate(settings):
+            tokens = image_tokens(backbone, selector, budget, pixels, places, features, scores)
+            inputs = questions.tokenize(batch, tokens.shape[1]).to(model.device)
+            fastv = selector == "fastv"
+            with prune_in_language_model(model, **inputs, count=budget) if fastv else nullcontext():
                 output = model.generate(
-                    **inputs, mm_encoder_outputs={"image": images}, max_new_tokens=16, do_sample=False
+                    **inputs,
+                    mm_encoder_outputs={"image": LightVLMImageFeatures(pooler_output=list(tokens))},
+                    max_new_tokens=16,
+                    do_sample=False,
+                    use_cache=not fastv,
                 )
-                answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                correct[index] += sum(
-                    normalise(answer) == normalise(questions.answers[row])
-                    for row, answer in zip(batch, answers, strict=True)
-                )
-    finally:
-        backbone.pruner.select = chosen
+            answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            correct[index] += sum(
+                normalise(answer) == normalise(questions.answers[row])
+                for row, answer in zip(batch, answers, strict=True)
+            )
     results, total = [], len(questions.answers)
     for (selector, budget), right in zip(settings, correct, strict=True):
         low, high = wilson_interval(right, total)
