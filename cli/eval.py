@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     files = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}
     model, processor = load(args.model_path)
-    check_question_aware(args, model)
+    if args.question_aware:
+        check_question_aware("--question-aware", args.model_path, model)
     for budget in args.num_image_tokens:
         processor.resolve_budgets(budget, 1)
     settings = [
