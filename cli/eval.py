@@ -1,8 +1,20 @@
-"""Measure accuracy (greedy answers, exact match but for case) at several token budgets.
+"""Measure accuracy (greedy answers, exact match but for case) of selectors at several token budgets, side by side.
 
 examples:
   lightvlm eval --data-path data/easy-vqa/test.json --image-folder data/easy-vqa/images
   lightvlm eval --data-path a.json b.json --image-folder images --selectors topk,random --num-image-tokens 144,64
+  lightvlm eval --data-path a.json --image-folder images --selectors diverse,diverse+question --plot out.png
+
+selectors:
+  topk, diverse        what a checkpoint can be configured for; +question lets each question choose the tokens
+  determinantal        the rival of diverse
+  random, uniform      patches by chance, or on a square grid
+  pool, downsample     means over a square grid's cells; the encoder on a smaller image
+  max-min              the most diverse patches (DivPrune)
+  merge                dominant and contextual tokens (VisionZip)
+  dedup                importance, then duplicates removed (VisPruner)
+  fastv                dropped in the language model after its second layer; there, and only there, "tokens" is not
+                       what its first two layers see
 """
 
 import argparse
@@ -20,45 +32,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-path", nargs="+", required=True, help="LLaVA JSON files; the first question of each row counts"
     )
     parser.add_argument("--image-folder", required=True, help="folder that its image paths are relative to")
-    parser.add_argument(
-        "--selectors", default="topk", help="one or several, comma-separated; see SELECTORS in evaluation/selectors.py"
-    )
+    parser.add_argument("--selectors", default="topk", help="one or several of those below: topk,random (topk)")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,64,16")
-    parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--limit", type=positive, help="only the first so many rows")
     parser.add_argument("--seed", type=int, default=0, help="for the random selector (0)")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--plot", type=Path, help="also draw accuracy over tokens in this file, such as out.png")
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
     from lightvlm.evaluation.accuracy import Questions, accuracy, table
     from lightvlm.evaluation.selectors import SELECTORS
     from lightvlm.training.llava_data import load_llava
 
+    if args.plot:
+        try:
+            from lightvlm.evaluation.plot import plot
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--plot needs {error.name}: pip install 'lightvlm[eval]'") from None
+
     selectors = [name.strip() for name in args.selectors.split(",")]
-    if unknown := set(selectors) - set(SELECTORS):
+    if unknown := {name for name in selectors if name.removesuffix("+question") not in SELECTORS}:
         raise ValueError(f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join(SELECTORS)}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    for path in (args.output, args.plot):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
     files = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}
     model, processor = load(args.model_path)
-    if args.question_aware:
-        check_question_aware("--question-aware", args.model_path, model)
+    for name in selectors:
+        if name.endswith("+question"):
+            check_question_aware(name, args.model_path, model)
     for budget in args.num_image_tokens:
         processor.resolve_budgets(budget, 1)
-    settings = [
-        (selector, budget)
-        for selector, budget in itertools.product(selectors, args.num_image_tokens)
-        if budget < processor.num_patches or selector == selectors[0]  # keeping all leaves nothing to select
-    ]
+    full = [budget for budget in args.num_image_tokens if budget == processor.num_patches]
+    fewer = [budget for budget in args.num_image_tokens if budget < processor.num_patches]
+    settings = [*(("all", budget) for budget in full), *itertools.product(selectors, fewer)]
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
-        for result in accuracy(model, questions, settings, args.question_aware, args.batch_size, args.seed):
+        for result in accuracy(model, questions, settings, args.batch_size, args.seed):
             results.append({"data": name, **result})
     command = shlex.join(["lightvlm", *args.argv])
-    print(f"\n{command}\nseed {args.seed}\n\n{table(results)}")
+    on_gpu = model.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    timing = f"milliseconds a question, median over batches of {args.batch_size}, on {device}"
+    print(f"\n{command}\nseed {args.seed}\nprefill and selection: {timing}\n\n{table(results)}")
     if args.output:
-        report = {"command": command, "seed": args.seed, "results": results}
+        report = {"command": command, "seed": args.seed, "timing": timing, "results": results}
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot:
+        plot(results, args.plot)

@@ -1,14 +1,20 @@
 """Accuracy of a checkpoint on LLaVA JSON questions, at several token budgets."""
 
 import math
+import statistics
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.evaluation.selectors import image_tokens, prune_in_language_model
+from lightvlm.evaluation.selectors import downsample, mixing_weights, project, prune_in_language_model
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from tqdm import tqdm
+
+TIMED_BATCHES = 8  # after a warm-up; the others only answer
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -75,12 +81,60 @@ class Questions:
         )
 
 
+class Batch:
+    """Some of the questions, with their images encoded: what every selector starts from.
+
+    Args:
+        model: in evaluation mode.
+        questions: all of them.
+        rows: the numbers of those in this batch.
+        question_aware: whether scores by question are wanted.
+    """
+
+    def __init__(self, model: LightVLM, questions: Questions, rows: list[int], question_aware: bool):
+        backbone = model.model
+        self.model, self.questions, self.rows = model, questions, rows
+        self.pixels, self.images = (values.to(model.device) for values in questions.pixels(rows))
+        self.features, prior = (values[self.images] for values in backbone.encode(self.pixels))
+        self.scores = {"": backbone.pruner.score(self.features, prior)}
+        if question_aware:
+            asked = backbone.embed_questions(questions.question_ids(rows).to(model.device))
+            self.scores["question"] = backbone.pruner.score(self.features, prior, asked)
+
+    def timed(self, function: Callable, *args, **kwargs) -> tuple[Any, float]:
+        """What a function returns, and how many milliseconds it took for each question."""
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return result, 1000 * (time.perf_counter() - start) / len(self.rows)
+
+    def answer(self, selector: str, budget: int, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
+        """Greedy answers from K tokens of each image, and milliseconds a question of selection and prefill."""
+        model, processor, backbone = self.model, self.questions.processor, self.model.model
+        name, _, asked = selector.partition("+")
+        weights, selection = self.timed(mixing_weights, name, self.scores[asked], self.features, budget)
+        if name == "downsample":
+            features = downsample(backbone, self.pixels, budget)[self.images]
+        else:
+            features = weights @ self.features
+        tokens = project(backbone, features, weights)
+        inputs = self.questions.tokenize(self.rows, tokens.shape[1]).to(model.device)
+        options = {"mm_encoder_outputs": {"image": LightVLMImageFeatures(pooler_output=list(tokens))}}
+        options["use_cache"] = name != "fastv"
+        times = {"selection_ms": selection}
+        with prune_in_language_model(model, **inputs, count=budget) if name == "fastv" else nullcontext():
+            if time_prefill:
+                _, times["prefill_ms"] = self.timed(model, **inputs, **options, logits_to_keep=1)
+            output = model.generate(**inputs, **options, max_new_tokens=16, do_sample=False)
+        return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True), times
+
+
 @torch.no_grad()
 def accuracy(
     model: LightVLM,
     questions: Questions,
     settings: list[tuple[str, int]],
-    question_aware: bool = False,
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[dict]:
@@ -89,70 +143,57 @@ def accuracy(
     Args:
         model: in evaluation mode.
         questions: that it is asked.
-        settings: selector and K of each measurement; all of them are made on one encoding of the images.
-        question_aware: whether each question chooses the tokens of `topk`.
+        settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
+            `SELECTORS`, with "+question" where each question shall choose the tokens, or "all" with all patches.
         batch_size: questions at a time.
         seed: of the random selector.
 
     Returns:
-        For each setting `selector`, `num_image_tokens`, `correct`, `total`, `accuracy`, and `low` and `high`, the 95 %
-        interval.
+        For each setting `selector`, `num_image_tokens`, `correct`, `total`, `accuracy`, `low` and `high`, the 95 %
+        interval, `of_full`, the accuracy as a share of "all" (None without it), and milliseconds a question, medians
+        of the first batches: `prefill_ms` of the language model, and `selection_ms`, which for "fastv" is part of it.
     """
     torch.manual_seed(seed)
-    backbone, processor, correct = model.model, questions.processor, [0] * len(settings)
-    for batch in tqdm(questions.batches(batch_size), desc="Batches"):
-        pixels, places = (values.to(model.device) for values in questions.pixels(batch))
-        features, prior = (values[places] for values in backbone.encode(pixels))
-        asked = backbone.embed_questions(questions.question_ids(batch).to(model.device)) if question_aware else None
-        scores = backbone.pruner.score(features, prior, asked)
-        for index, (selector, budget) in enumerate(settings):
-            tokens = image_tokens(backbone, selector, budget, pixels, places, features, scores)
-            inputs = questions.tokenize(batch, tokens.shape[1]).to(model.device)
-            fastv = selector == "fastv"
-            with prune_in_language_model(model, **inputs, count=budget) if fastv else nullcontext():
-                output = model.generate(
-                    **inputs,
-                    mm_encoder_outputs={"image": LightVLMImageFeatures(pooler_output=list(tokens))},
-                    max_new_tokens=16,
-                    do_sample=False,
-                    use_cache=not fastv,
-                )
-            answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            correct[index] += sum(
-                normalise(answer) == normalise(questions.answers[row])
-                for row, answer in zip(batch, answers, strict=True)
-            )
+    question_aware = any(selector.endswith("+question") for selector, _ in settings)
+    answers, times = {setting: {} for setting in settings}, {setting: [] for setting in settings}
+    for number, rows in enumerate(tqdm(questions.batches(batch_size), desc="Batches")):
+        batch, is_timed = Batch(model, questions, rows, question_aware), number <= TIMED_BATCHES
+        for setting in settings:
+            found, milliseconds = batch.answer(*setting, time_prefill=is_timed)
+            answers[setting].update(zip(rows, found, strict=True))
+            if is_timed:
+                times[setting].append(milliseconds)
+
     results, total = [], len(questions.answers)
-    for (selector, budget), right in zip(settings, correct, strict=True):
-        low, high = wilson_interval(right, total)
-        results.append(
-            {
-                "selector": "topk by question" if question_aware and selector == "topk" else selector,
-                "num_image_tokens": budget,
-                "correct": right,
-                "total": total,
-                "accuracy": right / total,
-                "low": low,
-                "high": high,
-            }
-        )
+    for (selector, budget), found in answers.items():
+        correct = sum(normalise(found[row]) == normalise(answer) for row, answer in enumerate(questions.answers))
+        low, high = wilson_interval(correct, total)
+        counts = {"correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high}
+        results.append({"selector": selector, "num_image_tokens": budget, **counts})
+    full = next((result["accuracy"] for result in results if result["selector"] == "all"), None)
+    for result, measured in zip(results, times.values(), strict=True):
+        result["of_full"] = result["accuracy"] / full if full else None
+        for kind in ("prefill_ms", "selection_ms"):
+            values = [milliseconds[kind] for milliseconds in measured]
+            result[kind] = round(statistics.median(values[1:] or values), 4)  # the first batch is a warm-up
     return results
 
 
 def table(results: list[dict]) -> str:
     """Markdown: a line for each file, selector and budget."""
-    lines = ["| data | selector | tokens | accuracy | 95 % interval | correct |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    lines = ["| data | selector | tokens | accuracy | 95 % interval | of full | correct | prefill | selection |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in results:
-        interval = f"{row['low']:.2%} – {row['high']:.2%}"
-        counts = f"{row['correct']:,} / {row['total']:,}"
         cells = [
             row["data"],
             row["selector"],
             str(row["num_image_tokens"]),
             f"{row['accuracy']:.2%}",
-            interval,
-            counts,
+            f"{row['low']:.2%} – {row['high']:.2%}",
+            "–" if row["of_full"] is None else f"{row['of_full']:.1%}",
+            f"{row['correct']:,} / {row['total']:,}",
+            f"{row['prefill_ms']:.2f} ms",
+            "in prefill" if row["selector"] == "fastv" else f"{row['selection_ms']:.2f} ms",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -105,7 +105,7 @@ def merge(scores: torch.Tensor, features: torch.Tensor, count: int, contextual_s
 
 
 def everything(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """All patches, whatever the count: FastV's image tokens, which the language model itself prunes."""
+    """All patches, whatever the count: what FastV gives to a language model that prunes them itself."""
     patches = scores.shape[1]
     return torch.eye(patches, dtype=features.dtype, device=features.device).expand(len(scores), -1, -1)
 
@@ -119,8 +119,8 @@ CHOOSERS = {
     "max-min": select_max_min,
     "dedup": select_deduplicated,
 }
-MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything}
-SELECTORS = [*CHOOSERS, *MIXERS]
+MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything, "all": everything}
+SELECTORS = [name for name in (*CHOOSERS, *MIXERS) if name != "all"]
 
 
 def mixing_weights(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
@@ -162,34 +162,6 @@ def downsample(backbone: LightVLMModel, pixel_values: torch.Tensor, count: int) 
         lambda module, args, kwargs: (args, {**kwargs, "interpolate_pos_encoding": True}), with_kwargs=True
     ):
         return backbone.encode(small)[0]
-
-
-def image_tokens(
-    backbone: LightVLMModel,
-    selector: str,
-    count: int,
-    pixel_values: torch.Tensor,
-    rows: torch.Tensor,
-    features: torch.Tensor,
-    scores: torch.Tensor,
-) -> torch.Tensor:
-    """What a selector makes of images that are encoded already.
-
-    Args:
-        backbone: in evaluation mode.
-        selector: one of `SELECTORS`.
-        count: K.
-        pixel_values: (images, channels, height, width).
-        rows: (batch,), the image that each row of features and scores is of.
-        features: (batch, patches, dim).
-        scores: (batch, patches).
-
-    Returns:
-        (batch, K, hidden), or (batch, patches, hidden) for "fastv", to be run in `prune_in_language_model`.
-    """
-    weights = mixing_weights(selector, scores, features, count)
-    mixed = downsample(backbone, pixel_values, count)[rows] if selector == "downsample" else weights @ features
-    return project(backbone, mixed, weights)
 
 
 def prompt_attention(

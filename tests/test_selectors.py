@@ -3,13 +3,12 @@
 import pytest
 import torch
 from lightvlm.evaluation.selectors import (
-    CHOOSERS,
     SELECTORS,
     downsample,
-    image_tokens,
     merge,
     mixing_weights,
     pool,
+    project,
     prune_in_language_model,
     select_deduplicated,
     select_max_min,
@@ -47,19 +46,26 @@ def test_chosen_patches_become_the_tokens_that_the_model_itself_makes(selector):
         features, prior = model.model.encode(pixels)
         expected = model.model.prune(features, prior, [9, 9]).pooler_output
         scores = model.model.pruner.score(features, prior)
-        tokens = image_tokens(model.model, selector, 9, pixels, torch.arange(2), features, scores)
+        weights = mixing_weights(selector, scores, features, 9)
+        tokens = project(model.model, weights @ features, weights)
     torch.testing.assert_close(tokens, torch.stack(expected))
 
 
-@pytest.mark.parametrize("selector", set(SELECTORS) - set(CHOOSERS))
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_keeping_everything_is_the_identity(selector):
-    model = make_model()
+    weights = mixing_weights(selector, torch.randn(1, 36), torch.randn(1, 36, 32), 36)
+    torch.testing.assert_close(weights[0], torch.eye(36))
+
+
+def test_a_mixed_token_stands_at_the_mean_place_of_its_patches():
+    model = make_model().model
+    torch.nn.init.normal_(model.pruner.row_embedding.weight)
+    weights = pool(torch.zeros(1, 36), torch.zeros(1, 36, 32), 4)
     with torch.no_grad():
-        pixels = torch.randn(2, 3, 84, 84)
-        features, prior = model.model.encode(pixels)
-        tokens = image_tokens(model.model, selector, 36, pixels, torch.arange(2), features, prior.log())
-        expected = model.model.multi_modal_projector(features)
-    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-4)
+        nowhere = model.multi_modal_projector(torch.ones(1, 4, 32))
+        places = project(model, torch.ones(1, 4, 32), weights) - nowhere
+    means = model.pruner.row_embedding.weight.unflatten(0, (2, 3)).mean(dim=1) * 32**0.5  # of rows 0 to 2 and 3 to 5
+    torch.testing.assert_close(places[0], means[[0, 0, 1, 1]], atol=1e-4, rtol=1e-4)
 
 
 def test_uniform_is_a_grid_of_cell_centres():
@@ -106,6 +112,7 @@ def test_downsample_is_the_encoder_on_a_small_image():
     with torch.no_grad():
         pixels = torch.randn(2, 3, 84, 84)
         features = downsample(model.model, pixels, 9)
+        torch.testing.assert_close(downsample(model.model, pixels, 36), model.model.encode(pixels)[0])
         small = torch.nn.functional.interpolate(pixels, size=(42, 42), mode="bicubic", antialias=True)
         states = model.model.vision_tower(small, interpolate_pos_encoding=True, output_hidden_states=True)
     torch.testing.assert_close(features, states.hidden_states[-2][:, 1:])
