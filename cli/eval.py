@@ -43,15 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import torch
-    from lightvlm.evaluation.accuracy import Questions, accuracy, table
     from lightvlm.evaluation.selectors import SELECTORS
     from lightvlm.training.llava_data import load_llava
 
-    if args.plot:
-        try:
-            from lightvlm.evaluation.plot import plot
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--plot needs {error.name}: pip install 'lightvlm[eval]'") from None
+    try:
+        from lightvlm.evaluation.accuracy import Questions, accuracy, table
+        from lightvlm.evaluation.plot import plot
+    except ModuleNotFoundError as error:
+        raise ValueError(f"measuring needs {error.name}: pip install 'lightvlm[eval]'") from None
 
     selectors = [name.strip() for name in args.selectors.split(",")]
     if unknown := {name for name in selectors if name.removesuffix("+question") not in SELECTORS}:
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
-        for result in accuracy(model, questions, settings, args.batch_size, args.seed):
+        for result in accuracy(model, questions, settings, batch_size=args.batch_size, seed=args.seed):
             results.append({"data": name, **result})
     command = shlex.join(["lightvlm", *args.argv])
     on_gpu = model.device.type == "cuda"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.evaluation.metrics import AnswerMetric, ExactMatch
 from lightvlm.evaluation.selectors import downsample, mixing_weights, project, prune_in_language_model
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from tqdm import tqdm
@@ -17,17 +18,12 @@ from tqdm import tqdm
 TIMED_BATCHES = 8  # after a warm-up; the others only answer
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a proportion (Wilson 1927), as two proportions."""
     share, denominator = correct / total, 1 + z * z / total
     centre = share + z * z / (2 * total)
     margin = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return (centre - margin) / denominator, (centre + margin) / denominator
-
-
-def normalise(answer: str) -> str:
-    """Lower case, without surrounding space or a full stop."""
-    return answer.strip().rstrip(".").lower()
 
 
 class Questions:
@@ -48,7 +44,7 @@ class Questions:
             if len(images) != 1:
                 raise ValueError(f"Row {number} has {len(images) or 'no'} images: every question needs one image.")
             self.paths.append(images[0]["path"])
-        self.answers = [messages[1]["content"] for messages in rows["messages"]]
+        self.references = [messages[1]["content"] for messages in rows["messages"]]
         self.questions = [messages[0]["content"] for messages in rows["messages"]]
         self.prompts = []
         for question in self.questions:
@@ -135,25 +131,30 @@ def accuracy(
     model: LightVLM,
     questions: Questions,
     settings: list[tuple[str, int]],
+    metric: AnswerMetric | None = None,
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[dict]:
-    """Share of right answers: greedy, equal to the expected answer but for case and a full stop.
+    """A metric of greedy answers at each setting.
 
     Args:
         model: in evaluation mode.
         questions: that it is asked.
         settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
             `SELECTORS`, with "+question" where each question shall choose the tokens, or "all" with all patches.
+        metric: with "accuracy" among its values; exact match if None.
         batch_size: questions at a time.
         seed: of the random selector.
 
     Returns:
-        For each setting `selector`, `num_image_tokens`, `correct`, `total`, `accuracy`, `low` and `high`, the 95 %
-        interval, `of_full`, the accuracy as a share of "all" (None without it), and milliseconds a question, medians
-        of the first batches: `prefill_ms` of the language model, and `selection_ms`, which for "fastv" is part of it.
+        For each setting `selector`, `num_image_tokens`, `total`, the metric's values, `low` and `high`, the 95 %
+        interval of the accuracy, `of_full`, the accuracy as a share of that of "all" (None without it), and, in
+        milliseconds a question, medians of the first batches: `prefill_ms` of the language model, and `selection_ms`,
+        which for "fastv" is part of it. The interval is a proportion's, and too wide for partial credit, as in VQA
+        accuracy.
     """
     torch.manual_seed(seed)
+    metric = ExactMatch() if metric is None else metric  # a metric without rows is false
     question_aware = any(selector.endswith("+question") for selector, _ in settings)
     answers, times = {setting: {} for setting in settings}, {setting: [] for setting in settings}
     for number, rows in enumerate(tqdm(questions.batches(batch_size), desc="Batches")):
@@ -164,12 +165,13 @@ def accuracy(
             if is_timed:
                 times[setting].append(milliseconds)
 
-    results, total = [], len(questions.answers)
+    results, total = [], len(questions.references)
     for (selector, budget), found in answers.items():
-        correct = sum(normalise(found[row]) == normalise(answer) for row, answer in enumerate(questions.answers))
-        low, high = wilson_interval(correct, total)
-        counts = {"correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high}
-        results.append({"selector": selector, "num_image_tokens": budget, **counts})
+        predictions = [found[row] for row in range(total)]
+        values = metric.compute(predictions=predictions, references=questions.references)
+        low, high = wilson_interval(values["accuracy"] * total, total)
+        setting = {"selector": selector, "num_image_tokens": budget, "total": total}
+        results.append({**setting, **values, "low": low, "high": high})
     full = next((result["accuracy"] for result in results if result["selector"] == "all"), None)
     for result, measured in zip(results, times.values(), strict=True):
         result["of_full"] = result["accuracy"] / full if full else None
@@ -181,8 +183,9 @@ def accuracy(
 
 def table(results: list[dict]) -> str:
     """Markdown: a line for each file, selector and budget."""
-    lines = ["| data | selector | tokens | accuracy | 95 % interval | of full | correct | prefill | selection |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    others = [kind for kind in ("precision", "recall", "f1", "yes_rate") if kind in results[0]]
+    titles = ["tokens", "accuracy", "95 % interval", "of full", *others, "questions", "prefill", "selection"]
+    lines = [f"| data | selector | {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * len(titles)}"]
     for row in results:
         cells = [
             row["data"],
@@ -191,7 +194,8 @@ def table(results: list[dict]) -> str:
             f"{row['accuracy']:.2%}",
             f"{row['low']:.2%} – {row['high']:.2%}",
             "–" if row["of_full"] is None else f"{row['of_full']:.1%}",
-            f"{row['correct']:,} / {row['total']:,}",
+            *(f"{row[kind]:.2%}" for kind in others),
+            f"{row['total']:,}",
             f"{row['prefill_ms']:.2f} ms",
             "in prefill" if row["selector"] == "fastv" else f"{row['selection_ms']:.2f} ms",
         ]

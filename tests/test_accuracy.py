@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from lightvlm.evaluation.accuracy import Questions, accuracy, normalise, table, wilson_interval
+from lightvlm.evaluation.accuracy import Questions, accuracy, table, wilson_interval
+from lightvlm.evaluation.metrics import POPE
 from lightvlm.evaluation.selectors import SELECTORS
 from lightvlm.training.llava_data import load_llava
 from tiny import make_image, make_model, make_processor
@@ -14,10 +15,6 @@ def test_wilson_interval_of_a_textbook_case():
     low, high = wilson_interval(8, 10)
     assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
     assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
-
-
-def test_answers_are_compared_without_case_space_or_full_stop():
-    assert normalise(" Yes.\n") == "yes"
 
 
 @pytest.mark.parametrize("selector", ["topk", "topk+question", "diverse", "diverse+question"])
@@ -38,9 +35,9 @@ def test_right_answers_are_counted_whatever_the_batch(tmp_path, selector):
     data = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
     for batch_size in (1, 4, 6):
         settings = [("all", 36), (selector, 4), ("uniform", 9)]
-        full, result, _ = accuracy(model, data, settings, batch_size)
-        assert (result["correct"], result["total"]) == (4, 6)
-        assert full["of_full"] == (1 if full["correct"] else None)
+        full, result, _ = accuracy(model, data, settings, batch_size=batch_size)
+        assert (result["accuracy"], result["total"]) == (pytest.approx(4 / 6), 6)
+        assert full["of_full"] == (1 if full["accuracy"] else None)
         assert result["prefill_ms"] > 0 and result["selection_ms"] > 0
 
 
@@ -56,12 +53,14 @@ def test_images_are_encoded_once_for_all_settings(tmp_path, monkeypatch):
     encode = model.model.encode
     monkeypatch.setattr(model.model, "encode", lambda pixels: encoded.append(tuple(pixels.shape)) or encode(pixels))
     settings = [("all", 36), *((name, 4) for name in SELECTORS)]
-    accuracy(model, questions, settings)
+    results = accuracy(model, questions, settings, POPE())
+    assert all(result["f1"] == 0 for result in results)  # there is no yes to be found
     assert encoded == [(2, 3, 84, 84), (2, 3, 28, 28)]  # and the small images of "downsample"
 
 
 def test_full_accuracy_is_the_measure_of_the_others():
     row = {"data": "d", "selector": "topk", "num_image_tokens": 4, "accuracy": 0.45, "low": 0.4, "high": 0.5}
-    row |= {"of_full": 0.5, "correct": 45, "total": 100, "prefill_ms": 1.234, "selection_ms": 0.056}
-    assert "| 45.00% | 40.00% – 50.00% | 50.0% | 45 / 100 | 1.23 ms | 0.06 ms |" in table([row])
+    row |= {"of_full": 0.5, "total": 1234, "prefill_ms": 1.234, "selection_ms": 0.056}
+    assert "| 45.00% | 40.00% – 50.00% | 50.0% | 1,234 | 1.23 ms | 0.06 ms |" in table([row])
+    assert "| 50.0% | 81.00% | 1,234 |" in table([row | {"f1": 0.81}])
     assert "| – |" in table([row | {"of_full": None}]) and "| in prefill |" in table([row | {"selector": "fastv"}])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from lightvlm.cli.main import VERBS, main
@@ -166,7 +167,7 @@ def test_eval_prints_a_table_and_writes_json_and_a_plot(checkpoint, data, capsys
     assert names == [("all", 36, 4), ("topk", 4, 4), ("random", 4, 4), ("fastv", 4, 4)]
     assert Image.open(picture).size[0] > 500
     assert evaluate(checkpoint, data, "--limit", "2") == 0
-    assert "/ 2 |" in capsys.readouterr().out
+    assert "| 2 |" in capsys.readouterr().out
 
 
 def test_eval_runs_every_selector(checkpoint, data, capsys):
@@ -177,6 +178,12 @@ def test_eval_runs_every_selector(checkpoint, data, capsys):
         main(["eval", "--help"])
     described = capsys.readouterr().out.split("selectors:")[1]
     assert all(name in described for name in SELECTORS)
+
+
+def test_eval_names_the_extra_that_it_needs(checkpoint, data, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightvlm.evaluation.plot", None)
+    assert evaluate(checkpoint, data) == 2
+    assert "pip install 'lightvlm[eval]'" in capsys.readouterr().err
 
 
 def test_eval_names_what_is_wrong(checkpoint, data, capsys):
