@@ -1,9 +1,19 @@
-"""Measure accuracy (greedy answers, exact match but for case) of selectors at several token budgets, side by side.
+"""Measure accuracy of selectors at several token budgets, side by side, on LLaVA JSON files or a benchmark.
+
+Answers are greedy. With LLaVA JSON, those count that equal the expected one but for case and a full stop.
 
 examples:
   lightvlm eval --data-path data/easy-vqa/test.json --image-folder data/easy-vqa/images
   lightvlm eval --data-path a.json b.json --image-folder images --selectors topk,random --num-image-tokens 144,64
   lightvlm eval --data-path a.json --image-folder images --selectors diverse,diverse+question --plot out.png
+  lightvlm eval --benchmark vqav2 --data-dir data/vqav2 --num-image-tokens 576,144,64
+
+benchmarks, and what the folder holds:
+  vqav2                v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/
+  gqa                  testdev_balanced_questions.json, images/
+  textvqa              TextVQA_0.5.1_val.json, train_images/
+  pope                 coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json, val2014/
+  scienceqa            problems.json, pid_splits.json, test/
 
 selectors:
   topk, diverse        what a checkpoint can be configured for; +question lets each question choose the tokens
@@ -28,10 +38,10 @@ from lightvlm.cli.common import add_model_path, budget_list, check_question_awar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
-    parser.add_argument(
-        "--data-path", nargs="+", required=True, help="LLaVA JSON files; the first question of each row counts"
-    )
-    parser.add_argument("--image-folder", required=True, help="folder that its image paths are relative to")
+    parser.add_argument("--data-path", nargs="+", help="LLaVA JSON files; the first question of each row counts")
+    parser.add_argument("--image-folder", help="folder that their image paths are relative to")
+    parser.add_argument("--benchmark", help="one of those below, instead of the two")
+    parser.add_argument("--data-dir", help="folder with the benchmark's files")
     parser.add_argument("--selectors", default="topk", help="one or several of those below: topk,random (topk)")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,64,16")
     parser.add_argument("--batch-size", type=positive, default=64)
@@ -42,12 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if bool(args.data_path and args.image_folder) == bool(args.benchmark and args.data_dir):
+        raise ValueError("give either --data-path and --image-folder, or --benchmark and --data-dir")
+
     import torch
     from lightvlm.evaluation.selectors import SELECTORS
     from lightvlm.training.llava_data import load_llava
 
     try:
         from lightvlm.evaluation.accuracy import Questions, accuracy, table
+        from lightvlm.evaluation.benchmarks import BENCHMARKS, load_benchmark
+        from lightvlm.evaluation.metrics import ExactMatch
         from lightvlm.evaluation.plot import plot
     except ModuleNotFoundError as error:
         raise ValueError(f"measuring needs {error.name}: pip install 'lightvlm[eval]'") from None
@@ -55,10 +70,15 @@ def run(args: argparse.Namespace) -> None:
     selectors = [name.strip() for name in args.selectors.split(",")]
     if unknown := {name for name in selectors if name.removesuffix("+question") not in SELECTORS}:
         raise ValueError(f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join(SELECTORS)}")
+    if args.benchmark and args.benchmark not in BENCHMARKS:
+        raise ValueError(f"there is no benchmark {args.benchmark}: choose among {', '.join(BENCHMARKS)}")
     for path in (args.output, args.plot):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-    files = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}
+    if args.benchmark:
+        files, metric = load_benchmark(args.benchmark, args.data_dir)
+    else:
+        files, metric = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}, ExactMatch()
     model, processor = load(args.model_path)
     for name in selectors:
         if name.endswith("+question"):
@@ -71,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
-        for result in accuracy(model, questions, settings, batch_size=args.batch_size, seed=args.seed):
+        for result in accuracy(model, questions, settings, metric, args.batch_size, args.seed):
             results.append({"data": name, **result})
     command = shlex.join(["lightvlm", *args.argv])
     on_gpu = model.device.type == "cuda"

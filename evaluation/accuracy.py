@@ -1,4 +1,4 @@
-"""Accuracy of a checkpoint on LLaVA JSON questions, at several token budgets."""
+"""Accuracy of a checkpoint on questions about images, with several selectors at several token budgets."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.evaluation.metrics import AnswerMetric, ExactMatch
+from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import downsample, mixing_weights, project, prune_in_language_model
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from tqdm import tqdm
@@ -30,7 +30,7 @@ class Questions:
     """The first question of each row, grouped by image, so that an image is encoded once for all of its questions.
 
     Args:
-        rows: of `load_llava`, each with one image.
+        rows: of `load_llava` or `load_benchmark`, each with one image.
         processor: the checkpoint's.
 
     Raises:
@@ -44,7 +44,10 @@ class Questions:
             if len(images) != 1:
                 raise ValueError(f"Row {number} has {len(images) or 'no'} images: every question needs one image.")
             self.paths.append(images[0]["path"])
-        self.references = [messages[1]["content"] for messages in rows["messages"]]
+        if "references" in rows.column_names:
+            self.references = list(rows["references"])
+        else:
+            self.references = [messages[1]["content"] for messages in rows["messages"]]
         self.questions = [messages[0]["content"] for messages in rows["messages"]]
         self.prompts = []
         for question in self.questions:
@@ -131,7 +134,7 @@ def accuracy(
     model: LightVLM,
     questions: Questions,
     settings: list[tuple[str, int]],
-    metric: AnswerMetric | None = None,
+    metric: AnswerMetric,
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[dict]:
@@ -142,7 +145,7 @@ def accuracy(
         questions: that it is asked.
         settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
             `SELECTORS`, with "+question" where each question shall choose the tokens, or "all" with all patches.
-        metric: with "accuracy" among its values; exact match if None.
+        metric: with "accuracy" among its values.
         batch_size: questions at a time.
         seed: of the random selector.
 
@@ -154,7 +157,6 @@ def accuracy(
         accuracy.
     """
     torch.manual_seed(seed)
-    metric = ExactMatch() if metric is None else metric  # a metric without rows is false
     question_aware = any(selector.endswith("+question") for selector, _ in settings)
     answers, times = {setting: {} for setting in settings}, {setting: [] for setting in settings}
     for number, rows in enumerate(tqdm(questions.batches(batch_size), desc="Batches")):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from lightvlm.evaluation.accuracy import Questions, accuracy, table, wilson_interval
-from lightvlm.evaluation.metrics import POPE
+from lightvlm.evaluation.metrics import POPE, ExactMatch
 from lightvlm.evaluation.selectors import SELECTORS
 from lightvlm.training.llava_data import load_llava
 from tiny import make_image, make_model, make_processor
@@ -35,7 +35,7 @@ def test_right_answers_are_counted_whatever_the_batch(tmp_path, selector):
     data = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
     for batch_size in (1, 4, 6):
         settings = [("all", 36), (selector, 4), ("uniform", 9)]
-        full, result, _ = accuracy(model, data, settings, batch_size=batch_size)
+        full, result, _ = accuracy(model, data, settings, ExactMatch(), batch_size)
         assert (result["accuracy"], result["total"]) == (pytest.approx(4 / 6), 6)
         assert full["of_full"] == (1 if full["accuracy"] else None)
         assert result["prefill_ms"] > 0 and result["selection_ms"] > 0

@@ -6,6 +6,7 @@ import pytest
 from lightvlm import LightVLM
 from lightvlm.cli.common import SHIPPED, load
 from lightvlm.evaluation.accuracy import Questions, accuracy
+from lightvlm.evaluation.metrics import ExactMatch
 from lightvlm.training.llava_data import load_llava
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ def test_it_answers_easy_vqa_at_every_budget(easy_vqa_folder):
     questions = Questions(
         load_llava(easy_vqa_folder / "test.json", easy_vqa_folder / "images").select(range(60)), processor
     )
-    results = accuracy(model, questions, [("topk", budget) for budget in (576, 144, 64, 16)])
+    results = accuracy(model, questions, [("topk", budget) for budget in (576, 144, 64, 16)], ExactMatch())
     assert all(result["accuracy"] >= 0.95 for result in results), results
 
 
