@@ -102,10 +102,11 @@ class Batch:
 
     def timed(self, function: Callable, *args, **kwargs) -> tuple[Any, float]:
         """What a function returns, and how many milliseconds it took for each question."""
+        wait = torch.cuda.synchronize if self.model.device.type == "cuda" else lambda: None
+        wait()
         start = time.perf_counter()
         result = function(*args, **kwargs)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         return result, 1000 * (time.perf_counter() - start) / len(self.rows)
 
     def answer(self, selector: str, budget: int, time_prefill: bool) -> tuple[list[str], dict[str, float]]:

@@ -96,14 +96,13 @@ def select_k_center(scores: torch.Tensor, features: torch.Tensor, count: int, al
     """
     similarity, weights = cosine_similarity(features), alpha * scores.float()
     distance = torch.full_like(weights, 2.0)  # to the nearest chosen patch; 2 is the largest there is
-    order = []
+    images, order = torch.arange(len(scores), device=scores.device), []
     for _ in range(count):
-        chosen = (weights + distance.log()).argmax(dim=-1, keepdim=True)  # [B, 1]
+        chosen = (weights + distance.log()).argmax(dim=-1)  # [B]
         order.append(chosen)
-        distance = torch.minimum(distance, 1 - similarity.take_along_dim(chosen[..., None], dim=1)[:, 0])
-        distance = distance.clamp_min(NOTHING_NEW)
-        weights = weights.scatter(-1, chosen, -torch.inf)
-    return torch.cat(order, dim=-1)
+        distance = torch.minimum(distance, 1 - similarity[images, chosen]).clamp_min(NOTHING_NEW)
+        weights[images, chosen] = -torch.inf
+    return torch.stack(order, dim=-1)
 
 
 def select_determinantal(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
@@ -117,16 +116,16 @@ def select_determinantal(scores: torch.Tensor, features: torch.Tensor, count: in
     similarity, weights = cosine_similarity(features), 2 * scores.float()
     distance = torch.ones_like(weights)  # squared, to the span of the chosen patches
     factor = similarity.new_zeros(len(scores), count, scores.shape[1])  # [B, K, N], Cholesky of S
-    order = []
+    images, order = torch.arange(len(scores), device=scores.device), []
     for step in range(count):
-        chosen = (weights + distance.log()).argmax(dim=-1, keepdim=True)  # [B, 1]
+        chosen = (weights + distance.log()).argmax(dim=-1)  # [B]
         order.append(chosen)
-        known = factor[:, :step].take_along_dim(chosen[..., None], dim=2).transpose(1, 2) @ factor[:, :step]
-        row = similarity.take_along_dim(chosen[..., None], dim=1) - known  # [B, 1, N]
-        factor[:, step] = row[:, 0] / distance.take_along_dim(chosen, dim=1).sqrt()
-        distance = (distance - factor[:, step] ** 2).clamp_min(NOTHING_NEW)
-        weights = weights.scatter(-1, chosen, -torch.inf)
-    return torch.cat(order, dim=-1)
+        known = (factor[images, :, chosen][:, None] @ factor)[:, 0]  # [B, N]
+        row = (similarity[images, chosen] - known) / distance[images, chosen].sqrt()[:, None]
+        factor[:, step] = row
+        distance = (distance - row**2).clamp_min(NOTHING_NEW)
+        weights[images, chosen] = -torch.inf
+    return torch.stack(order, dim=-1)
 
 
 NOTHING_NEW = 1e-6  # a distance within float32's rounding; such patches are ordered by their scores alone

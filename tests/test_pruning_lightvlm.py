@@ -1,5 +1,7 @@
 """Scores are exact, selection keeps the best in raster order, and an untrained pruner is the prior."""
 
+from collections import Counter
+
 import pytest
 import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner
@@ -12,6 +14,7 @@ from lightvlm.pruning_lightvlm import (
     select_topk,
 )
 from tiny import make_config, vision_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, SiglipVisionConfig, SiglipVisionModel
 
 
@@ -109,6 +112,31 @@ def test_every_selector_orders_different_patches_and_is_nested_even_with_ties(se
     assert all(sorted(order) == list(range(36)) for order in everything.tolist())
     for count in (1, 7, 35):
         assert torch.equal(select(scores, features, count), everything[:, :count])
+
+
+class CountOperations(TorchDispatchMode):
+    """How often each operation of torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("select, products", [(select_k_center, 1), (select_determinantal, 1 + 16)])
+def test_a_step_of_a_diverse_selector_is_a_few_operations_whatever_the_image(select, products):
+    counts = []
+    for patches, count in ((36, 8), (36, 16), (144, 16)):
+        with CountOperations() as operations:
+            select(torch.randn(2, patches), torch.randn(2, patches, 8), count)
+        counts.append(operations.counts)
+    few, many, larger = counts
+    assert many == larger
+    assert many["bmm"] == products  # similarities are computed once
+    assert (many.total() - few.total()) / 8 <= 30
 
 
 def test_topk_has_the_best_first():

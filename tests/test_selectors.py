@@ -107,16 +107,17 @@ def test_merge_keeps_the_best_and_averages_the_others_around_targets():
     torch.testing.assert_close(weights[0], torch.tensor(expected))
 
 
-def test_downsample_is_the_encoder_on_a_small_image():
-    model = make_model()
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_downsample_is_the_encoder_on_a_small_image(vision):
+    model = make_model(vision)
     with torch.no_grad():
         pixels = torch.randn(2, 3, 84, 84)
         features = downsample(model.model, pixels, 9)
         torch.testing.assert_close(downsample(model.model, pixels, 36), model.model.encode(pixels)[0])
         small = torch.nn.functional.interpolate(pixels, size=(42, 42), mode="bicubic", antialias=True)
         states = model.model.vision_tower(small, interpolate_pos_encoding=True, output_hidden_states=True)
-    torch.testing.assert_close(features, states.hidden_states[-2][:, 1:])
-    with pytest.raises(ValueError, match="doesn't match"):
+    torch.testing.assert_close(features, states.hidden_states[-2][:, -9:])  # without CLIP's [CLS]
+    with pytest.raises((ValueError, RuntimeError), match="match"):
         model.model.encode(small)  # the encoder is as strict as before
 
 
@@ -161,6 +162,10 @@ def test_fastv_drops_what_the_prompt_does_not_attend_to_after_the_second_layer(l
         logits = model(**inputs, mm_encoder_outputs=images, use_cache=False).logits[:, -1]
     for row in range(2):
         unpadded = inputs["input_ids"][row : row + 1, inputs["attention_mask"][row] == 1]
+        image = {"image": LightVLMImageFeatures(pooler_output=images["image"].pooler_output[row : row + 1])}
+        with torch.no_grad(), prune_in_language_model(model, unpadded, torch.ones_like(unpadded), count=9):
+            alone = model(unpadded, mm_encoder_outputs=image, use_cache=False).logits[0, -1]
+        torch.testing.assert_close(logits[row], alone, atol=1e-4, rtol=1e-4)
         expected = slow_fastv(model, unpadded, images["image"].pooler_output[row], 9)
         torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
 
