@@ -61,10 +61,10 @@ def load(model_path: str):
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def check_question_aware(args: argparse.Namespace, model) -> None:
-    """ValueError where questions are to choose the tokens, but the pruner does not hear them."""
-    if args.question_aware and model.config.score != "question":
+def check_question_aware(option: str, model_path: str, model) -> None:
+    """ValueError where an option lets questions choose the tokens, but the pruner does not hear them."""
+    if model.config.score != "question":
         raise ValueError(
-            f'--question-aware needs a pruner of score="question", and that of {args.model_path} has '
-            f'"{model.config.score}": `training/pruner.py --question-aware true` teaches one.'
+            f'{option} needs a pruner of score="question", and that of {model_path} has "{model.config.score}": '
+            "`training/pruner.py --question-aware true` teaches one."
         )

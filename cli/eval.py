@@ -1,8 +1,30 @@
-"""Measure accuracy (greedy answers, exact match but for case) at several token budgets.
+"""Measure accuracy of selectors at several token budgets, side by side, on LLaVA JSON files or a benchmark.
+
+Answers are greedy. With LLaVA JSON, those count that equal the expected one but for case and a full stop.
 
 examples:
   lightvlm eval --data-path data/easy-vqa/test.json --image-folder data/easy-vqa/images
   lightvlm eval --data-path a.json b.json --image-folder images --selectors topk,random --num-image-tokens 144,64
+  lightvlm eval --data-path a.json --image-folder images --selectors diverse,diverse+question --plot out.png
+  lightvlm eval --benchmark vqav2 --data-dir data/vqav2 --num-image-tokens 576,144,64
+
+benchmarks, and what the folder holds:
+  vqav2                v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/
+  gqa                  testdev_balanced_questions.json, images/
+  textvqa              TextVQA_0.5.1_val.json, train_images/
+  pope                 coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json, val2014/
+  scienceqa            problems.json, pid_splits.json, test/
+
+selectors:
+  topk, diverse        what a checkpoint can be configured for; +question lets each question choose the tokens
+  determinantal        the rival of diverse
+  random, uniform      patches by chance, or on a square grid
+  pool, downsample     means over a square grid's cells; the encoder on a smaller image
+  max-min              the most diverse patches (DivPrune)
+  merge                dominant and contextual tokens (VisionZip)
+  dedup                importance, then duplicates removed (VisPruner)
+  fastv                dropped in the language model after its second layer; there, and only there, "tokens" is not
+                       what its first two layers see
 """
 
 import argparse
@@ -16,46 +38,68 @@ from lightvlm.cli.common import add_model_path, budget_list, check_question_awar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
-    parser.add_argument(
-        "--data-path", nargs="+", required=True, help="LLaVA JSON files; the first question of each row counts"
-    )
-    parser.add_argument("--image-folder", required=True, help="folder that its image paths are relative to")
-    parser.add_argument("--selectors", default="topk", help="one or several of topk, uniform, random: topk,random")
+    parser.add_argument("--data-path", nargs="+", help="LLaVA JSON files; the first question of each row counts")
+    parser.add_argument("--image-folder", help="folder that their image paths are relative to")
+    parser.add_argument("--benchmark", help="one of those above, instead of the two")
+    parser.add_argument("--data-dir", help="folder with the benchmark's files")
+    parser.add_argument("--selectors", default="topk", help="one or several of those above: topk,random (topk)")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,64,16")
-    parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--limit", type=positive, help="only the first so many rows")
     parser.add_argument("--seed", type=int, default=0, help="for the random selector (0)")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--plot", type=Path, help="also draw accuracy over tokens in this file, such as out.png")
 
 
 def run(args: argparse.Namespace) -> None:
-    from lightvlm.evaluation.accuracy import Questions, accuracy, table
-    from lightvlm.pruning_lightvlm import SELECTORS
+    if bool(args.data_path and args.image_folder) == bool(args.benchmark and args.data_dir):
+        raise ValueError("give either --data-path and --image-folder, or --benchmark and --data-dir")
+
+    import torch
+    from lightvlm.evaluation.selectors import SELECTORS
     from lightvlm.training.llava_data import load_llava
 
+    try:
+        from lightvlm.evaluation.accuracy import Questions, accuracy, table
+        from lightvlm.evaluation.benchmarks import BENCHMARKS, load_benchmark
+        from lightvlm.evaluation.metrics import ExactMatch
+        from lightvlm.evaluation.plot import plot
+    except ModuleNotFoundError as error:
+        raise ValueError(f"measuring needs {error.name}: pip install 'lightvlm[eval]'") from None
+
     selectors = [name.strip() for name in args.selectors.split(",")]
-    if unknown := set(selectors) - set(SELECTORS):
+    if unknown := {name for name in selectors if name.removesuffix("+question") not in SELECTORS}:
         raise ValueError(f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join(SELECTORS)}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    files = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}
+    if args.benchmark and args.benchmark not in BENCHMARKS:
+        raise ValueError(f"there is no benchmark {args.benchmark}: choose among {', '.join(BENCHMARKS)}")
+    for path in (args.output, args.plot):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if args.benchmark:
+        files, metric = load_benchmark(args.benchmark, args.data_dir)
+    else:
+        files, metric = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}, ExactMatch()
     model, processor = load(args.model_path)
-    check_question_aware(args, model)
+    for name in selectors:
+        if name.endswith("+question"):
+            check_question_aware(name, args.model_path, model)
     for budget in args.num_image_tokens:
         processor.resolve_budgets(budget, 1)
-    settings = [
-        (selector, budget)
-        for selector, budget in itertools.product(selectors, args.num_image_tokens)
-        if budget < processor.num_patches or selector == selectors[0]  # keeping all leaves nothing to select
-    ]
+    full = [budget for budget in args.num_image_tokens if budget == processor.num_patches]
+    fewer = [budget for budget in args.num_image_tokens if budget < processor.num_patches]
+    settings = [*(("all", budget) for budget in full), *itertools.product(selectors, fewer)]
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
-        for result in accuracy(model, questions, settings, args.question_aware, args.batch_size, args.seed):
+        for result in accuracy(model, questions, settings, metric, args.batch_size, args.seed):
             results.append({"data": name, **result})
     command = shlex.join(["lightvlm", *args.argv])
-    print(f"\n{command}\nseed {args.seed}\n\n{table(results)}")
+    on_gpu = model.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    timing = f"milliseconds a question, median over batches of {args.batch_size}, on {device}"
+    print(f"\n{command}\nseed {args.seed}\nprefill and selection: {timing}\n\n{table(results)}")
     if args.output:
-        report = {"command": command, "seed": args.seed, "results": results}
+        report = {"command": command, "seed": args.seed, "timing": timing, "results": results}
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot:
+        plot(results, args.plot)

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
     images = [(path, open_image(path)) for path in args.image]
     model, processor = load(args.model_path)
-    check_question_aware(args, model)
+    if args.question_aware:
+        check_question_aware("--question-aware", args.model_path, model)
     results = []
     for (path, image), prompt, budget in itertools.product(images, args.prompt, args.num_image_tokens):
         answer = ask(model, processor, image, prompt, budget, args.question_aware, args.max_new_tokens)

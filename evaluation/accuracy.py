@@ -1,15 +1,24 @@
-"""Accuracy of a checkpoint on LLaVA JSON questions, at several token budgets."""
+"""Accuracy of a checkpoint on questions about images, with several selectors at several token budgets."""
 
 import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.pruning_lightvlm import SELECTORS
+from lightvlm.evaluation.metrics import AnswerMetric
+from lightvlm.evaluation.selectors import downsample, mixing_weights, project, prune_in_language_model
+from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from tqdm import tqdm
 
+TIMED_BATCHES = 8  # after a warm-up; the others only answer
 
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+
+def wilson_interval(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a proportion (Wilson 1927), as two proportions."""
     share, denominator = correct / total, 1 + z * z / total
     centre = share + z * z / (2 * total)
@@ -17,16 +26,11 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     return (centre - margin) / denominator, (centre + margin) / denominator
 
 
-def normalise(answer: str) -> str:
-    """Lower case, without surrounding space or a full stop."""
-    return answer.strip().rstrip(".").lower()
-
-
 class Questions:
     """The first question of each row, grouped by image, so that an image is encoded once for all of its questions.
 
     Args:
-        rows: of `load_llava`, each with one image.
+        rows: of `load_llava` or `load_benchmark`, each with one image.
         processor: the checkpoint's.
 
     Raises:
@@ -40,7 +44,10 @@ class Questions:
             if len(images) != 1:
                 raise ValueError(f"Row {number} has {len(images) or 'no'} images: every question needs one image.")
             self.paths.append(images[0]["path"])
-        self.answers = [messages[1]["content"] for messages in rows["messages"]]
+        if "references" in rows.column_names:
+            self.references = list(rows["references"])
+        else:
+            self.references = [messages[1]["content"] for messages in rows["messages"]]
         self.questions = [messages[0]["content"] for messages in rows["messages"]]
         self.prompts = []
         for question in self.questions:
@@ -53,13 +60,11 @@ class Questions:
         order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
-    def encode(self, model: LightVLM, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and prior of each row's image, each image encoded once."""
+    def pixels(self, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixel values of the batch's images, each image once, and which of them each row is about."""
         unique = list(dict.fromkeys(self.paths[row] for row in batch))
-        encoded = model.model.encode(self.processor(images=unique, return_tensors="pt")["pixel_values"])
-        places = torch.tensor([unique.index(self.paths[row]) for row in batch], device=model.device)
-        features, prior = (values[places] for values in encoded)
-        return features, prior
+        pixels = self.processor(images=unique, return_tensors="pt")["pixel_values"]
+        return pixels, torch.tensor([unique.index(self.paths[row]) for row in batch])
 
     def question_ids(self, batch: list[int]) -> torch.Tensor:
         """Each row's question for a pruner with `score="question"`."""
@@ -75,81 +80,127 @@ class Questions:
         )
 
 
+class Batch:
+    """Some of the questions, with their images encoded: what every selector starts from.
+
+    Args:
+        model: in evaluation mode.
+        questions: all of them.
+        rows: the numbers of those in this batch.
+        question_aware: whether scores by question are wanted.
+    """
+
+    def __init__(self, model: LightVLM, questions: Questions, rows: list[int], question_aware: bool):
+        backbone = model.model
+        self.model, self.questions, self.rows = model, questions, rows
+        self.pixels, self.images = (values.to(model.device) for values in questions.pixels(rows))
+        self.features, prior = (values[self.images] for values in backbone.encode(self.pixels))
+        self.scores = {"": backbone.pruner.score(self.features, prior)}
+        if question_aware:
+            asked = backbone.embed_questions(questions.question_ids(rows).to(model.device))
+            self.scores["question"] = backbone.pruner.score(self.features, prior, asked)
+
+    def timed(self, function: Callable, *args, **kwargs) -> tuple[Any, float]:
+        """What a function returns, and how many milliseconds it took for each question."""
+        wait = torch.cuda.synchronize if self.model.device.type == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        wait()
+        return result, 1000 * (time.perf_counter() - start) / len(self.rows)
+
+    def answer(self, selector: str, budget: int, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
+        """Greedy answers from K tokens of each image, and milliseconds a question of selection and prefill."""
+        model, processor, backbone = self.model, self.questions.processor, self.model.model
+        name, _, asked = selector.partition("+")
+        weights, selection = self.timed(mixing_weights, name, self.scores[asked], self.features, budget)
+        if name == "downsample":
+            features = downsample(backbone, self.pixels, budget)[self.images]
+        else:
+            features = weights @ self.features
+        tokens = project(backbone, features, weights)
+        inputs = self.questions.tokenize(self.rows, tokens.shape[1]).to(model.device)
+        options = {"mm_encoder_outputs": {"image": LightVLMImageFeatures(pooler_output=list(tokens))}}
+        options["use_cache"] = name != "fastv"
+        times = {"selection_ms": selection}
+        with prune_in_language_model(model, **inputs, count=budget) if name == "fastv" else nullcontext():
+            if time_prefill:
+                _, times["prefill_ms"] = self.timed(model, **inputs, **options, logits_to_keep=1)
+            output = model.generate(**inputs, **options, max_new_tokens=16, do_sample=False)
+        return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True), times
+
+
 @torch.no_grad()
 def accuracy(
     model: LightVLM,
     questions: Questions,
     settings: list[tuple[str, int]],
-    question_aware: bool = False,
+    metric: AnswerMetric,
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[dict]:
-    """Share of right answers: greedy, equal to the expected answer but for case and a full stop.
+    """A metric of greedy answers at each setting.
 
     Args:
         model: in evaluation mode.
         questions: that it is asked.
-        settings: selector and K of each measurement; all of them are made on one encoding of the images.
-        question_aware: whether each question chooses the tokens of `topk`.
+        settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
+            `SELECTORS`, with "+question" where each question shall choose the tokens, or "all" with all patches.
+        metric: with "accuracy" among its values.
         batch_size: questions at a time.
         seed: of the random selector.
 
     Returns:
-        For each setting `selector`, `num_image_tokens`, `correct`, `total`, `accuracy`, and `low` and `high`, the 95 %
-        interval.
+        For each setting `selector`, `num_image_tokens`, `total`, the metric's values, `low` and `high`, the 95 %
+        interval of the accuracy, `of_full`, the accuracy as a share of that of "all" (None without it), and, in
+        milliseconds a question, medians of the first batches: `prefill_ms` of the language model, and `selection_ms`,
+        which for "fastv" is part of it. The interval is a proportion's, and too wide for partial credit, as in VQA
+        accuracy.
     """
     torch.manual_seed(seed)
-    backbone, processor = model.model, questions.processor
-    chosen, correct = backbone.pruner.select, [0] * len(settings)
-    try:
-        for batch in tqdm(questions.batches(batch_size), desc="Batches"):
-            features, prior = questions.encode(model, batch)
-            asked = questions.question_ids(batch).to(model.device) if question_aware else None
-            for index, (selector, budget) in enumerate(settings):
-                backbone.pruner.select = SELECTORS[selector]
-                images = backbone.prune(features, prior, [budget] * len(batch), asked)
-                inputs = questions.tokenize(batch, budget).to(model.device)
-                output = model.generate(
-                    **inputs, mm_encoder_outputs={"image": images}, max_new_tokens=16, do_sample=False
-                )
-                answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                correct[index] += sum(
-                    normalise(answer) == normalise(questions.answers[row])
-                    for row, answer in zip(batch, answers, strict=True)
-                )
-    finally:
-        backbone.pruner.select = chosen
-    results, total = [], len(questions.answers)
-    for (selector, budget), right in zip(settings, correct, strict=True):
-        low, high = wilson_interval(right, total)
-        results.append(
-            {
-                "selector": "topk by question" if question_aware and selector == "topk" else selector,
-                "num_image_tokens": budget,
-                "correct": right,
-                "total": total,
-                "accuracy": right / total,
-                "low": low,
-                "high": high,
-            }
-        )
+    question_aware = any(selector.endswith("+question") for selector, _ in settings)
+    answers, times = {setting: {} for setting in settings}, {setting: [] for setting in settings}
+    for number, rows in enumerate(tqdm(questions.batches(batch_size), desc="Batches")):
+        batch, is_timed = Batch(model, questions, rows, question_aware), number <= TIMED_BATCHES
+        for setting in settings:
+            found, milliseconds = batch.answer(*setting, time_prefill=is_timed)
+            answers[setting].update(zip(rows, found, strict=True))
+            if is_timed:
+                times[setting].append(milliseconds)
+
+    results, total = [], len(questions.references)
+    for (selector, budget), found in answers.items():
+        predictions = [found[row] for row in range(total)]
+        values = metric.compute(predictions=predictions, references=questions.references)
+        low, high = wilson_interval(values["accuracy"] * total, total)
+        setting = {"selector": selector, "num_image_tokens": budget, "total": total}
+        results.append({**setting, **values, "low": low, "high": high})
+    full = next((result["accuracy"] for result in results if result["selector"] == "all"), None)
+    for result, measured in zip(results, times.values(), strict=True):
+        result["of_full"] = result["accuracy"] / full if full else None
+        for kind in ("prefill_ms", "selection_ms"):
+            values = [milliseconds[kind] for milliseconds in measured]
+            result[kind] = round(statistics.median(values[1:] or values), 4)  # the first batch is a warm-up
     return results
 
 
 def table(results: list[dict]) -> str:
     """Markdown: a line for each file, selector and budget."""
-    lines = ["| data | selector | tokens | accuracy | 95 % interval | correct |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    others = [kind for kind in ("precision", "recall", "f1", "yes_rate") if kind in results[0]]
+    titles = ["tokens", "accuracy", "95 % interval", "of full", *others, "questions", "prefill", "selection"]
+    lines = [f"| data | selector | {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * len(titles)}"]
     for row in results:
-        interval = f"{row['low']:.2%} – {row['high']:.2%}"
-        counts = f"{row['correct']:,} / {row['total']:,}"
         cells = [
             row["data"],
             row["selector"],
             str(row["num_image_tokens"]),
             f"{row['accuracy']:.2%}",
-            interval,
-            counts,
+            f"{row['low']:.2%} – {row['high']:.2%}",
+            "–" if row["of_full"] is None else f"{row['of_full']:.1%}",
+            *(f"{row[kind]:.2%}" for kind in others),
+            f"{row['total']:,}",
+            f"{row['prefill_ms']:.2f} ms",
+            "in prefill" if row["selector"] == "fastv" else f"{row['selection_ms']:.2f} ms",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

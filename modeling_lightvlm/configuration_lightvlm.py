@@ -20,7 +20,7 @@ class LightVLMConfig(LlavaConfig):
             low-rank product of patches and question; tokens so chosen cannot be cached for another question, each turn
             of a conversation wants them anew, and vLLM never asks for them. All are equal until trained.
         select (`str`):
-            Which patches are kept. "topk": the best scores. "uniform" and "random" ignore the scores: baselines.
+            Which patches are kept. "topk": the best scores. "diverse": good scores that are unlike each other.
         prior_layer (`int`):
             The encoder layer whose attention is the score's starting point: the penultimate, as in FasterVLM (Zhang et
             al. 2024) and VisionZip (Yang et al. 2024), or -1 for the last. A SigLIP pooling head goes before it.
@@ -34,7 +34,7 @@ class LightVLMConfig(LlavaConfig):
 
     num_image_tokens: int | None = None
     score: Literal["cls", "mlp", "positional", "question"] = "positional"
-    select: Literal["topk", "uniform", "random"] = "topk"
+    select: Literal["topk", "diverse"] = "topk"
     prior_layer: int = -2
     scorer_hidden_size: int = 512
     lm_head_bias: bool = False

@@ -64,35 +64,73 @@ def received_attention(layer: nn.Module, hidden_states: torch.Tensor) -> torch.T
     return weights.mean(dim=(1, 2))
 
 
-def select_topk(scores: torch.Tensor, budgets: list[int]) -> list[torch.Tensor]:
-    """Indices of each image's K best scores, in raster order. The selection for a smaller K is part of a larger one's.
+def select_topk(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """The patches with the best scores.
+
+    Every selector returns an order whose beginning is the selection for a smaller count, so that one call serves
+    images of different K.
 
     Args:
-        scores: (batch, patches).
-        budgets: K of each image, 1 to patches.
+        scores: (batch, patches), log-probabilities up to a constant of each image.
+        features: (batch, patches, dim).
+        count: 1 to patches.
 
     Returns:
-        One (K,) tensor of patch indices for each image.
+        (batch, count) different patches of each image, in the order in which they were chosen.
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    return [row[:budget].sort().values for row, budget in zip(order, budgets, strict=True)]
+    return scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
 
 
-def select_random(scores: torch.Tensor, budgets: list[int]) -> list[torch.Tensor]:
-    """K patches of each image by chance, in raster order; a baseline. Shapes as in `select_topk`."""
-    return select_topk(torch.rand_like(scores), budgets)
+def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
+    """Between all patches of an image: (batch, patches, dim) to (batch, patches, patches) in float32."""
+    directions = nn.functional.normalize(features.float(), dim=-1)
+    return directions @ directions.transpose(1, 2)
 
 
-def select_uniform(scores: torch.Tensor, budgets: list[int]) -> list[torch.Tensor]:
-    """K patches of each image, evenly spaced in raster order; a baseline. Shapes as in `select_topk`."""
-    patches = scores.shape[1]
-    return [
-        torch.arange(budget, device=scores.device) * patches // budget + patches // (2 * budget) for budget in budgets
-    ]
+def select_k_center(scores: torch.Tensor, features: torch.Tensor, count: int, alpha: float = 0.8) -> torch.Tensor:
+    """Patches that are important and unlike the chosen ones: greedy k-center (Gonzalez 1985), weighted by importance.
+
+    With q = exp(score), each step takes the patch with the largest q^alpha * min over the chosen of (1 - cosine). Its
+    logarithm is what is computed here: a constant added to an image's scores changes nothing. Shapes as in
+    `select_topk`.
+    """
+    similarity, weights = cosine_similarity(features), alpha * scores.float()
+    distance = torch.full_like(weights, 2.0)  # to the nearest chosen patch; 2 is the largest there is
+    images, order = torch.arange(len(scores), device=scores.device), []
+    for _ in range(count):
+        chosen = (weights + distance.log()).argmax(dim=-1)  # [B]
+        order.append(chosen)
+        distance = torch.minimum(distance, 1 - similarity[images, chosen]).clamp_min(NOTHING_NEW)
+        weights[images, chosen] = -torch.inf
+    return torch.stack(order, dim=-1)
 
 
+def select_determinantal(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """Patches that are important and unlike the chosen ones: greedy MAP of a determinantal point process.
+
+    The kernel is diag(q) S diag(q) with q = exp(score) and S the cosines; each step takes the patch that multiplies
+    the determinant of the chosen ones' kernel the most, by q^2 * (squared distance to the span of the chosen), and
+    adds its row of the Cholesky factor (Chen et al. 2018, arXiv 1709.05135). As in `select_k_center` the logarithm is
+    computed, and q is left out of the factor. Shapes as in `select_topk`.
+    """
+    similarity, weights = cosine_similarity(features), 2 * scores.float()
+    distance = torch.ones_like(weights)  # squared, to the span of the chosen patches
+    factor = similarity.new_zeros(len(scores), count, scores.shape[1])  # [B, K, N], Cholesky of S
+    images, order = torch.arange(len(scores), device=scores.device), []
+    for step in range(count):
+        chosen = (weights + distance.log()).argmax(dim=-1)  # [B]
+        order.append(chosen)
+        known = (factor[images, :, chosen][:, None] @ factor)[:, 0]  # [B, N]
+        row = (similarity[images, chosen] - known) / distance[images, chosen].sqrt()[:, None]
+        factor[:, step] = row
+        distance = (distance - row**2).clamp_min(NOTHING_NEW)
+        weights[images, chosen] = -torch.inf
+    return torch.stack(order, dim=-1)
+
+
+NOTHING_NEW = 1e-6  # a distance within float32's rounding; such patches are ordered by their scores alone
 QUESTION_RANK = 32  # so that the pruner of a 7B model stays below a million parameters
-SELECTORS = {"topk": select_topk, "random": select_random, "uniform": select_uniform}
+SELECTORS = {"topk": select_topk, "diverse": select_k_center}
 
 
 class ZeroLinear(nn.Linear):
@@ -162,6 +200,7 @@ class TokenPruner(nn.Module):
             scores = scores + (patches @ asked[:, :, None]).squeeze(-1).float()
         return scores
 
+    @torch.no_grad()  # indices have no gradient
     def forward(
         self,
         features: torch.Tensor,
@@ -169,8 +208,22 @@ class TokenPruner(nn.Module):
         budgets: list[int],
         questions: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Indices of the kept patches of each image, in raster order. Shapes as in `score` and `select_topk`."""
-        return self.select(self.score(features, prior, questions), budgets)
+        """Keep K patches of each image.
+
+        Args:
+            features: as in `score`, and so are prior and questions.
+            prior: (batch, patches).
+            budgets: K of each image, 1 to patches.
+            questions: (batch, hidden).
+
+        Returns:
+            (K,) indices of the kept patches of each image, in raster order.
+        """
+        patches = features.shape[1]
+        if min(budgets) == patches:
+            return [torch.arange(patches, device=features.device) for _ in budgets]
+        order = self.select(self.score(features, prior, questions), features, max(budgets))
+        return [row[:budget].sort().values for row, budget in zip(order, budgets, strict=True)]
 
     def add_positions(self, tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Tell the language model where kept tokens stood.

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from lightvlm.evaluation.accuracy import Questions, accuracy, normalise, wilson_interval
+from lightvlm.evaluation.accuracy import Questions, accuracy, table, wilson_interval
+from lightvlm.evaluation.metrics import POPE, ExactMatch
+from lightvlm.evaluation.selectors import SELECTORS
 from lightvlm.training.llava_data import load_llava
 from tiny import make_image, make_model, make_processor
 
@@ -15,13 +17,10 @@ def test_wilson_interval_of_a_textbook_case():
     assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
 
 
-def test_answers_are_compared_without_case_space_or_full_stop():
-    assert normalise(" Yes.\n") == "yes"
-
-
-@pytest.mark.parametrize("question_aware", [False, True])
-def test_right_answers_are_counted_whatever_the_batch(tmp_path, question_aware):
-    model, processor = make_model(score="question"), make_processor()
+@pytest.mark.parametrize("selector", ["topk", "topk+question", "diverse", "diverse+question"])
+def test_right_answers_are_counted_whatever_the_batch(tmp_path, selector):
+    question_aware, select = selector.endswith("+question"), selector.removesuffix("+question")
+    model, processor = make_model(score="question", select=select), make_processor()
     torch.nn.init.normal_(model.model.pruner.question_projection.weight)
     options = {"num_image_tokens": 4, "processor": processor, "question_aware": question_aware, "max_new_tokens": 16}
     questions = ["what color?", "is there a circle?", "what is in this image?"]
@@ -35,6 +34,33 @@ def test_right_answers_are_counted_whatever_the_batch(tmp_path, question_aware):
     (tmp_path / "data.json").write_text(json.dumps(rows))
     data = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
     for batch_size in (1, 4, 6):
-        settings = [("topk", 4), ("uniform", 9), ("topk", 4)]
-        first, _, last = accuracy(model, data, settings, question_aware, batch_size)
-        assert (first["correct"], first["total"]) == (4, 6) and first == last
+        settings = [("all", 36), (selector, 4), ("uniform", 9)]
+        full, result, _ = accuracy(model, data, settings, ExactMatch(), batch_size)
+        assert (result["accuracy"], result["total"]) == (pytest.approx(4 / 6), 6)
+        assert full["of_full"] == (1 if full["accuracy"] else None)
+        assert result["prefill_ms"] > 0 and result["selection_ms"] > 0
+
+
+def test_images_are_encoded_once_for_all_settings(tmp_path, monkeypatch):
+    model, processor = make_model(), make_processor()
+    rows, encoded = [], []
+    for index in range(4):
+        make_image(index % 2).save(tmp_path / f"{index % 2}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "no"}]
+        rows.append({"id": index, "image": f"{index % 2}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    questions = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
+    encode = model.model.encode
+    monkeypatch.setattr(model.model, "encode", lambda pixels: encoded.append(tuple(pixels.shape)) or encode(pixels))
+    settings = [("all", 36), *((name, 4) for name in SELECTORS)]
+    results = accuracy(model, questions, settings, POPE())
+    assert all(result["f1"] == 0 for result in results)  # there is no yes to be found
+    assert encoded == [(2, 3, 84, 84), (2, 3, 28, 28)]  # and the small images of "downsample"
+
+
+def test_full_accuracy_is_the_measure_of_the_others():
+    row = {"data": "d", "selector": "topk", "num_image_tokens": 4, "accuracy": 0.45, "low": 0.4, "high": 0.5}
+    row |= {"of_full": 0.5, "total": 1234, "prefill_ms": 1.234, "selection_ms": 0.056}
+    assert "| 45.00% | 40.00% – 50.00% | 50.0% | 1,234 | 1.23 ms | 0.06 ms |" in table([row])
+    assert "| 50.0% | 81.00% | 1,234 |" in table([row | {"f1": 0.81}])
+    assert "| – |" in table([row | {"of_full": None}]) and "| in prefill |" in table([row | {"selector": "fastv"}])

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from lightvlm.cli.main import VERBS, main
+from lightvlm.evaluation.selectors import SELECTORS
 from PIL import Image
 from test_hub import save_parts
 from tiny import make_image, make_model, make_processor
@@ -153,22 +155,45 @@ def evaluate(checkpoint, data, *options):
     return main(["eval", *paths, "--num-image-tokens", "36,4", *options])
 
 
-def test_eval_prints_a_table_and_writes_json(checkpoint, data, capsys):
-    report = data / "new" / "out.json"
-    assert evaluate(checkpoint, data, "--selectors", "topk, random", "--batch-size", "3", "--output", str(report)) == 0
+def test_eval_prints_a_table_and_writes_json_and_a_plot(checkpoint, data, capsys):
+    report, picture = data / "new" / "out.json", data / "drawn" / "out.png"
+    options = ["--selectors", "topk, random,fastv", "--output", str(report), "--plot", str(picture)]
+    assert evaluate(checkpoint, data, *options, "--batch-size", "3") == 0
     out = capsys.readouterr().out
-    assert "| data | topk | 36 |" in out and "| data | random | 4 |" in out and "seed 0" in out
-    assert "lightvlm eval --model-path" in out
-    assert [row["total"] for row in json.loads(report.read_text())["results"]] == [4] * 3
+    assert "| data | all | 36 |" in out and "| data | random | 4 |" in out and "seed 0" in out
+    assert "lightvlm eval --model-path" in out and "batches of 3, on CPU" in out
+    results = json.loads(report.read_text())["results"]
+    names = [(row["selector"], row["num_image_tokens"], row["total"]) for row in results]
+    assert names == [("all", 36, 4), ("topk", 4, 4), ("random", 4, 4), ("fastv", 4, 4)]
+    assert Image.open(picture).size[0] > 500
     assert evaluate(checkpoint, data, "--limit", "2") == 0
-    assert "/ 2 |" in capsys.readouterr().out
+    assert "| 2 |" in capsys.readouterr().out
+
+
+def test_eval_runs_every_selector(checkpoint, data, capsys):
+    assert evaluate(checkpoint, data, "--selectors", ",".join(SELECTORS)) == 0
+    out = capsys.readouterr().out
+    assert all(f"| data | {name} | 4 |" in out for name in SELECTORS)
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    described = capsys.readouterr().out.split("selectors:")[1]
+    assert all(name in described for name in SELECTORS)
+
+
+def test_eval_names_the_extra_that_it_needs(checkpoint, data, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightvlm.evaluation.plot", None)
+    assert evaluate(checkpoint, data) == 2
+    assert "pip install 'lightvlm[eval]'" in capsys.readouterr().err
 
 
 def test_eval_names_what_is_wrong(checkpoint, data, capsys):
     assert evaluate(checkpoint, data, "--num-image-tokens", "36,37") == 2
     assert evaluate(checkpoint, data, "--selectors", "nonsense") == 2
     assert "nonsense" in capsys.readouterr().err
-    assert evaluate(checkpoint, data, "--question-aware") == 2
+    assert evaluate(checkpoint, data, "--selectors", "topk+nonsense") == 2
+    assert evaluate(checkpoint, data, "--selectors", "uniform", "--num-image-tokens", "5") == 2
+    assert "no square grid" in capsys.readouterr().err
+    assert evaluate(checkpoint, data, "--selectors", "topk+question") == 2
     assert 'has "positional"' in capsys.readouterr().err
     (data / "1.png").write_bytes(b"broken")
     assert evaluate(checkpoint, data) == 2

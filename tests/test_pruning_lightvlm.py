@@ -1,5 +1,7 @@
 """Scores are exact, selection keeps the best in raster order, and an untrained pruner is the prior."""
 
+from collections import Counter
+
 import pytest
 import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner
@@ -7,11 +9,12 @@ from lightvlm.pruning_lightvlm import (
     cls_attention,
     probe_attention,
     received_attention,
-    select_random,
+    select_determinantal,
+    select_k_center,
     select_topk,
-    select_uniform,
 )
 from tiny import make_config, vision_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, SiglipVisionConfig, SiglipVisionModel
 
 
@@ -49,30 +52,107 @@ def test_probe_attention_is_the_attention_of_the_pooling_head():
     torch.testing.assert_close(probe_attention(head, states), expected, atol=1e-6, rtol=0)
 
 
-def test_topk_keeps_the_best_in_raster_order():
-    scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.4, 0.3, 0.2, 0.1]])
-    first, second = select_topk(scores, [3, 2])
-    assert first.tolist() == [1, 2, 3]
-    assert second.tolist() == [0, 1]
+def slow_k_center(scores, features, count, alpha=0.8):
+    """One image, as the formula says: argmax of q^alpha * min over the chosen of (1 - cosine)."""
+    q = scores.softmax(dim=-1) ** alpha
+    chosen = [int(q.argmax())]
+    while len(chosen) < count:
+        gains = torch.zeros(len(q))
+        for patch in set(range(len(q))) - set(chosen):
+            cosines = [torch.cosine_similarity(features[patch], features[other], dim=0) for other in chosen]
+            gains[patch] = q[patch] * min(1 - cosine for cosine in cosines)
+        chosen.append(int(gains.argmax()))
+    return chosen
 
 
-def test_topk_of_a_smaller_budget_is_part_of_a_larger_one_even_with_ties():
-    scores = torch.randint(0, 4, (1, 36)).float()
-    kept = [set(select_topk(scores, [budget])[0].tolist()) for budget in range(1, 37)]
-    assert all(small < large for small, large in zip(kept, kept[1:], strict=False))
+def slow_determinantal(scores, features, count):
+    """One image, as the definition says: always the patch with the largest determinant of the chosen ones' kernel."""
+    q, directions = scores.softmax(dim=-1).double(), torch.nn.functional.normalize(features.double(), dim=-1)
+    kernel = q[:, None] * (directions @ directions.T) * q
+    chosen = []
+    while len(chosen) < count:
+        others = [patch for patch in range(len(q)) if patch not in chosen]
+        subsets = [torch.tensor([*chosen, patch]) for patch in others]
+        values = [torch.linalg.slogdet(kernel[subset[:, None], subset]).logabsdet for subset in subsets]
+        chosen.append(others[int(torch.stack(values).argmax())])
+    return chosen
 
 
-@pytest.mark.parametrize("select", [select_topk, select_random, select_uniform])
-@pytest.mark.parametrize("budget", [1, 7, 35, 36])
-def test_every_selector_keeps_k_different_patches_in_raster_order(select, budget):
-    (kept,) = select(torch.randn(1, 36), [budget])
-    assert len(kept) == budget
-    assert kept.tolist() == sorted(set(kept.tolist()))
-    assert kept[0] >= 0 and kept[-1] < 36
+SELECT = [select_topk, select_k_center, select_determinantal]
+DIVERSE = [(select_k_center, slow_k_center), (select_determinantal, slow_determinantal)]
 
 
-def test_uniform_is_centred():
-    assert select_uniform(torch.zeros(1, 36), [3])[0].tolist() == [6, 18, 30]
+def similar_patches(batch=3):
+    """Scores and features of images whose patches come in six kinds, as those of real images do."""
+    kinds = torch.randn(batch, 6, 32)[:, torch.randint(0, 6, (36,))]
+    return torch.randn(batch, 36), kinds + 0.5 * torch.randn(batch, 36, 32)
+
+
+@pytest.mark.parametrize("select, slow", DIVERSE)
+def test_diverse_selectors_are_exact(select, slow):
+    scores, features = similar_patches()
+    orders = select(scores, features, 20)
+    for order, image_scores, image_features in zip(orders, scores, features, strict=True):
+        assert order.tolist() == slow(image_scores, image_features, 20)
+
+
+@pytest.mark.parametrize("select", SELECT)
+def test_a_selection_does_not_depend_on_the_batch_or_on_a_constant_in_the_scores(select):
+    scores, features = similar_patches()
+    together = select(scores, features, 12)
+    for image in range(3):
+        assert torch.equal(select(scores[image : image + 1] + 5, features[image : image + 1], 12)[0], together[image])
+
+
+@pytest.mark.parametrize("select", SELECT)
+@pytest.mark.parametrize("scores, features", [(torch.randn, torch.randn), (torch.zeros, torch.ones)])
+def test_every_selector_orders_different_patches_and_is_nested_even_with_ties(select, scores, features):
+    scores, features = scores(2, 36), features(2, 36, 8)
+    everything = select(scores, features, 36)
+    assert all(sorted(order) == list(range(36)) for order in everything.tolist())
+    for count in (1, 7, 35):
+        assert torch.equal(select(scores, features, count), everything[:, :count])
+
+
+class CountOperations(TorchDispatchMode):
+    """How often each operation of torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("select, products", [(select_k_center, 1), (select_determinantal, 1 + 16)])
+def test_a_step_of_a_diverse_selector_is_a_few_operations_whatever_the_image(select, products):
+    counts = []
+    for patches, count in ((36, 8), (36, 16), (144, 16)):
+        with CountOperations() as operations:
+            select(torch.randn(2, patches), torch.randn(2, patches, 8), count)
+        counts.append(operations.counts)
+    few, many, larger = counts
+    assert many == larger
+    assert many["bmm"] == products  # similarities are computed once
+    assert (many.total() - few.total()) / 8 <= 30
+
+
+def test_topk_has_the_best_first():
+    assert select_topk(torch.tensor([[0.1, 0.9, 0.5, 0.7]]), None, 3).tolist() == [[1, 3, 2]]
+
+
+@pytest.mark.parametrize("select", ["topk", "diverse"])
+def test_budgets_of_one_batch_may_differ_and_kept_patches_are_in_raster_order(select):
+    pruner = TokenPruner(make_config(score="cls", select=select))
+    features, prior = torch.randn(3, 36, 32), torch.rand(3, 36)
+    kept = pruner(features, prior, [4, 36, 9])
+    assert [len(indices) for indices in kept] == [4, 36, 9]
+    for image, indices in enumerate(kept):
+        assert indices.tolist() == sorted(set(indices.tolist()))
+        (alone,) = pruner(features[image : image + 1], prior[image : image + 1], [len(indices)])
+        assert torch.equal(indices, alone)
 
 
 @pytest.mark.parametrize("score", ["cls", "mlp", "positional", "question"])

@@ -1,0 +1,36 @@
+"""Draw which tokens of an image are kept: the image as the model sees it, its dropped patches dimmed.
+
+examples:
+  lightvlm show --image photo.jpg --num-image-tokens 64 --output kept.png
+  lightvlm show --image photo.jpg --prompt "what color is the shape in the top left?" --output kept.png
+"""
+
+import argparse
+from pathlib import Path
+
+from lightvlm.cli.common import add_model_path, check_question_aware, load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_path(parser)
+    parser.add_argument("--image", required=True, help="image file")
+    parser.add_argument("--prompt", help='let this question choose the tokens, if the pruner has score="question"')
+    parser.add_argument("--num-image-tokens", type=int, help="K (the checkpoint's)")
+    parser.add_argument("--output", type=Path, default=Path("kept.png"), help="picture to write (kept.png)")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from lightvlm.demo.pictures import picture_kept
+    from lightvlm.processing.processing_lightvlm import open_image
+
+    image = open_image(args.image)
+    model, processor = load(args.model_path)
+    if args.prompt:
+        check_question_aware("--prompt", args.model_path, model)
+    options = {"num_image_tokens": args.num_image_tokens} | ({"question": args.prompt} if args.prompt else {})
+    inputs = processor(images=[image], return_tensors="pt", **options).to(model.device)
+    with torch.no_grad():
+        (kept,) = model.get_image_features(**inputs).kept_indices
+    picture_kept(inputs["pixel_values"][0], kept, processor).save(args.output)
+    print(f"{args.output}: {len(kept)} of {processor.num_patches} tokens")

@@ -1,0 +1,135 @@
+"""Metrics of visual question answering as `evaluate.Metric` classes, which need no network.
+
+    VQAAccuracy().compute(predictions=["2"], references=[["two"] * 9 + ["3"]])  # {"accuracy": 1.0}
+
+All of them take the generated texts as predictions and return proportions.
+"""
+
+import re
+
+from datasets import Features, List, Value
+from evaluate import Metric, MetricInfo
+
+ARTICLES = ("a", "an", "the")
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS.split())}}
+# A contraction that lacks one of its apostrophes gets it back.
+WHOLE = {
+    word[:place] + word[place + 1 :]: word
+    for word in CONTRACTIONS.split()
+    for place, sign in enumerate(word)
+    if sign == "'"
+}
+WHOLE["somebody'd"] = "somebodyd"  # so in the official code
+LETTER = re.compile(r"([A-Z])(?:\.?$|\. )|.*\b[Tt]he answer is ([A-Z])\b", re.DOTALL)
+
+
+def normalise(answer: str) -> str:
+    """Lower case, without surrounding space or a full stop."""
+    return answer.strip().rstrip(".").lower()
+
+
+def normalise_vqa(answer: str) -> str:
+    """An answer as the official VQA evaluation compares it (Antol et al. 2015; rules at visualqa.org/evaluation.html).
+
+    Punctuation goes, and leaves a space where it stood between words; so do full stops that no digit follows, and
+    articles. Number words become digits, and contractions get a missing apostrophe back.
+    """
+    has_thousands = re.search(r"\d,\d", answer) is not None
+    spaced = answer
+    for sign in PUNCTUATION:
+        beside_space = f"{sign} " in answer or f" {sign}" in answer
+        spaced = spaced.replace(sign, "" if beside_space or has_thousands else " ")
+    words = re.sub(r"\.(?!\d)", "", spaced).lower().split()
+    words = [NUMBERS.get(word, word) for word in words]
+    return " ".join(WHOLE.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """Mean over the annotators of min(1, how many of the others gave this answer / 3).
+
+    The leave-one-out variant of the official code, which normalises only where the annotators differ.
+    """
+    prediction, *answers = (" ".join(re.split(r"[\n\t]", text)).strip() for text in (prediction, *answers))
+    if len(set(answers)) > 1:
+        prediction, *answers = map(normalise_vqa, (prediction, *answers))
+    matches = [answer.lower() == prediction.lower() for answer in answers]
+    return sum(min(1, (sum(matches) - match) / 3) for match in matches) / len(matches)
+
+
+def says_yes(text: str) -> bool:
+    """Whether a text means yes, as POPE reads it: there is no "no" or "not" in its first sentence."""
+    words = text.split(".")[0].replace(",", "").split()
+    return not {"No", "no", "not"} & set(words)
+
+
+def option_letter(text: str) -> str | None:
+    """The letter of "B", "B.", "B. a cat" or "The answer is B.", or None."""
+    found = LETTER.match(text.strip())
+    return found and (found[1] or found[2])
+
+
+class AnswerMetric(Metric):
+    """What the metrics share: predictions are texts, and nothing is written to disk."""
+
+    reference = Value("string")
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+    def _info(self) -> MetricInfo:
+        features = Features({"predictions": Value("string"), "references": self.reference})
+        return MetricInfo(description=type(self).__doc__, citation="", inputs_description="", features=features)
+
+
+class ExactMatch(AnswerMetric):
+    """Share of answers that equal the reference but for case, surrounding space and a full stop; GQA's accuracy."""
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        right = [normalise(found) == normalise(answer) for found, answer in zip(predictions, references, strict=True)]
+        return {"accuracy": sum(right) / len(right)}
+
+
+class VQAAccuracy(AnswerMetric):
+    """VQA accuracy (Antol et al. 2015), leave-one-out over the ten answers, of VQAv2 and TextVQA."""
+
+    reference = List(Value("string"))
+
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        scores = [vqa_accuracy(found, answers) for found, answers in zip(predictions, references, strict=True)]
+        return {"accuracy": sum(scores) / len(scores)}
+
+
+class POPE(AnswerMetric):
+    """Object hallucination (Li et al. 2023, arXiv 2305.10355): accuracy, precision, recall and F1 of yes; yes-rate."""
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        found = [says_yes(prediction) for prediction in predictions]
+        truth = [normalise(answer) == "yes" for answer in references]
+        pairs = list(zip(found, truth, strict=True))
+        hits, claims, objects = pairs.count((True, True)), sum(found), sum(truth)
+        return {
+            "accuracy": sum(said == true for said, true in pairs) / len(pairs),
+            "precision": hits / max(1, claims),
+            "recall": hits / max(1, objects),
+            "f1": 2 * hits / max(1, claims + objects),
+            "yes_rate": claims / len(pairs),
+        }
+
+
+class ScienceQA(AnswerMetric):
+    """Share of right option letters (Lu et al. 2022, arXiv 2209.09513); an answer that names no letter is wrong."""
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        right = [option_letter(found) == answer for found, answer in zip(predictions, references, strict=True)]
+        return {"accuracy": sum(right) / len(right)}

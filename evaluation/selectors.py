@@ -1,0 +1,247 @@
+"""Every way of spending K image tokens that LightVLM is compared with, each a short function.
+
+A way is a matrix of weights, (batch, K, patches): how much of each patch is in each image token. Choosing patches is a
+matrix of zeros and ones, pooling and merging take means; places mix as features do. Two ways need more than features:
+`downsample` encodes a smaller image, and `prune_in_language_model` drops tokens inside the language model.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightvlm import LightVLM, LightVLMModel
+from lightvlm.pruning_lightvlm import cosine_similarity, select_determinantal, select_k_center, select_topk
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import rotate_half
+
+
+def select_random(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """Patches by chance. Shapes as in `select_topk`."""
+    return torch.rand_like(scores).argsort(dim=-1)[:, :count]
+
+
+def grid_side(count: int) -> int:
+    """Rows, and columns, of a square grid of `count` tokens; ValueError where there is none."""
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ValueError(
+            f"num_image_tokens={count} is no square grid, which uniform, pool and downsample need: give {side**2} or "
+            f"{(side + 1) ** 2}, or leave these selectors out."
+        )
+    return side
+
+
+def select_uniform(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """The patches at the centres of a square grid's cells. Shapes as in `select_topk`; not nested."""
+    patches_per_side = math.isqrt(scores.shape[1])
+    side = grid_side(count)
+    centres = (2 * torch.arange(side, device=scores.device) + 1) * patches_per_side // (2 * side)
+    return (centres[:, None] * patches_per_side + centres).flatten().expand(len(scores), -1)
+
+
+def select_max_min(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """The patch farthest from its nearest neighbour, then always the farthest from the chosen; scores do not count.
+
+    Max-min diversity with 1 - cosine as the distance: DivPrune (Alvar et al. 2025, arXiv 2503.02175). Shapes as in
+    `select_topk`.
+    """
+    distances = 1 - cosine_similarity(features)
+    chosen = (distances + 3 * torch.eye(scores.shape[1], device=scores.device)).amin(dim=-1).argmax(-1, keepdim=True)
+    nearest, order = torch.full_like(scores, torch.inf, dtype=torch.float32), [chosen]
+    for _ in range(count - 1):
+        nearest = torch.minimum(nearest, distances.take_along_dim(chosen[..., None], dim=1)[:, 0])
+        nearest = nearest.scatter(-1, chosen, -torch.inf)
+        chosen = nearest.argmax(dim=-1, keepdim=True)
+        order.append(chosen)
+    return torch.cat(order, dim=-1)
+
+
+def select_deduplicated(
+    scores: torch.Tensor, features: torch.Tensor, count: int, important_share: float = 0.5
+) -> torch.Tensor:
+    """Half of the tokens by score; of the other patches, those that are left once duplicates are removed.
+
+    Each round deals what is left into two parts, as in ToMe's matching (Bolya et al. 2023), and removes from the first
+    the half that is most alike to some patch of the second. After VisPruner (Zhang et al. 2025, arXiv 2412.01818);
+    the size of a round is ours. Shapes as in `select_topk`; not nested.
+    """
+    order, similarity = select_topk(scores, features, scores.shape[1]), cosine_similarity(features)
+    important = round(important_share * count)
+    left, wanted = order[:, important:], count - important
+    while left.shape[1] > wanted:
+        first, second = left[:, ::2], left[:, 1::2]
+        between = similarity.take_along_dim(first[..., None], dim=1).take_along_dim(second[:, None], dim=2)
+        alike = between.amax(dim=-1).argsort(dim=-1, descending=True)
+        removed = min(left.shape[1] - wanted, math.ceil(first.shape[1] / 2))
+        left = torch.cat([first.take_along_dim(alike[:, removed:], dim=1), second], dim=1)
+    return torch.cat([order[:, :important], left], dim=1)
+
+
+def pool(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """Means over the cells of a square grid: weights (batch, K, patches); scores do not count."""
+    patches = scores.shape[1]
+    each = torch.eye(patches, device=scores.device).unflatten(-1, (math.isqrt(patches), -1))
+    cells = functional.adaptive_avg_pool2d(each, grid_side(count)).flatten(1)  # [N, K]
+    return (cells / cells.sum(dim=0)).T.to(features.dtype).expand(len(scores), -1, -1)
+
+
+def merge(scores: torch.Tensor, features: torch.Tensor, count: int, contextual_share: float = 10 / 64) -> torch.Tensor:
+    """The best patches as they are, and means of the others around targets spread evenly among them.
+
+    Each of the other patches joins the target that it is most alike to. After VisionZip (Yang et al. 2024, arXiv
+    2412.04467), whose 54 + 10 dominant and contextual tokens this takes for every K; its similarity is that of the
+    encoder's keys, this one of its features. Weights (batch, K, patches), in raster order of patches and targets.
+    """
+    contextual = max(1, round(contextual_share * count))
+    order = select_topk(scores, features, scores.shape[1])
+    dominant, others = order[:, : count - contextual], order[:, count - contextual :].sort(dim=-1).values
+    targets = others[:, torch.arange(contextual, device=scores.device) * others.shape[1] // contextual]
+    kept = torch.cat([dominant, targets], dim=1).sort(dim=-1).values
+    nearest = cosine_similarity(features).take_along_dim(targets[:, None], dim=2).argmax(dim=-1)  # [B, N]
+    joined = targets.take_along_dim(nearest, dim=1).scatter(1, kept, kept)  # the kept patch that each belongs to
+    weights = (kept[..., None] == joined[:, None]).float()
+    return (weights / weights.sum(dim=-1, keepdim=True)).to(features.dtype)
+
+
+def everything(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """All patches, whatever the count: what FastV gives to a language model that prunes them itself."""
+    patches = scores.shape[1]
+    return torch.eye(patches, dtype=features.dtype, device=features.device).expand(len(scores), -1, -1)
+
+
+CHOOSERS = {
+    "topk": select_topk,
+    "diverse": select_k_center,
+    "determinantal": select_determinantal,
+    "random": select_random,
+    "uniform": select_uniform,
+    "max-min": select_max_min,
+    "dedup": select_deduplicated,
+}
+MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything, "all": everything}
+SELECTORS = [name for name in (*CHOOSERS, *MIXERS) if name != "all"]
+
+
+def mixing_weights(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """How much of each patch is in each image token: (batch, K, patches), rows that sum to one, in raster order."""
+    if selector in MIXERS:
+        return MIXERS[selector](scores, features, count)
+    kept = CHOOSERS[selector](scores, features, count).sort(dim=-1).values
+    return functional.one_hot(kept, scores.shape[1]).to(features.dtype)
+
+
+def project(backbone: LightVLMModel, features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Image tokens of mixed features, with the mean of their patches' places.
+
+    Args:
+        backbone: with the projector and the pruner's row and column embeddings.
+        features: (batch, K, dim).
+        weights: (batch, K, patches).
+
+    Returns:
+        (batch, K, hidden); of chosen patches, what `LightVLMModel.prune` returns.
+    """
+    tokens = backbone.multi_modal_projector(features)
+    patches = torch.arange(weights.shape[-1], device=tokens.device)
+    places = backbone.pruner.add_positions(tokens.new_zeros(len(patches), tokens.shape[-1]), patches)
+    return tokens + weights @ places
+
+
+def downsample(backbone: LightVLMModel, pixel_values: torch.Tensor, count: int) -> torch.Tensor:
+    """Features (images, K, dim) of the image at the size that has K patches, with interpolated position embeddings.
+
+    Args:
+        backbone: whose encoder runs again.
+        pixel_values: (images, channels, height, width).
+        count: K, a square number.
+    """
+    size = grid_side(count) * backbone.config.vision_config.patch_size
+    small = functional.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
+    with backbone.vision_tower.embeddings.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "interpolate_pos_encoding": True}), with_kwargs=True
+    ):
+        return backbone.encode(small)[0]
+
+
+def prompt_attention(
+    attention: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor,
+) -> torch.Tensor:
+    """How much a prompt's last token attends to each of its positions, averaged over the heads.
+
+    Args:
+        attention: of a Phi or Llama decoder layer.
+        hidden_states: its input, (batch, positions, hidden), padded on the left.
+        position_embeddings: cosines and sines, (1 or batch, positions, rotary dim).
+        attention_mask: (batch, positions), 0 where padded.
+
+    Returns:
+        (batch, positions) in float32.
+    """
+    cos, sin = (values[:, None] for values in position_embeddings)
+    rotary = cos.shape[-1]
+
+    def heads(states: torch.Tensor, start: int) -> torch.Tensor:
+        states = states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, H, L, d]
+        turned = states[..., :rotary] * cos[:, :, start:] + rotate_half(states[..., :rotary]) * sin[:, :, start:]
+        return torch.cat([turned, states[..., rotary:]], dim=-1)
+
+    query = heads(attention.q_proj(hidden_states[:, -1:]), hidden_states.shape[1] - 1)
+    keys = heads(attention.k_proj(hidden_states), 0).repeat_interleave(attention.num_key_value_groups, dim=1)
+    logits = (query @ keys.transpose(2, 3) * attention.scaling).float()[:, :, 0]  # [B, H, L]
+    return logits.masked_fill(attention_mask[:, None] == 0, -torch.inf).softmax(dim=-1).mean(dim=1)
+
+
+@contextmanager
+def prune_in_language_model(
+    model: LightVLM, input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int
+) -> Iterator[None]:
+    """Let the language model's layers after the second see only the K image tokens that its prompt attends to most.
+
+    FastV (Chen et al. 2024, arXiv 2403.06764), its second layer's attention of the prompt's last token. Position ids
+    stay as they were. Only for `use_cache=False`: the layers' KV caches would differ in length, so generation runs the
+    whole prompt for each answer token, its first two layers with all image tokens, the others without the dropped.
+
+    Args:
+        model: a Phi or Llama language model, its inputs padded on the left.
+        input_ids: (batch, positions) of the prompts, with as many image tokens in each row.
+        attention_mask: (batch, positions).
+        count: K.
+    """
+    is_image = input_ids == model.config.image_token_id
+    prompt = input_ids.shape[1]
+    surplus = int(is_image[0].sum()) - count
+    kept = None
+
+    def choose(attention, args, kwargs):
+        nonlocal kept
+        states, embeddings = kwargs["hidden_states"], kwargs["position_embeddings"]
+        found = prompt_attention(
+            attention, states[:, :prompt], [values[:, :prompt] for values in embeddings], attention_mask
+        )
+        kept = found.masked_fill(~is_image, torch.inf).topk(prompt - surplus, dim=-1).indices.sort(dim=-1).values
+        answer = torch.arange(prompt, states.shape[1], device=states.device).expand(len(states), -1)
+        kept = torch.cat([kept, answer], dim=1)  # [B, positions that stay]
+
+    def drop(layer, args, kwargs):
+        states, mask = args[0], kwargs["attention_mask"]
+        if layer is layers[2]:
+            states = states.take_along_dim(kept[..., None], dim=1)
+        if mask is not None:
+            mask = mask.expand(len(kept), -1, -1, -1)  # [B, 1, L, L]
+            mask = mask.take_along_dim(kept[:, None, :, None], dim=2).take_along_dim(kept[:, None, None], dim=3)
+        embeddings = tuple(values.expand(len(kept), -1, -1) for values in kwargs["position_embeddings"])
+        embeddings = tuple(values.take_along_dim(kept[..., None], dim=1) for values in embeddings)
+        return (states, *args[1:]), {**kwargs, "attention_mask": mask, "position_embeddings": embeddings}
+
+    layers = model.model.language_model.layers
+    handles = [layers[1].self_attn.register_forward_pre_hook(choose, with_kwargs=True)]
+    handles += [layer.register_forward_pre_hook(drop, with_kwargs=True) for layer in layers[2:]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
