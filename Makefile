@@ -47,5 +47,5 @@ $(DATA)/mosaics_train.json: $(DATA)/test.json
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,eval,dev]"
 	touch $@
