@@ -27,6 +27,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_list(text: str) -> list[int]:
+    """Parse "1,4,16"."""
+    return [positive(number) for number in text.split(",")]
+
+
 def load(model_path: str):
     """Model, in evaluation mode and on the GPU if there is one, and processor.
 

@@ -5,7 +5,9 @@ import shutil
 import sys
 
 import pytest
+import torch
 from lightvlm.cli.main import VERBS, main
+from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
 from PIL import Image
 from test_hub import save_parts
@@ -205,6 +207,50 @@ def test_eval_names_what_is_wrong(checkpoint, data, capsys):
         for number in ("0", "-1", "x"):
             with pytest.raises(SystemExit):
                 evaluate(checkpoint, data, f"{option}={number}")
+
+
+def bench(*options):
+    return main(["bench", "--repetitions", "1", "--warmup", "1", "--new-tokens", "1", "--device", "cpu", *options])
+
+
+def test_bench_prints_tables_writes_json_and_draws(checkpoint, tmp_path, capsys):
+    report, picture = tmp_path / "new" / "out.json", tmp_path / "new" / "out.png"
+    files = ["--output", str(report), "--plot", str(picture)]
+    options = ["--num-image-tokens", "36,4", "--batch-sizes", "1,2", "--dtype", "bfloat16", "--attention", "eager"]
+    assert bench("--model-path", checkpoint, *options, *files) == 0
+    out = capsys.readouterr().out
+    assert out.count("| Llava, output_attentions | 4 |") == 2 and "not measured" in out
+    written = json.loads(report.read_text())
+    assert written["dtype"] == "bfloat16" and written["command"].startswith("lightvlm bench --repetitions 1")
+    for size, result in zip([1, 2], written["results"], strict=True):
+        kept = [(row["method"], row["num_image_tokens"]) for row in result["rows"]]
+        assert result["batch_size"] == size
+        assert kept == [("Llava", 36), ("Llava, output_attentions", 4), ("LightVLM", 36), ("LightVLM", 4)]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_bench_knows_every_preset(preset, capsys):
+    assert bench("--preset", preset, "--layers", "99") == 2
+    assert "--layers 99" in capsys.readouterr().err
+
+
+def test_bench_draws_weights_for_a_preset(capsys):
+    assert bench("--preset", "tiny", "--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9") == 0
+    assert "| LightVLM | 9 |" in capsys.readouterr().out
+
+
+def test_bench_names_what_is_wrong(checkpoint, capsys):
+    assert bench("--model-path", checkpoint, "--layers", "1") == 2
+    assert "--preset" in capsys.readouterr().err
+    assert bench("--model-path", checkpoint, "--num-image-tokens", "37") == 2
+    assert "from 1 to 36" in capsys.readouterr().err
+    for options in (["--batch-sizes", "1,0"], ["--preset", "huge"], ["--preset", "tiny", "--model-path", checkpoint]):
+        with pytest.raises(SystemExit):
+            bench(*options)
+    if not torch.cuda.is_available():
+        assert main(["bench", "--preset", "tiny", "--device", "cuda"]) == 2
+        assert "no GPU" in capsys.readouterr().err
 
 
 def test_build_composes_two_parts(tmp_path, image, capsys):

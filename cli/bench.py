@@ -1,0 +1,112 @@
+"""Time each stage from image to first token, decoding and memory, beside transformers' LLaVA on the same weights.
+
+examples:
+  lightvlm bench --preset phi2-clip-l-336 --batch-sizes 1,4,16 --output h100.json --plot h100.png
+  lightvlm bench --preset phi2-clip-l-336 --layers 2 --dtype bfloat16 --repetitions 3 --batch-sizes 1
+  lightvlm bench --model-path phi2-clip --num-image-tokens 144,64
+"""
+
+import argparse
+import importlib.util
+import json
+import shlex
+from datetime import datetime, timezone
+from pathlib import Path
+
+from lightvlm.cli.common import add_model_path, budget_list, load, positive, positive_list
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group()
+    add_model_path(model)
+    model.add_argument(
+        "--preset",
+        choices=["phi2-clip-l-336", "phi2-siglip-so400m-384", "llava-1.5-7b", "tiny"],
+        help="random weights of this size, instead of a checkpoint",
+    )
+    parser.add_argument(
+        "--layers", type=positive, help="of a preset's language model; the vision encoder keeps all of its own"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the checkpoint's, or bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU, if there is one")
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--batch-sizes", type=positive_list, default=[1, 4, 16], help="1,4,16")
+    parser.add_argument(
+        "--num-image-tokens",
+        type=budget_list,
+        default=[144, 64],
+        help="144,64; all patches, for LLaVA and LightVLM, are always measured",
+    )
+    parser.add_argument("--prompt-tokens", type=positive, default=64, help="text tokens beside the image's (64)")
+    parser.add_argument("--new-tokens", type=positive, default=16, help="tokens to decode (16)")
+    parser.add_argument("--repetitions", type=positive, default=20, help="that count (20)")
+    parser.add_argument("--warmup", type=positive, default=2, help="repetitions before them (2)")
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--plot", type=Path, help="also draw the stages as stacked bars, to this picture")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.layers and not args.preset:
+        raise ValueError("--layers slices a --preset: a checkpoint is measured as it is.")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('--plot needs matplotlib: pip install "lightvlm[eval]"')
+
+    import torch
+    import transformers
+    from lightvlm.evaluation.presets import image_processor, preset_config, random_model
+    from lightvlm.evaluation.speed import measure, plot, table
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here.")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for path in (args.output, args.plot):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if args.preset:
+        model = random_model(preset_config(args.preset, args.layers), device, getattr(torch, args.dtype or "bfloat16"))
+        images = image_processor(model.config)
+    else:
+        model, processor = load(args.model_path)
+        model, images = (
+            model.to(device, getattr(torch, args.dtype) if args.dtype else model.dtype),
+            processor.image_processor,
+        )
+    patches = model.config.num_patches
+    if not all(1 <= budget <= patches for budget in args.num_image_tokens):
+        raise ValueError(f"--num-image-tokens: give numbers from 1 to {patches}, the patches of an image.")
+    model.set_attn_implementation(args.attention)
+
+    cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"
+    report = {
+        "command": shlex.join(["lightvlm", *args.argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": args.attention,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "parameters": model.num_parameters(),
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "repetitions": args.repetitions,
+        "warmup": args.warmup,
+        "results": [],
+    }
+    about = f"{report['device']}, {report['dtype']}, torch {report['torch']}, transformers {report['transformers']}"
+    print(f"{report['command']}\n{report['date']}: {about}", flush=True)
+    for result in measure(
+        model,
+        images,
+        args.batch_sizes,
+        args.num_image_tokens,
+        args.prompt_tokens,
+        args.new_tokens,
+        args.repetitions,
+        args.warmup,
+    ):
+        report["results"].append(result)
+        print(f"\nbatch size {result['batch_size']}, ms: median (95th percentile)\n\n{table(result)}", flush=True)
+        if args.output:  # after every batch size, lest a later one lose what is measured
+            args.output.write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot:
+        plot(report["results"], f"{args.preset or args.model_path}: {about}", args.plot)

@@ -1,0 +1,478 @@
+"""Where the time goes from an image to the first token, and what each token budget saves of it.
+
+Every configuration runs on the same weights and through the code that users run; a stopwatch around the functions that
+each stage consists of splits one and the same pass into stages, so that they add up to the time to first token.
+"""
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial, wraps
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from lightvlm import LightVLM, modeling_lightvlm
+from lightvlm.processing.processing_lightvlm import to_rgb
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+from transformers import Cache, LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+PREPROCESSING, ENCODER, SCORING, SELECTION, PROJECTOR, PREFILL = STAGES = (
+    "image preprocessing",
+    "vision encoder",
+    "scoring",
+    "selection",
+    "projector",
+    "LLM prefill",
+)
+QUEUED, TTFT = "LLM prefill, queued", "TTFT"
+IMAGE_SIZE = (640, 480)  # a photograph in COCO, most often
+QUEUE_MS = 50  # longer than the host takes to fill a GPU's queue, which holds about a thousand launches
+
+
+class Stopwatch:
+    """Exclusive times of nested stages: by CUDA events on a GPU, where work is asynchronous, else by the host's clock.
+
+    Args:
+        device: where the stages run.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.running, self.marks = [None], []
+
+    def mark(self) -> None:
+        """From here on, time belongs to the innermost running stage."""
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((self.running[-1], now))
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        self.running.append(name)
+        self.mark()
+        try:
+            yield
+        finally:
+            self.running.pop()
+            self.mark()
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        """The same function, its time on the account of a stage."""
+
+        @wraps(function)
+        def run(*args, **kwargs):
+            with self.stage(name):
+                return function(*args, **kwargs)
+
+        return run
+
+    def times(self) -> dict[str, float]:
+        """Milliseconds of each stage since `reset`, without the stages inside it. On a GPU, synchronize before."""
+        totals = {}
+        for (name, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            elapsed = start.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - start)
+            if name is not None:
+                totals[name] = totals.get(name, 0.0) + elapsed
+        return totals
+
+
+@contextlib.contextmanager
+def watched(model: LightVLM, stopwatch: Stopwatch):
+    """Put a stopwatch around the functions that the stages consist of, of LightVLM and of LLaVA on the same weights.
+
+    The projector's stage has the gather of kept patches and the row and column embeddings in it; the prefill's has the
+    word embeddings and the output layer.
+    """
+    backbone = model.model
+    stages = [
+        (backbone, "encode", ENCODER),
+        (modeling_lightvlm, "cls_attention", SCORING),
+        (modeling_lightvlm, "probe_attention", SCORING),
+        (modeling_lightvlm, "received_attention", SCORING),
+        (backbone.pruner, "score", SCORING),
+        (backbone.pruner, "select", SELECTION),
+        (backbone, "prune", PROJECTOR),
+        (backbone.vision_tower, "forward", ENCODER),
+        (backbone.multi_modal_projector, "forward", PROJECTOR),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, stage in stages:
+            stack.enter_context(patch.object(owner, name, stopwatch.timed(stage, getattr(owner, name))))
+        yield
+
+
+def as_llava(model: LightVLM) -> LlavaForConditionalGeneration:
+    """Transformers' own class on the same weights, which are shared and not copied."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(LlavaConfig(**config))
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        setattr(llava.model, part, getattr(model.model, part))
+    llava.lm_head = model.lm_head  # with Phi's bias, which LLaVA's own has not
+    return llava.eval()
+
+
+def prune_by_output_attentions(
+    llava: LlavaForConditionalGeneration,
+    pixel_values: torch.Tensor,
+    budget: int,
+    layer: int,
+    stopwatch: Stopwatch,
+) -> BaseModelOutputWithPooling:
+    """Keep the patches with the highest attention, in the way of published pruners: the baseline to beat.
+
+    All of the encoder runs, and returns every layer's attention matrix, as in FasterVLM (Zhang et al. 2024) and
+    VisionZip (Yang et al. 2024). CLIP's [CLS] row, or what each patch receives on average, is the score.
+
+    Args:
+        llava: whose vision encoder has eager attention.
+        pixel_values: (images, channels, height, width), on its device.
+        budget: K.
+        layer: whose attention is the score.
+        stopwatch: which has the stages that are no function of the model.
+
+    Returns:
+        `pooler_output`: (K, hidden) of each image.
+    """
+    output = llava.model.vision_tower(pixel_values, output_attentions=True, output_hidden_states=True)
+    with stopwatch.stage(SCORING):
+        wanted = llava.config.vision_feature_layer
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        features = torch.cat([output.hidden_states[index] for index in wanted], dim=-1)
+        attention = output.attentions[layer]
+        if llava.config.vision_feature_select_strategy == "default":
+            features, scores = features[:, 1:], attention[:, :, 0, 1:].mean(dim=1)  # [B, N, dim], [B, N]
+        else:
+            scores = attention.mean(dim=(1, 2))  # [B, N]
+    with stopwatch.stage(SELECTION):
+        kept = scores.topk(budget).indices.sort().values  # [B, K]
+    with stopwatch.stage(PROJECTOR):
+        features = features.take_along_dim(kept[..., None], dim=1)  # [B, K, dim]
+        tokens = llava.model.multi_modal_projector(features)
+    return BaseModelOutputWithPooling(pooler_output=list(tokens))
+
+
+@dataclass
+class Configuration:
+    """One way from pixels to logits.
+
+    Args:
+        method: its name.
+        num_image_tokens: K.
+        model: that continues the answer.
+        prefill: maps pixel values on the device, and what the processor makes of the text, to the model's output.
+        encoder_attention: of the vision encoder; None for the one of the language model.
+    """
+
+    method: str
+    num_image_tokens: int
+    model: nn.Module
+    prefill: Callable
+    encoder_attention: str | None = None
+
+
+def configurations(model: LightVLM, budgets: list[int], stopwatch: Stopwatch) -> list[Configuration]:
+    """LLaVA with all tokens, LLaVA pruned as published, and LightVLM, at every K and with all tokens."""
+    full, llava, layer = model.config.num_patches, as_llava(model), model.config.prior_layer
+
+    def published(budget, pixel_values, **text):
+        image = prune_by_output_attentions(llava, pixel_values, budget, layer, stopwatch)
+        return llava(**text, mm_encoder_outputs={"image": image})
+
+    def ours(budget, pixel_values, **text):
+        counts = torch.full((len(pixel_values),), budget, device=pixel_values.device)  # as the processor returns them
+        return model(**text, pixel_values=pixel_values, num_image_tokens=counts)
+
+    every = sorted({full, *budgets}, reverse=True)
+    return [
+        Configuration("Llava", full, llava, llava),
+        *(
+            Configuration("Llava, output_attentions", budget, llava, partial(published, budget), "eager")
+            for budget in every[1:]
+        ),
+        *(Configuration("LightVLM", budget, model, partial(ours, budget)) for budget in every),
+    ]
+
+
+def kv_cache_bytes(cache: Cache) -> int:
+    """Memory of all keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def decode(model: nn.Module, output, attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Greedy continuation after a prefill, (batch, tokens), without `generate`'s bookkeeping."""
+    cache, chosen = output.past_key_values, [output.logits[:, -1:].argmax(dim=-1)]
+    for _ in range(tokens):
+        attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)
+        logits = model(
+            input_ids=chosen[-1], attention_mask=attention_mask, past_key_values=cache, use_cache=True
+        ).logits
+        chosen.append(logits[:, -1:].argmax(dim=-1))
+    return torch.cat(chosen[1:], dim=1)
+
+
+def queued_prefill_ms(language_model: nn.Module, batch_size: int, positions: int) -> float:
+    """Milliseconds that a GPU computes in a prefill whose kernels it had in its queue before the first began.
+
+    Of the language model alone, without word embeddings and output layer. Where the prefill of a whole pass takes much
+    longer, the GPU waits for launches, and CUDA graphs can win the difference back.
+    """
+    weight = next(language_model.parameters())
+    shape = (batch_size, positions, language_model.config.hidden_size)
+    embeddings = torch.randn(shape, device=weight.device, dtype=weight.dtype)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUE_MS * 2_000_000)  # in cycles, of a clock of at most 2 GHz
+    start.record()
+    language_model(inputs_embeds=embeddings, use_cache=True)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+class Trial:
+    """One batch size: the inputs of all configurations, and one pass of one of them.
+
+    Args:
+        model: in evaluation mode.
+        image_processor: a transformers image processor.
+        stopwatch: that `watched` put around the model's functions.
+        batch_size: rows, each with one image.
+        prompt_tokens: of text in each row, besides the image's.
+        new_tokens: to decode.
+    """
+
+    def __init__(
+        self,
+        model: LightVLM,
+        image_processor,
+        stopwatch: Stopwatch,
+        batch_size: int,
+        prompt_tokens: int,
+        new_tokens: int,
+    ):
+        self.model, self.image_processor, self.stopwatch = model, image_processor, stopwatch
+        self.batch_size, self.prompt_tokens, self.new_tokens = batch_size, prompt_tokens, new_tokens
+        generator = np.random.default_rng(0)
+        shape = (batch_size, IMAGE_SIZE[1], IMAGE_SIZE[0], 3)
+        self.images = [Image.fromarray(pixels) for pixels in generator.integers(0, 256, shape, dtype=np.uint8)]
+
+    def text(self, num_image_tokens: int) -> dict[str, torch.Tensor]:
+        """A prompt of random words around an image's placeholders, as a processor returns it."""
+        placeholder = self.model.config.image_token_index
+        words = torch.randint(placeholder, (self.batch_size, self.prompt_tokens))
+        before, after = words.split([self.prompt_tokens // 2, self.prompt_tokens - self.prompt_tokens // 2], dim=1)
+        image = torch.full((self.batch_size, num_image_tokens), placeholder)
+        input_ids = torch.cat([before, image, after], dim=1).to(self.model.device)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+    def synchronize(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def run(self, configuration: Configuration) -> dict[str, float]:
+        """Times in milliseconds and memory in bytes of one pass, from images on the host to the last token there."""
+        text, on_gpu = self.text(configuration.num_image_tokens), self.model.device.type == "cuda"
+        self.stopwatch.reset()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+        self.synchronize()
+        start = time.perf_counter()
+        images = [to_rgb(image) for image in self.images]
+        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        preprocessed = time.perf_counter()
+        with self.stopwatch.stage(ENCODER):
+            pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        with self.stopwatch.stage(PREFILL):
+            output = configuration.prefill(pixel_values=pixel_values, use_cache=True, logits_to_keep=1, **text)
+            first = output.logits[:, -1].argmax(dim=-1)
+        first.tolist()
+        answered = time.perf_counter()
+        self.synchronize()
+        cache_bytes = kv_cache_bytes(output.past_key_values)
+
+        decoding = time.perf_counter()
+        decode(configuration.model, output, text["attention_mask"], self.new_tokens).tolist()
+        decoded = time.perf_counter()
+
+        stages = dict.fromkeys(STAGES, 0.0) | self.stopwatch.times()
+        stages[PREPROCESSING] = 1000 * (preprocessed - start)
+        sample = stages | {
+            "sum of stages": sum(stages.values()),
+            TTFT: 1000 * (answered - start),
+            "decode step": 1000 * (decoded - decoding) / self.new_tokens,
+            "kv_cache_bytes": cache_bytes,
+        }
+        if on_gpu:
+            sample["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+            del output
+            positions = self.prompt_tokens + configuration.num_image_tokens
+            sample[QUEUED] = queued_prefill_ms(self.model.model.language_model, self.batch_size, positions)
+        return sample
+
+
+def summarise(samples: list[dict[str, float]]) -> dict:
+    """Median and 95th percentile of each time over the repetitions, in milliseconds; the largest of each memory."""
+    summary = {"times_ms": {}}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if name.endswith("_bytes"):
+            summary[name] = max(values)
+        else:
+            median, p95 = np.quantile(values, [0.5, 0.95])
+            summary["times_ms"][name] = {"median": float(median), "p95": float(p95)}
+    return summary
+
+
+def compare(rows: list[dict], batch_size: int) -> None:
+    """Add to each row its speed-ups over the first, which are ratios of medians, and the ceiling by token count."""
+    for row in rows:
+        if "error" in row:
+            continue
+        row["decode_tokens_per_second"] = 1000 * batch_size / row["times_ms"]["decode step"]["median"]
+        row["prefill_ceiling"] = rows[0]["positions"] / row["positions"]
+        if "error" not in rows[0]:
+            for name in row["times_ms"].keys() & {PREFILL, QUEUED, TTFT}:
+                row.setdefault("speedup", {})[name] = (
+                    rows[0]["times_ms"][name]["median"] / row["times_ms"][name]["median"]
+                )
+
+
+@contextlib.contextmanager
+def encoder_attention(model: LightVLM, attention: str | None):
+    """Another attention implementation of the vision encoder for a while."""
+    tower = model.model.vision_tower
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation(attention or before)
+    try:
+        yield
+    finally:
+        tower.set_attn_implementation(before)
+
+
+def measure(
+    model: LightVLM,
+    image_processor,
+    batch_sizes: list[int],
+    budgets: list[int],
+    prompt_tokens: int = 64,
+    new_tokens: int = 16,
+    repetitions: int = 20,
+    warmup: int = 2,
+) -> Iterator[dict]:
+    """Time all configurations, in turn within each repetition, so that a machine's drift hits all alike.
+
+    Args:
+        model: in evaluation mode, on its device.
+        image_processor: a transformers image processor of fixed output size.
+        batch_sizes: rows at a time, each with one image.
+        budgets: K; all patches are always measured besides.
+        prompt_tokens: of text in each row.
+        new_tokens: to decode after the first.
+        repetitions: that count.
+        warmup: repetitions before them.
+
+    Yields:
+        For each batch size `batch_size` and `rows`, one for each configuration with `method`, `num_image_tokens`,
+        `positions` of the language model, and either `error` or the fields of `summarise` and `compare`. Batches that
+        a GPU has no memory for cost their own row only.
+    """
+    stopwatch = Stopwatch(model.device)
+    compared = configurations(model, budgets, stopwatch)
+    for batch_size in batch_sizes:
+        trial = Trial(model, image_processor, stopwatch, batch_size, prompt_tokens, new_tokens)
+        samples, failed = [[] for _ in compared], set()
+        with watched(model, stopwatch):
+            for repetition in tqdm(range(warmup + repetitions), desc=f"Batch size {batch_size}"):
+                for index, configuration in enumerate(compared):
+                    if index in failed:
+                        continue
+                    try:
+                        with encoder_attention(model, configuration.encoder_attention):
+                            sample = trial.run(configuration)
+                    except torch.cuda.OutOfMemoryError:
+                        failed.add(index)
+                    else:
+                        if repetition >= warmup:
+                            samples[index].append(sample)
+                    if index in failed:  # outside of the handler, whose error keeps the tensors of its frames
+                        gc.collect()
+                        torch.cuda.empty_cache()
+        rows = []
+        for index, configuration in enumerate(compared):
+            budget = configuration.num_image_tokens
+            row = {"method": configuration.method, "num_image_tokens": budget, "positions": prompt_tokens + budget}
+            rows.append(row | ({"error": "out of memory"} if index in failed else summarise(samples[index])))
+        compare(rows, batch_size)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield {"batch_size": batch_size, "rows": rows}
+
+
+def milliseconds(time: dict[str, float]) -> str:
+    """Median (95th percentile), to three digits or more."""
+    return "{} ({})".format(*(f"{value:.{2 if value < 10 else 1}f}" for value in (time["median"], time["p95"])))
+
+
+def table(result: dict) -> str:
+    """Markdown: a line for each configuration of one batch size, times as median (95th percentile)."""
+    on_gpu = any(QUEUED in row.get("times_ms", {}) for row in result["rows"])
+    times = [*STAGES, *([QUEUED] if on_gpu else []), "sum of stages", TTFT]
+    ratios = [PREFILL, *([QUEUED] if on_gpu else []), TTFT]
+    heads = ["method", "tokens", *times, "ceiling", *(f"{name} ×" for name in ratios)]
+    heads += ["decode, tokens/s", "KV cache, MB", "peak memory, MB"]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    for row in result["rows"]:
+        cells = [row["method"], str(row["num_image_tokens"])]
+        if "error" in row:
+            cells += [row["error"]] + ["–"] * (len(heads) - 3)
+        else:
+            cells += [milliseconds(row["times_ms"][name]) for name in times]
+            cells.append(f"{row['prefill_ceiling']:.2f}×")
+            cells += [f"{row['speedup'][name]:.2f}×" if "speedup" in row else "–" for name in ratios]
+            cells.append(f"{row['decode_tokens_per_second']:.1f}")
+            cells.append(f"{row['kv_cache_bytes'] / 1e6:.1f}")
+            cells.append(f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "not measured")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], title: str, path: str | Path) -> None:
+    """Draw the stages of each configuration as a stacked bar, a panel for each batch size.
+
+    Args:
+        results: of `measure`.
+        title: above the panels.
+        path: of the picture, in any of matplotlib's formats.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.6 + 2.6 * len(results)), layout="constrained")
+    figure.suptitle(title)
+    for axes, result in zip(figure.subplots(len(results), squeeze=False)[:, 0], results, strict=True):
+        rows = [row for row in result["rows"] if "error" not in row]
+        labels = [f"{row['method']}, {row['num_image_tokens']}" for row in rows]
+        left = np.zeros(len(rows))
+        for stage in STAGES:
+            widths = np.array([row["times_ms"][stage]["median"] for row in rows])
+            axes.barh(labels, widths, left=left, label=stage)
+            left += widths
+        axes.invert_yaxis()
+        axes.set(xlabel="ms, medians", title=f"batch size {result['batch_size']}")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(STAGES))
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,218 @@
+"""The bench splits a pass into stages that add up, compares on the same weights, and survives a full GPU.
+
+Speed itself is never asserted. What it rests on is counted: positions, encoder layers, FLOPs, waits for a GPU.
+"""
+
+from itertools import count
+
+import pytest
+import torch
+from lightvlm.evaluation import speed
+from lightvlm.evaluation.presets import PRESETS, image_processor, preset_config, random_model
+from lightvlm.evaluation.speed import (
+    ENCODER,
+    PREFILL,
+    PREPROCESSING,
+    PROJECTOR,
+    STAGES,
+    Stopwatch,
+    Trial,
+    as_llava,
+    compare,
+    configurations,
+    encoder_attention,
+    measure,
+    plot,
+    summarise,
+    table,
+    watched,
+)
+from tiny import NUM_PATCHES, make_image, make_model, make_processor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+CPU = torch.device("cpu")
+
+
+def trial(model, processor, batch_size=1, prompt_tokens=6) -> Trial:
+    return Trial(model, processor.image_processor, Stopwatch(CPU), batch_size, prompt_tokens, new_tokens=2)
+
+
+@torch.no_grad()
+def forward(model, configuration, batch_size=2, **options):
+    torch.manual_seed(0)
+    run = trial(model, make_processor(), batch_size)
+    pixels = torch.randn(batch_size, 3, 84, 84)
+    with encoder_attention(model, configuration.encoder_attention):
+        return configuration.prefill(pixel_values=pixels, **run.text(configuration.num_image_tokens), **options)
+
+
+def test_nested_stages_are_timed_without_what_is_inside(monkeypatch):
+    clock = count()
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock) / 1000)
+    stopwatch = Stopwatch(CPU)
+    with stopwatch.stage("outer"):
+        assert stopwatch.timed("inner", lambda number: number + 1)(1) == 2
+    with stopwatch.stage("outer"):
+        pass
+    assert stopwatch.times() == pytest.approx({"outer": 3, "inner": 1})
+    stopwatch.reset()
+    assert stopwatch.times() == {}
+
+
+def test_every_stage_of_a_pass_is_timed_and_they_add_up(tiny):
+    model, processor = tiny
+    run = trial(model, processor, batch_size=2)
+    llava, published, _, ours = configurations(model, [9], run.stopwatch)
+    with watched(model, run.stopwatch):
+        samples = []
+        for configuration in (llava, published, ours):
+            with encoder_attention(model, configuration.encoder_attention):
+                samples.append(run.run(configuration))
+    for sample in samples:
+        assert sum(sample[stage] for stage in STAGES) == pytest.approx(sample["sum of stages"])
+        assert sample["sum of stages"] <= sample["TTFT"]
+    without_pruner = {PREPROCESSING, ENCODER, PROJECTOR, PREFILL}
+    assert {stage for stage in STAGES if samples[0][stage] > 0} == without_pruner
+    for sample in samples[1:]:
+        assert all(sample[stage] > 0 for stage in STAGES)
+
+
+def test_nothing_is_left_around_the_model():
+    model = make_model()
+    before = model.model.pruner.select
+    with watched(model, Stopwatch(CPU)):
+        assert "encode" in vars(model.model) and model.model.pruner.select is not before
+    assert "encode" not in vars(model.model) and model.model.pruner.select is before
+    with encoder_attention(model, "eager"):
+        assert model.model.vision_tower.config._attn_implementation == "eager"
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+
+
+def test_llava_shares_the_weights(tiny):
+    model, _ = tiny
+    ours = {parameter.data_ptr() for parameter in model.parameters()}
+    assert all(parameter.data_ptr() in ours for parameter in as_llava(model).parameters())
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_all_configurations_answer_alike(vision):
+    model = make_model(vision)
+    llava, _, full, _ = configurations(model, [9], Stopwatch(CPU))
+    torch.testing.assert_close(forward(model, llava).logits, forward(model, full).logits, atol=1e-5, rtol=0)
+
+
+def test_the_published_way_keeps_the_same_patches():
+    model = make_model()
+    _, published, _, ours = configurations(model, [9], Stopwatch(CPU))
+    theirs = forward(model, published).logits
+    torch.testing.assert_close(theirs, forward(model, ours).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [1, 9, NUM_PATCHES])
+def test_the_language_model_sees_the_kept_tokens_only(tiny, budget):
+    model, processor = tiny
+    run = trial(model, processor, batch_size=2, prompt_tokens=6)
+    for configuration in configurations(model, [budget], run.stopwatch):
+        if configuration.num_image_tokens == budget:
+            with encoder_attention(model, configuration.encoder_attention):
+                sample = run.run(configuration)
+            config = model.config.text_config
+            bytes_per_position = 2 * 4 * config.num_hidden_layers * config.hidden_size
+            assert sample["kv_cache_bytes"] == 2 * (6 + budget) * bytes_per_position
+
+
+def flops(run) -> dict[str, int]:
+    """FLOPs of the matrix products of each module's linear layers."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    linear = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+    return {name: sum(each.get(op, 0) for op in linear) for name, each in counter.get_flop_counts().items()}
+
+
+def linear_weights(module) -> int:
+    return sum(each.weight.numel() for each in module.modules() if isinstance(each, torch.nn.Linear))
+
+
+def test_flops_follow_the_number_of_tokens():
+    model = make_model()
+    configured = configurations(model, [9, 18], Stopwatch(CPU))
+    language_model, tower = model.model.language_model, model.model.vision_tower
+    for configuration in configured:
+        if configuration.method != "LightVLM":
+            continue
+        counted = flops(lambda configuration=configuration: forward(model, configuration, logits_to_keep=1))
+        positions = 2 * (6 + configuration.num_image_tokens)
+        prefix = "LightVLMForConditionalGeneration.model"
+        assert counted[f"{prefix}.language_model"] == 2 * positions * linear_weights(language_model)
+        projected = 2 * 2 * configuration.num_image_tokens * linear_weights(model.model.multi_modal_projector)
+        assert counted[f"{prefix}.multi_modal_projector"] == projected
+        layers = [f"{prefix}.vision_tower.encoder.layers.{index}" for index in range(len(tower.encoder.layers))]
+        ran = [counted.get(layer, 0) for layer in layers]
+        assert ran == [2 * 2 * (1 + NUM_PATCHES) * linear_weights(tower.encoder.layers[0])] * 2 + [0]
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_encoding_and_pruning_never_wait_for_a_gpu(tiny):
+    model, _ = tiny
+    pixels = torch.randn(2, 3, 84, 84)
+    with Waits() as waits, torch.no_grad():
+        model.model.prune(*model.model.encode(pixels), [9, 9])
+    assert waits.count == 0
+
+
+def test_medians_percentiles_and_ratios():
+    slow = [{"LLM prefill": time, "TTFT": 200.0, "decode step": 10.0, "kv_cache_bytes": 7} for time in (90, 100, 110)]
+    fast = [{"LLM prefill": 20.0, "TTFT": 100.0, "decode step": 5.0, "kv_cache_bytes": 3}]
+    rows = [{"positions": 640, **summarise(slow)}, {"positions": 128, **summarise(fast)}, {"error": "out of memory"}]
+    compare(rows, batch_size=4)
+    assert rows[0]["times_ms"]["LLM prefill"] == pytest.approx({"median": 100, "p95": 109})
+    assert rows[1]["speedup"] == pytest.approx({"LLM prefill": 5, "TTFT": 2})
+    assert (rows[1]["prefill_ceiling"], rows[1]["kv_cache_bytes"]) == (5, 3)
+    assert rows[1]["decode_tokens_per_second"] == pytest.approx(800)
+
+
+def test_a_full_gpu_costs_its_own_row_only(monkeypatch, tmp_path):
+    run = Trial.run
+
+    def crowded(self, configuration):
+        if self.batch_size > 1 and configuration.method == "Llava":
+            raise torch.cuda.OutOfMemoryError
+        return run(self, configuration)
+
+    monkeypatch.setattr(Trial, "run", crowded)
+    results = list(measure(make_model(), make_processor().image_processor, [1, 2], [9], 6, 2, 1, 1))
+    assert [["error" in row for row in result["rows"]] for result in results] == [[False] * 4, [True] + [False] * 3]
+    assert "out of memory" in table(results[1]) and "speedup" not in results[1]["rows"][3]
+    plot(results, "tiny", tmp_path / "stages.png")
+    assert (tmp_path / "stages.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_the_sizes_of_the_checkpoints(preset):
+    parameters = {"phi2-clip-l-336": 3.09, "phi2-siglip-so400m-384": 3.22, "llava-1.5-7b": 7.06, "tiny": 0.0065}
+    config = preset_config(preset)
+    model = random_model(config, "meta", torch.bfloat16)
+    assert model.num_parameters() / 1e9 == pytest.approx(parameters[preset], rel=5e-3)
+    assert config.num_patches == (729 if "siglip" in preset else 576)
+    size = config.vision_config.image_size
+    pixels = image_processor(config)([make_image(size=(640, 480))], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, size, size)
+
+
+def test_layers_slice_the_language_model_only():
+    config = preset_config("phi2-clip-l-336", layers=2)
+    assert (config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers) == (2, 24)
+    with pytest.raises(ValueError, match="has 32"):
+        preset_config("phi2-clip-l-336", layers=33)
