@@ -16,7 +16,7 @@ benchmarks, and what the folder holds:
   scienceqa            problems.json, pid_splits.json, test/
 
 selectors:
-  topk, diverse        what a checkpoint can be configured for; +question lets each question choose the tokens
+  topk, diverse        what a checkpoint can be configured for
   determinantal        the rival of diverse
   random, uniform      patches by chance, or on a square grid
   pool, downsample     means over a square grid's cells; the encoder on a smaller image
@@ -25,6 +25,8 @@ selectors:
   dedup                importance, then duplicates removed (VisPruner)
   fastv                dropped in the language model after its second layer; there, and only there, "tokens" is not
                        what its first two layers see
+  +question, +cls      behind a name: each question chooses the tokens; or the score is the encoder's attention alone,
+                       which is how topk+cls (FasterVLM), merge+cls and dedup+cls were published
 """
 
 import argparse
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"measuring needs {error.name}: pip install 'lightvlm[eval]'") from None
 
     selectors = [name.strip() for name in args.selectors.split(",")]
-    if unknown := {name for name in selectors if name.removesuffix("+question") not in SELECTORS}:
+    scores = ("", "+question", "+cls")
+    if unknown := set(selectors) - {f"{name}{score}" for name, score in itertools.product(SELECTORS, scores)}:
         raise ValueError(f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join(SELECTORS)}")
     if args.benchmark and args.benchmark not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {args.benchmark}: choose among {', '.join(BENCHMARKS)}")

@@ -95,7 +95,7 @@ class Batch:
         self.model, self.questions, self.rows = model, questions, rows
         self.pixels, self.images = (values.to(model.device) for values in questions.pixels(rows))
         self.features, prior = (values[self.images] for values in backbone.encode(self.pixels))
-        self.scores = {"": backbone.pruner.score(self.features, prior)}
+        self.scores = {"": backbone.pruner.score(self.features, prior), "cls": prior.float().clamp_min(1e-12).log()}
         if question_aware:
             asked = backbone.embed_questions(questions.question_ids(rows).to(model.device))
             self.scores["question"] = backbone.pruner.score(self.features, prior, asked)
@@ -112,8 +112,8 @@ class Batch:
     def answer(self, selector: str, budget: int, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
         """Greedy answers from K tokens of each image, and milliseconds a question of selection and prefill."""
         model, processor, backbone = self.model, self.questions.processor, self.model.model
-        name, _, asked = selector.partition("+")
-        weights, selection = self.timed(mixing_weights, name, self.scores[asked], self.features, budget)
+        name, _, score = selector.partition("+")
+        weights, selection = self.timed(mixing_weights, name, self.scores[score], self.features, budget)
         if name == "downsample":
             features = downsample(backbone, self.pixels, budget)[self.images]
         else:
@@ -145,7 +145,8 @@ def accuracy(
         model: in evaluation mode.
         questions: that it is asked.
         settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
-            `SELECTORS`, with "+question" where each question shall choose the tokens, or "all" with all patches.
+            `SELECTORS`, with "+question" where each question shall choose the tokens or "+cls" where the score is the
+            encoder's attention alone; or "all" with all patches.
         metric: with "accuracy" among its values.
         batch_size: questions at a time.
         seed: of the random selector.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from lightvlm.evaluation.accuracy import Questions, accuracy, table, wilson_interval
+from lightvlm.evaluation.accuracy import Batch, Questions, accuracy, table, wilson_interval
 from lightvlm.evaluation.metrics import POPE, ExactMatch
 from lightvlm.evaluation.selectors import SELECTORS
 from lightvlm.training.llava_data import load_llava
@@ -39,6 +39,20 @@ def test_right_answers_are_counted_whatever_the_batch(tmp_path, selector):
         assert (result["accuracy"], result["total"]) == (pytest.approx(4 / 6), 6)
         assert full["of_full"] == (1 if full["accuracy"] else None)
         assert result["prefill_ms"] > 0 and result["selection_ms"] > 0
+
+
+def test_a_selector_may_score_by_the_encoders_attention_alone(tmp_path):
+    model, processor = make_model(score="positional"), make_processor()
+    make_image(0).save(tmp_path / "0.png")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "no"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": 0, "image": "0.png", "conversations": turns}]))
+    questions = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
+    with torch.no_grad():
+        untrained = Batch(model, questions, [0], question_aware=False).scores
+        torch.nn.init.normal_(model.model.pruner.row_score.weight)
+        trained = Batch(model, questions, [0], question_aware=False).scores
+    assert torch.equal(untrained["cls"], untrained[""]) and torch.equal(untrained["cls"], trained["cls"])
+    assert not torch.equal(trained["cls"], trained[""])
 
 
 def test_images_are_encoded_once_for_all_settings(tmp_path, monkeypatch):
