@@ -6,7 +6,9 @@ DATA := data/easy-vqa
 EVAL := $(BIN)/lightvlm eval --image-folder $(DATA)/images
 TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
-.PHONY: run test eval lint checkpoint
+EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
+
+.PHONY: run test eval eval-easy_vqa $(EVALS) lint checkpoint
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -15,8 +17,20 @@ run: $(DATA)/test.json
 test: .venv/ready
 	$(BIN)/pytest
 
-eval: $(DATA)/test.json
-	$(EVAL) --data-path $(DATA)/test.json --output evaluation/results/easy_vqa.json
+# Each file on its own, so that `make -j2 eval` uses two cores; about an hour on them.
+eval: eval-easy_vqa $(EVALS)
+
+eval-easy_vqa: $(DATA)/test.json
+	$(EVAL) --data-path $< --selectors topk,diverse --num-image-tokens 576,64,16 \
+		--output evaluation/results/easy_vqa.json
+
+$(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
+	$(EVAL) --data-path $(DATA)/mosaics_test_$*.json --num-image-tokens 576,64,36,16 \
+		--selectors $(SELECTORS_$(lastword $(subst _, ,$*))) \
+		--output evaluation/results/mosaics_$*.json --plot evaluation/results/mosaics_$*.png
+SELECTORS_2x2 := topk,topk+cls,diverse
+SELECTORS_3x3 := topk,topk+question,topk+cls,diverse,diverse+question,diverse+cls,determinantal,merge+cls,dedup+cls,$\
+	max-min,random,uniform,pool,downsample
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -59,13 +73,16 @@ build/tuned/$(WEIGHTS): build/taught/$(WEIGHTS)
 
 build/trained/$(WEIGHTS): build/tuned/$(WEIGHTS)
 	$(TEACH) --model_name_or_path $(<D) --output_dir $(@D) \
-		--question-aware true --per-device-train-batch-size 256
+		--question-aware true --image-tokens 4 8 16
 
 $(DATA)/test.json: .venv/ready
 	$(BIN)/python training/prepare_easy_vqa.py --output-dir $(DATA)
 
 $(DATA)/mosaics_train.json: $(DATA)/test.json
-	$(BIN)/python training/prepare_mosaics.py --data-dir $(DATA)
+	$(BIN)/python training/prepare_mosaics.py --data-dir $(DATA) --splits train
+
+$(DATA)/mosaics_test_photo_3x3.json: $(DATA)/test.json
+	$(BIN)/python training/prepare_mosaics.py --data-dir $(DATA) --splits test
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

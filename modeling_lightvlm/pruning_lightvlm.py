@@ -170,7 +170,9 @@ class TokenPruner(nn.Module):
         self.patch_projection = None
         if config.score == "question":
             self.patch_projection = nn.Linear(features, QUESTION_RANK, bias=False)
-            self.question_projection = ZeroLinear(width, QUESTION_RANK)
+            self.row_key, self.column_key = nn.Embedding(side, QUESTION_RANK), nn.Embedding(side, QUESTION_RANK)
+            self.question_center = ZeroEmbedding(1, width)
+            self.question_projection = ZeroLinear(width, QUESTION_RANK, bias=False)
 
     def score(
         self, features: torch.Tensor, prior: torch.Tensor, questions: torch.Tensor | None = None
@@ -194,10 +196,13 @@ class TokenPruner(nn.Module):
             places = self.row_score(side)[:, None] + self.column_score(side)[None]  # [side, side, 1]
             scores = scores + places.flatten().float()
         if self.patch_projection is not None and questions is not None:
-            # Normalised, because neither features nor embeddings have a scale of their own.
+            # Normalised, because neither features nor embeddings have a scale of their own; and what all questions
+            # have in common is left out: it says nothing about this one, and would be most of what there is to learn.
+            asked = questions - self.question_center.weight
+            asked = self.question_projection(nn.functional.layer_norm(asked, asked.shape[-1:]))  # [B, rank]
             patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
-            asked = self.question_projection(nn.functional.layer_norm(questions, questions.shape[-1:]))  # [B, rank]
-            scores = scores + (patches @ asked[:, :, None]).squeeze(-1).float()
+            places = (self.row_key.weight[:, None] + self.column_key.weight).flatten(0, 1) * QUESTION_RANK**0.5
+            scores = scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
         return scores
 
     @torch.no_grad()  # indices have no gradient

@@ -162,12 +162,28 @@ def test_the_reward_rises_and_nothing_but_the_score_changes(data, monkeypatch):
     assert {file.name for file in (data / "out").iterdir()} == {file.name for file in (data / "model").iterdir()}
 
 
+def test_what_all_questions_have_in_common_is_left_out_of_the_question():
+    model, processor = make_model(score="question"), make_processor()
+    texts = ("what color?", "what is in this image?")
+    examples = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    pruner.center_questions(model, processor, examples)
+    ids = torch.tensor(processor.encode_questions(list(texts), 2))
+    center = model.model.pruner.question_center.weight
+    torch.testing.assert_close(model.model.embed_questions(ids).mean(dim=0, keepdim=True), center)
+
+    torch.nn.init.normal_(model.model.pruner.question_projection.weight)
+    features, prior = torch.randn(1, NUM_PATCHES, 32), torch.rand(1, NUM_PATCHES)
+    static = model.model.pruner.score(features, prior)
+    torch.testing.assert_close(model.model.pruner.score(features, prior, center), static)  # an average question
+
+
 def test_a_question_aware_checkpoint_is_made_of_a_static_one(data, monkeypatch):
     (data / "model" / "README.md").write_text("# A card\n\n- steps: 7\n")
     model = train(data, monkeypatch, question_aware=True)
     assert model.config.score == "question"
     changed = changed_parts(data, model)
-    assert changed and all("question_projection" in name or "patch_projection" in name for name in changed)
+    learned = {"patch_projection", "row_key", "column_key", "question_projection", "question_center"}
+    assert {name.split(".")[2] for name in changed} == learned
     card = (data / "out" / "README.md").read_text()
     assert card.startswith("# A card\n\n- steps: 7\n- pruner: the question's term of the score, by 2 steps")
 

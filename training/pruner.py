@@ -15,6 +15,7 @@ import random
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -28,7 +29,8 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from trl import TrlParser
 
-STATIC_TERMS = ("scorer", "row_score", "column_score")  # of the score, without the question's
+STATIC_TERMS = ("scorer", "row_score", "column_score")
+QUESTION_TERM = ("patch_projection", "row_key", "column_key", "question_projection")
 
 
 @dataclass
@@ -91,7 +93,7 @@ class PolicyGradient(nn.Module):
         self.accepts_loss_kwargs = False  # tells the trainer that the loss is a mean over images, not over labels
         self.model, self.num_samples, self.question_aware = model, num_samples, question_aware
         model.requires_grad_(False)
-        learning = ("patch_projection", "question_projection") if question_aware else STATIC_TERMS
+        learning = QUESTION_TERM if question_aware else STATIC_TERMS
         for name, module in model.model.pruner.named_children():
             module.requires_grad_(name in learning)
         self.train()
@@ -189,6 +191,16 @@ def split_turns(examples: list[dict]) -> list[dict]:
     ]
 
 
+@torch.no_grad()
+def center_questions(
+    model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, examples: list[dict]
+) -> None:
+    """Tell the pruner what the examples' questions have in common: their mean embedding."""
+    questions = [example["messages"][0]["content"] for example in examples]
+    ids = torch.tensor(processor.encode_questions(questions, len(questions)), device=model.device)
+    model.model.pruner.question_center.weight.copy_(model.model.embed_questions(ids).mean(dim=0, keepdim=True))
+
+
 class PrunerCollator:
     """A batch for `PolicyGradient`, with K drawn anew."""
 
@@ -241,7 +253,9 @@ def extend_card(args: PrunerArguments, output_dir: str, state: TrainerState) -> 
             f"- pruner: {term}, by {state.global_step} steps of policy gradient on {files}, K of {args.image_tokens}"
         )
         if rewards:  # fewer steps than logging_steps leave none
-            line += f"; mean log-probability of the answers {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last"
+            fifth = len(rewards) // 5 or 1  # one batch says little: each has its own K
+            first, last = fmean(rewards[:fifth]), fmean(rewards[-fifth:])
+            line += f"; mean log-probability of the answers {first:.3f} in the first fifth, {last:.3f} in the last"
         Path(output_dir, "README.md").write_text(f"{card.read_text().rstrip()}\n{line}\n")
 
 
@@ -259,11 +273,14 @@ def main() -> None:
     model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, score=score, dtype=torch.float32)
     rows, num_workers = load_rows(args, training_args.seed), training_args.dataloader_num_workers
     examples = encode_rows(model.to(training_args.device), processor, rows, num_workers)
+    if args.question_aware:
+        examples = split_turns(examples)
+        center_questions(model, processor, examples)
     trainer = PrunerTrainer(
         PolicyGradient(model, args.num_samples, args.question_aware),
         training_args,
         data_collator=PrunerCollator(processor, args.image_tokens),
-        train_dataset=split_turns(examples) if args.question_aware else examples,
+        train_dataset=examples,
     )
     torch.manual_seed(training_args.seed + training_args.process_index)  # each process compares samples of its own
     trainer.train()
