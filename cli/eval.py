@@ -25,8 +25,11 @@ selectors:
   dedup                importance, then duplicates removed (VisPruner)
   fastv                dropped in the language model after its second layer; there, and only there, "tokens" is not
                        what its first two layers see
-  +question, +cls      behind a name: each question chooses the tokens; or the score is the encoder's attention alone,
-                       which is how topk+cls (FasterVLM), merge+cls and dedup+cls were published
+  +question, +cls      behind topk, diverse, determinantal, merge or dedup: each question chooses the tokens; or the
+                       score is the encoder's attention alone, which is how topk+cls (FasterVLM), merge+cls and
+                       dedup+cls were published
+
+"selection" is the time from scores to tokens' features; scoring itself is not in it.
 """
 
 import argparse
@@ -54,11 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if bool(args.data_path and args.image_folder) == bool(args.benchmark and args.data_dir):
+    given = [option is not None for option in (args.data_path, args.image_folder, args.benchmark, args.data_dir)]
+    if given not in ([True, True, False, False], [False, False, True, True]):
         raise ValueError("give either --data-path and --image-folder, or --benchmark and --data-dir")
 
     import torch
-    from lightvlm.evaluation.selectors import SELECTORS
+    from lightvlm.evaluation.selectors import SCORED, SELECTORS
     from lightvlm.training.llava_data import load_llava
 
     try:
@@ -70,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"measuring needs {error.name}: pip install 'lightvlm[eval]'") from None
 
     selectors = [name.strip() for name in args.selectors.split(",")]
-    scores = ("", "+question", "+cls")
-    if unknown := set(selectors) - {f"{name}{score}" for name, score in itertools.product(SELECTORS, scores)}:
+    by_score = [f"{name}{score}" for name, score in itertools.product(SCORED, ("+question", "+cls"))]
+    if unknown := set(selectors) - {*SELECTORS, *by_score}:
         raise ValueError(f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join(SELECTORS)}")
     if args.benchmark and args.benchmark not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {args.benchmark}: choose among {', '.join(BENCHMARKS)}")
@@ -82,6 +86,8 @@ def run(args: argparse.Namespace) -> None:
         files, metric = load_benchmark(args.benchmark, args.data_dir)
     else:
         files, metric = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}, ExactMatch()
+        if len(files) < len(args.data_path):
+            raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
     model, processor = load(args.model_path)
     for name in selectors:
         if name.endswith("+question"):

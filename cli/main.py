@@ -7,7 +7,7 @@ import sys
 VERBS = {
     "infer": "ask questions about images, at one or several token budgets",
     "show": "draw which tokens of an image are kept",
-    "eval": "measure a checkpoint's accuracy on LLaVA JSON questions, at several token budgets",
+    "eval": "measure accuracy of selectors at several token budgets, on LLaVA JSON files or a benchmark",
     "bench": "time each stage from image to first token, beside transformers' LLaVA, at several token budgets",
     "build": "compose a Hub folder of a vision encoder and a language model, or of a LLaVA checkpoint",
 }

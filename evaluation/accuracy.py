@@ -13,6 +13,7 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import downsample, mixing_weights, project, prune_in_language_model
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from lightvlm.pruning_lightvlm import log_prior
 from tqdm import tqdm
 
 TIMED_BATCHES = 8  # after a warm-up; the others only answer
@@ -23,7 +24,8 @@ def wilson_interval(correct: float, total: int, z: float = 1.96) -> tuple[float,
     share, denominator = correct / total, 1 + z * z / total
     centre = share + z * z / (2 * total)
     margin = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return (centre - margin) / denominator, (centre + margin) / denominator
+    low, high = (centre - margin) / denominator, (centre + margin) / denominator
+    return min(low, share), max(high, share)  # rounding would leave a share of 0 or 1 a little outside
 
 
 class Questions:
@@ -95,7 +97,7 @@ class Batch:
         self.model, self.questions, self.rows = model, questions, rows
         self.pixels, self.images = (values.to(model.device) for values in questions.pixels(rows))
         self.features, prior = (values[self.images] for values in backbone.encode(self.pixels))
-        self.scores = {"": backbone.pruner.score(self.features, prior), "cls": prior.float().clamp_min(1e-12).log()}
+        self.scores = {"": backbone.pruner.score(self.features, prior), "cls": log_prior(prior)}
         if question_aware:
             asked = backbone.embed_questions(questions.question_ids(rows).to(model.device))
             self.scores["question"] = backbone.pruner.score(self.features, prior, asked)
@@ -115,7 +117,8 @@ class Batch:
         name, _, score = selector.partition("+")
         weights, selection = self.timed(mixing_weights, name, self.scores[score], self.features, budget)
         if name == "downsample":
-            features = downsample(backbone, self.pixels, budget)[self.images]
+            features, encoding = self.timed(downsample, backbone, self.pixels, budget)
+            features, selection = features[self.images], selection + encoding
         else:
             features = weights @ self.features
         tokens = project(backbone, features, weights)

@@ -121,6 +121,7 @@ CHOOSERS = {
 }
 MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything, "all": everything}
 SELECTORS = [name for name in (*CHOOSERS, *MIXERS) if name != "all"]
+SCORED = ("topk", "diverse", "determinantal", "dedup", "merge")  # the others do not read the scores
 
 
 def mixing_weights(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
@@ -191,7 +192,7 @@ def prompt_attention(
 
     query = heads(attention.q_proj(hidden_states[:, -1:]), hidden_states.shape[1] - 1)
     keys = heads(attention.k_proj(hidden_states), 0).repeat_interleave(attention.num_key_value_groups, dim=1)
-    logits = (query @ keys.transpose(2, 3) * attention.scaling).float()[:, :, 0]  # [B, H, L]
+    logits = (query * attention.scaling @ keys.transpose(2, 3)).float()[:, :, 0]  # [B, H, L]
     return logits.masked_fill(attention_mask[:, None] == 0, -torch.inf).softmax(dim=-1).mean(dim=1)
 
 
@@ -210,7 +211,12 @@ def prune_in_language_model(
         input_ids: (batch, positions) of the prompts, with as many image tokens in each row.
         attention_mask: (batch, positions).
         count: K.
+
+    Raises:
+        ValueError: where the language model is another.
     """
+    if model.config.text_config.model_type not in ("phi", "llama"):
+        raise ValueError("fastv knows the attention of Phi and Llama language models: leave this selector out.")
     is_image = input_ids == model.config.image_token_id
     prompt = input_ids.shape[1]
     surplus = int(is_image[0].sum()) - count

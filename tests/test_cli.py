@@ -172,6 +172,28 @@ def test_eval_prints_a_table_and_writes_json_and_a_plot(checkpoint, data, capsys
     assert "| 2 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--benchmark", "vqav2"], "give either"),
+        (["--data-dir", "."], "give either"),
+        (["--selectors", "random+question"], "no selector random+question"),
+        (["--selectors", "topk+question"], "topk+question needs a pruner"),
+    ],
+)
+def test_eval_refuses_what_means_nothing(checkpoint, data, options, message, capsys):
+    assert evaluate(checkpoint, data, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_eval_tells_files_apart_by_their_names(checkpoint, data, capsys):
+    (data / "other").mkdir()
+    shutil.copy(data / "data.json", data / "other")
+    paths = [str(data / "data.json"), str(data / "other" / "data.json")]
+    assert main(["eval", "--model-path", checkpoint, "--data-path", *paths, "--image-folder", str(data)]) == 2
+    assert "rename" in capsys.readouterr().err
+
+
 def test_eval_runs_every_selector(checkpoint, data, capsys):
     assert evaluate(checkpoint, data, "--selectors", ",".join(SELECTORS)) == 0
     out = capsys.readouterr().out

@@ -190,8 +190,9 @@ def test_a_prefilled_cache_continues(tiny):
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
-def test_static_budget_compiles_in_one_graph(vision):
-    model, processor = make_model(vision), make_processor(vision)
+@pytest.mark.parametrize("select", ["topk", "diverse"])
+def test_static_budget_compiles_in_one_graph(vision, select):
+    model, processor = make_model(vision, select=select), make_processor(vision)
     inputs = processor(
         images=[make_image(0), make_image(1)], text=["<image> a", "<image> b"], padding=True, return_tensors="pt"
     )

@@ -76,7 +76,9 @@ def test_show_lets_the_question_choose(tmp_path, capsys):
         pictures.append((tmp_path / "kept.png").read_bytes())
     assert len(set(pictures)) == 3
     assert "9 of 36 tokens" in capsys.readouterr().out
-    assert main(["show", "--model-path", str(SHIPPED), *options, "--prompt", "what?"]) == 2
+    for part in (make_model(), processor):
+        part.save_pretrained(tmp_path / "static")
+    assert main(["show", "--model-path", str(tmp_path / "static"), *options, "--prompt", "what?"]) == 2
     assert "--prompt needs a pruner" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner
 from lightvlm.pruning_lightvlm import (
     cls_attention,
+    cosine_similarity,
     probe_attention,
     received_attention,
     select_determinantal,
@@ -179,6 +180,27 @@ def test_positional_terms_know_row_and_column():
     assert scores.argmax() == 2 * 6 + 3
     tokens = pruner.add_positions(torch.zeros(3, 32), torch.tensor([2 * 6 + 3, 2 * 6, 3]))
     torch.testing.assert_close(tokens[:, 0], 32**0.5 * torch.tensor([11.0, 1.0, 10.0]))  # times sqrt(hidden)
+
+
+def test_a_question_may_ask_for_a_place():
+    pruner = TokenPruner(make_config(score="question"))
+    with torch.no_grad():
+        for parameter in pruner.parameters():
+            parameter.zero_()
+        pruner.question_projection.weight[0] = torch.randn(32)
+        pruner.row_key.weight[2, 0], pruner.column_key.weight[3, 0] = 1.0, 0.5
+        question = pruner.question_projection.weight[:1]
+    features, prior = torch.randn(1, 36, 32), torch.ones(1, 36)
+    scores = pruner.score(features, prior, question).unflatten(-1, (6, 6))
+    assert scores.argmax() == 2 * 6 + 3 and torch.equal(scores[0, 0], scores[0, 1])
+    assert torch.equal(scores, -pruner.score(features, prior, -question).unflatten(-1, (6, 6)))
+
+
+def test_diverse_patches_are_those_of_float32_under_autocast():
+    features = torch.randn(1, 36, 32)
+    expected = cosine_similarity(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cosine_similarity(features), expected)
 
 
 def test_only_a_question_scorer_hears_the_question():

@@ -197,8 +197,11 @@ def center_questions(
 ) -> None:
     """Tell the pruner what the examples' questions have in common: their mean embedding."""
     questions = [example["messages"][0]["content"] for example in examples]
-    ids = torch.tensor(processor.encode_questions(questions, len(questions)), device=model.device)
-    model.model.pruner.question_center.weight.copy_(model.model.embed_questions(ids).mean(dim=0, keepdim=True))
+    center = model.model.pruner.question_center.weight.zero_()
+    for start in range(0, len(questions), 256):
+        some = questions[start : start + 256]
+        ids = torch.tensor(processor.encode_questions(some, len(some)), device=model.device)
+        center += model.model.embed_questions(ids).sum(dim=0) / len(questions)
 
 
 class PrunerCollator:

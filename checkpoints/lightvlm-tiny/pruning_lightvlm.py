@@ -64,6 +64,11 @@ def received_attention(layer: nn.Module, hidden_states: torch.Tensor) -> torch.T
     return weights.mean(dim=(1, 2))
 
 
+def log_prior(prior: torch.Tensor) -> torch.Tensor:
+    """Where a score starts: the logarithm of the encoder's attention, in float32."""
+    return prior.float().clamp_min(1e-12).log()
+
+
 def select_topk(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
     """The patches with the best scores.
 
@@ -84,7 +89,8 @@ def select_topk(scores: torch.Tensor, features: torch.Tensor, count: int) -> tor
 def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
     """Between all patches of an image: (batch, patches, dim) to (batch, patches, patches) in float32."""
     directions = nn.functional.normalize(features.float(), dim=-1)
-    return directions @ directions.transpose(1, 2)
+    with torch.autocast(features.device.type, enabled=False):  # the same patches in training as in use
+        return directions @ directions.transpose(1, 2)
 
 
 def select_k_center(scores: torch.Tensor, features: torch.Tensor, count: int, alpha: float = 0.8) -> torch.Tensor:
@@ -188,7 +194,7 @@ class TokenPruner(nn.Module):
         Returns:
             (batch, patches) in float32; only the order within an image means something.
         """
-        scores = prior.float().clamp_min(1e-12).log()
+        scores = log_prior(prior)
         if self.scorer is not None:
             scores = scores + self.scorer(features).squeeze(-1).float()
         if self.row_score is not None:
