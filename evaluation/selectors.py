@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from lightvlm import LightVLM, LightVLMModel
-from lightvlm.pruning_lightvlm import cosine_similarity, select_determinantal, select_k_center, select_topk
+from lightvlm.pruning_lightvlm import NOTHING_NEW, cosine_similarity, select_k_center, select_topk
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -55,6 +55,29 @@ def select_max_min(scores: torch.Tensor, features: torch.Tensor, count: int) -> 
         chosen = nearest.argmax(dim=-1, keepdim=True)
         order.append(chosen)
     return torch.cat(order, dim=-1)
+
+
+def select_determinantal(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """Patches that are important and unlike the chosen ones: greedy MAP of a determinantal point process.
+
+    The kernel is diag(q) S diag(q) with q = exp(score) and S the cosines; each step takes the patch that multiplies
+    the determinant of the chosen ones' kernel the most, by q^2 * (squared distance to the span of the chosen), and
+    adds its row of the Cholesky factor (Chen et al. 2018, arXiv 1709.05135). As in `select_k_center` the logarithm is
+    computed, and q is left out of the factor. Shapes as in `select_topk`.
+    """
+    similarity, weights = cosine_similarity(features), 2 * scores.float()
+    distance = torch.ones_like(weights)  # squared, to the span of the chosen patches
+    factor = similarity.new_zeros(len(scores), count, scores.shape[1])  # [B, K, N], Cholesky of S
+    images, order = torch.arange(len(scores), device=scores.device), []
+    for step in range(count):
+        chosen = (weights + distance.log()).argmax(dim=-1)  # [B]
+        order.append(chosen)
+        known = (factor[images, :, chosen][:, None] @ factor)[:, 0]  # [B, N]
+        row = (similarity[images, chosen] - known) / distance[images, chosen].sqrt()[:, None]
+        factor[:, step] = row
+        distance = (distance - row**2).clamp_min(NOTHING_NEW)
+        weights[images, chosen] = -torch.inf
+    return torch.stack(order, dim=-1)
 
 
 def select_deduplicated(

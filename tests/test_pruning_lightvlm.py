@@ -5,12 +5,12 @@ from collections import Counter
 import pytest
 import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner
+from lightvlm.evaluation.selectors import select_determinantal  # the rival of select_k_center, held to the same tests
 from lightvlm.pruning_lightvlm import (
     cls_attention,
     cosine_similarity,
     probe_attention,
     received_attention,
-    select_determinantal,
     select_k_center,
     select_topk,
 )
