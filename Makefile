@@ -36,7 +36,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The recipe of the shipped checkpoint, a folder of build/ for each stage. Made for a GPU; without one it takes days.
+# A checkpoint like the shipped one, whose card has what was run for it; a folder of build/ for each stage. For a GPU.
 OPTIONS = --use-cpu $(shell $(BIN)/python -c "import torch; print(not torch.cuda.is_available())") \
 	--dataloader-num-workers $(shell getconf _NPROCESSORS_ONLN)
 TRAIN = $(BIN)/accelerate launch training/sft.py $(OPTIONS) --config training/configs
