@@ -17,7 +17,7 @@ run: $(DATA)/test.json
 test: .venv/ready
 	$(BIN)/pytest
 
-# Each file on its own, so that `make -j2 eval` uses two cores; about an hour on them.
+# Each file on its own, so that `make -j2 eval` uses two cores; about 35 minutes on them.
 eval: eval-easy_vqa $(EVALS)
 
 eval-easy_vqa: $(DATA)/test.json

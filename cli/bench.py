@@ -67,13 +67,9 @@ def run(args: argparse.Namespace) -> None:
         images = image_processor(model.config)
     else:
         model, processor = load(args.model_path)
-        model, images = (
-            model.to(device, getattr(torch, args.dtype) if args.dtype else model.dtype),
-            processor.image_processor,
-        )
-    patches = model.config.num_patches
-    if not all(1 <= budget <= patches for budget in args.num_image_tokens):
-        raise ValueError(f"--num-image-tokens: give numbers from 1 to {patches}, the patches of an image.")
+        model = model.to(device, getattr(torch, args.dtype) if args.dtype else model.dtype)
+        images = processor.image_processor
+    model.model.resolve_budgets(args.num_image_tokens, len(args.num_image_tokens))
     model.set_attn_implementation(args.attention)
 
     cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"

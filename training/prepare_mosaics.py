@@ -230,22 +230,19 @@ class MosaicFiles(Dataset):
     """
 
     def __init__(self, split: str, counts: dict[int, int], data_dir: Path, seed: int):
-        self.folder, self.seed = data_dir / "images", seed
+        self.split, self.folder, self.seed = split, data_dir / "images", seed
         self.cells, self.photographs = load_cells(data_dir, split), load_photographs(split)
-        self.kinds = [(variant, grid) for variant in VARIANTS for grid, count in counts.items() for _ in range(count)]
-        numbers = [number for _ in VARIANTS for count in counts.values() for number in range(count)]
-        self.names = [
-            f"mosaics/{split}/{variant}_{grid}x{grid}_{number}.jpg"
-            for (variant, grid), number in zip(self.kinds, numbers, strict=True)
-        ]
+        self.wanted = [(variant, grid, n) for variant in VARIANTS for grid in counts for n in range(counts[grid])]
         (self.folder / "mosaics" / split).mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.wanted)
 
     def __getitem__(self, index: int) -> tuple[str, dict[str, str]]:
-        name, rng = self.names[index], random.Random(f"{self.seed}-{self.names[index]}")
-        mosaic = draw_mosaic(self.cells, self.photographs, *self.kinds[index], rng, IMAGE_SIZE)
+        variant, grid, number = self.wanted[index]
+        name = f"mosaics/{self.split}/{variant}_{grid}x{grid}_{number}.jpg"
+        rng = random.Random(f"{self.seed}-{name}")
+        mosaic = draw_mosaic(self.cells, self.photographs, variant, grid, rng, IMAGE_SIZE)
         mosaic.image.save(self.folder / name, quality=95, subsampling=0)
         return name, mosaic.objects
 

@@ -177,8 +177,8 @@ def encode_rows(
     examples, collate = [], partial(open_images, processor=processor)
     for messages, pixels in tqdm(DataLoader(rows, 16, collate_fn=collate, num_workers=num_workers), "Encoding images"):
         features, prior = model.model.encode(pixels)
-        columns = zip(messages, features.cpu().bfloat16(), prior.cpu(), strict=True)
-        examples += [dict(zip(("messages", "features", "prior"), column, strict=True)) for column in columns]
+        encoded = zip(messages, features.cpu().bfloat16(), prior.cpu(), strict=True)
+        examples += [{"messages": row, "features": patches, "prior": weights} for row, patches, weights in encoded]
     return examples
 
 
