@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from lightvlm import LightVLM, LightVLMModel
-from lightvlm.pruning_lightvlm import NOTHING_NEW, cosine_similarity, select_k_center, select_topk
+from lightvlm.pruning_lightvlm import NOTHING_NEW, cosine_similarity, select_density_peaks, select_topk
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -55,6 +55,23 @@ def select_max_min(scores: torch.Tensor, features: torch.Tensor, count: int) -> 
         chosen = nearest.argmax(dim=-1, keepdim=True)
         order.append(chosen)
     return torch.cat(order, dim=-1)
+
+
+def select_k_center(scores: torch.Tensor, features: torch.Tensor, count: int, alpha: float = 0.8) -> torch.Tensor:
+    """Patches that are important and unlike the chosen ones: greedy k-center (Gonzalez 1985), weighted by importance.
+
+    With q = exp(score), each step takes the patch with the largest q^alpha * min over the chosen of (1 - cosine), as
+    logarithms like `select_density_peaks`. Shapes as in `select_topk`.
+    """
+    similarity, weights = cosine_similarity(features), alpha * scores.float()
+    distance = torch.full_like(weights, 2.0)  # to the nearest chosen patch; 2 is the largest there is
+    images, order = torch.arange(len(scores), device=scores.device), []
+    for _ in range(count):
+        chosen = (weights + distance.log()).argmax(dim=-1)  # [B]
+        order.append(chosen)
+        distance = torch.minimum(distance, 1 - similarity[images, chosen]).clamp_min(NOTHING_NEW)
+        weights[images, chosen] = -torch.inf
+    return torch.stack(order, dim=-1)
 
 
 def select_determinantal(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
@@ -135,7 +152,8 @@ def everything(scores: torch.Tensor, features: torch.Tensor, count: int) -> torc
 
 CHOOSERS = {
     "topk": select_topk,
-    "diverse": select_k_center,
+    "diverse": select_density_peaks,
+    "k-center": select_k_center,
     "determinantal": select_determinantal,
     "random": select_random,
     "uniform": select_uniform,
@@ -144,7 +162,7 @@ CHOOSERS = {
 }
 MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything, "all": everything}
 SELECTORS = [name for name in (*CHOOSERS, *MIXERS) if name != "all"]
-SCORED = ("topk", "diverse", "determinantal", "dedup", "merge")  # the others do not read the scores
+SCORED = ("topk", "diverse", "k-center", "determinantal", "dedup", "merge")  # the others do not read the scores
 
 
 def mixing_weights(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
@@ -226,8 +244,7 @@ def prune_in_language_model(
     """Let the language model's layers after the second see only the K image tokens that its prompt attends to most.
 
     FastV (Chen et al. 2024, arXiv 2403.06764), its second layer's attention of the prompt's last token. Position ids
-    stay as they were. Only for `use_cache=False`: the layers' KV caches would differ in length, so generation runs the
-    whole prompt for each answer token, its first two layers with all image tokens, the others without the dropped.
+    stay as they were. The first two layers' KV caches hold all image tokens, those of the others the kept ones.
 
     Args:
         model: a Phi or Llama language model, its inputs padded on the left.
@@ -243,27 +260,33 @@ def prune_in_language_model(
     is_image = input_ids == model.config.image_token_id
     prompt = input_ids.shape[1]
     surplus = int(is_image[0].sum()) - count
-    kept = None
+    kept, seen = None, prompt
 
     def choose(attention, args, kwargs):
-        nonlocal kept
+        nonlocal kept, seen
         states, embeddings = kwargs["hidden_states"], kwargs["position_embeddings"]
+        if states.shape[1] == 1:  # a step of decoding
+            return
+        seen = states.shape[1]
         found = prompt_attention(
             attention, states[:, :prompt], [values[:, :prompt] for values in embeddings], attention_mask
         )
         kept = found.masked_fill(~is_image, torch.inf).topk(prompt - surplus, dim=-1).indices.sort(dim=-1).values
-        answer = torch.arange(prompt, states.shape[1], device=states.device).expand(len(states), -1)
+        answer = torch.arange(prompt, seen, device=states.device).expand(len(states), -1)
         kept = torch.cat([kept, answer], dim=1)  # [B, positions that stay]
 
     def drop(layer, args, kwargs):
-        states, mask = args[0], kwargs["attention_mask"]
-        if layer is layers[2]:
-            states = states.take_along_dim(kept[..., None], dim=1)
+        states, mask, embeddings = args[0], kwargs["attention_mask"], kwargs["position_embeddings"]
+        is_decoding = embeddings[0].shape[1] == 1
         if mask is not None:
-            mask = mask.expand(len(kept), -1, -1, -1)  # [B, 1, L, L]
-            mask = mask.take_along_dim(kept[:, None, :, None], dim=2).take_along_dim(kept[:, None, None], dim=3)
-        embeddings = tuple(values.expand(len(kept), -1, -1) for values in kwargs["position_embeddings"])
-        embeddings = tuple(values.take_along_dim(kept[..., None], dim=1) for values in embeddings)
+            mask = mask.expand(len(kept), -1, -1, -1)  # [B, 1, queries, keys]
+            since = torch.arange(seen, mask.shape[-1], device=mask.device).expand(len(kept), -1)
+            mask = mask.take_along_dim(torch.cat([kept, since], dim=1)[:, None, None], dim=3)
+            mask = mask if is_decoding else mask.take_along_dim(kept[:, None, :, None], dim=2)
+        if not is_decoding:
+            states = states.take_along_dim(kept[..., None], dim=1) if layer is layers[2] else states
+            embeddings = tuple(values.expand(len(kept), -1, -1) for values in embeddings)
+            embeddings = tuple(values.take_along_dim(kept[..., None], dim=1) for values in embeddings)
         return (states, *args[1:]), {**kwargs, "attention_mask": mask, "position_embeddings": embeddings}
 
     layers = model.model.language_model.layers

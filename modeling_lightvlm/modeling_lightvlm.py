@@ -3,6 +3,9 @@
 Only `get_image_features` differs: it runs the vision encoder as deep as the feature layer, scores the patches on the
 way, and projects those that are kept. Everything after it, placeholders, generation and loss, is LLaVA's own.
 
+With a dynamic budget the prompt has a placeholder for every patch, the image decides how many tokens it gets, and the
+surplus placeholders are dropped before the language model runs.
+
 Kept tokens stay in raster order and their position ids are consecutive: the language model sees a shorter prompt,
 nothing else. With every patch kept and an untrained pruner the logits are those of `LlavaForConditionalGeneration`.
 """
@@ -27,12 +30,14 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from .configuration_lightvlm import LightVLMConfig
 from .pruning_lightvlm import (
     TokenPruner,
     ZeroEmbedding,
     ZeroLinear,
+    allot_budgets,
     cls_attention,
     probe_attention,
     received_attention,
@@ -90,6 +95,44 @@ def encode_patches(
     return (features[:, 1:] if is_clip else features), prior
 
 
+def compact(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.LongTensor | None,
+    is_surplus: torch.Tensor,
+    pad_token_id: int,
+) -> tuple[dict[str, torch.Tensor], torch.LongTensor, torch.Tensor]:
+    """Drop positions of each row, padding among them, and pad what is left on the left.
+
+    Args:
+        input_ids: (batch, length).
+        attention_mask: (batch, length), or of booleans (batch, 1, length, length); None where nothing is padding.
+        position_ids: (batch, length) before anything is dropped; None to count each row's positions.
+        is_surplus: (batch, length), True where to drop.
+        pad_token_id: for the new padding.
+
+    Returns:
+        `input_ids`, `attention_mask` and `position_ids` of the new length; and, (batch, new length), where each of
+        their positions stood before, and whether it is one that stayed, or padding.
+    """
+    is_matrix = attention_mask is not None and attention_mask.dim() == 4
+    stays = ~is_surplus if is_matrix or attention_mask is None else attention_mask.bool() & ~is_surplus
+    length = int(stays.sum(dim=1).max())
+    source = stays.int().argsort(dim=1, stable=True)[:, -length:]  # those that are dropped come first
+    stays = stays.gather(1, source)
+    if position_ids is None:
+        positions = stays.cumsum(dim=1) - 1
+    else:
+        positions = (position_ids - is_surplus.cumsum(dim=1)).gather(1, source)
+    mask = stays.long()
+    if is_matrix:
+        mask = attention_mask.take_along_dim(source[:, None, :, None], 2).take_along_dim(source[:, None, None], 3)
+        itself = torch.eye(length, dtype=torch.bool, device=mask.device)  # attention without any key is no number
+        mask = mask & stays[:, None, None] | itself
+    inputs = {"input_ids": input_ids.gather(1, source).masked_fill(~stays, pad_token_id)}
+    return {**inputs, "attention_mask": mask, "position_ids": positions.clamp_min(0)}, source, stays
+
+
 class LightVLMPreTrainedModel(LlavaPreTrainedModel):
     """LLaVA's base class, and how a new pruner starts."""
 
@@ -121,9 +164,10 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         self.post_init()
 
     def resolve_budgets(self, num_image_tokens: int | list[int] | torch.Tensor | None, num_images: int) -> list[int]:
-        """K of each image: as asked for, one number for all, or the configuration's."""
+        """K of each image, of a dynamic one the largest: as asked for, one number for all, or the configuration's."""
         if num_image_tokens is None:
-            num_image_tokens = self.config.num_image_tokens
+            is_dynamic = self.config.num_image_tokens == "dynamic"
+            num_image_tokens = self.config.num_patches if is_dynamic else self.config.num_image_tokens
         if isinstance(num_image_tokens, torch.Tensor):
             num_image_tokens = num_image_tokens.tolist()
         budgets = [num_image_tokens] * num_images if isinstance(num_image_tokens, int) else list(num_image_tokens)
@@ -132,6 +176,30 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         if not all(1 <= budget <= self.config.num_patches for budget in budgets):
             raise ValueError(f"num_image_tokens={budgets}: give numbers from 1 to {self.config.num_patches}.")
         return budgets
+
+    def allot(
+        self,
+        features: torch.Tensor,
+        prior: torch.Tensor,
+        budgets: list[int],
+        mean_image_tokens: list[int] | torch.Tensor,
+    ) -> list[int]:
+        """K of each image by what it needs, where a mean is asked for.
+
+        Args:
+            features: (images, patches, dim) of `encode`.
+            prior: (images, patches) of the same.
+            budgets: the largest K of each image, or, where its mean is 0, its K.
+            mean_image_tokens: (images,).
+        """
+        means = torch.as_tensor(mean_image_tokens, device=features.device).expand(len(features))
+        is_dynamic = means > 0
+        complexity = self.pruner.estimate_complexity(features[is_dynamic], prior[is_dynamic])
+        allotted = iter(allot_budgets(complexity, means[is_dynamic], self.config.dynamic_budget).tolist())
+        return [
+            min(next(allotted), budget) if dynamic else budget
+            for budget, dynamic in zip(budgets, is_dynamic.tolist(), strict=True)
+        ]
 
     def embed_questions(self, question_ids: torch.LongTensor) -> torch.Tensor:
         """Mean embedding of each question's tokens, (questions, hidden), of ids (questions, words) padded with -1."""
@@ -145,6 +213,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         num_image_tokens: int | list[int] | torch.Tensor | None = None,
+        mean_image_tokens: list[int] | torch.Tensor | None = None,
         question_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> LightVLMImageFeatures:
@@ -156,14 +225,20 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             vision_feature_select_strategy: part of LLaVA's signature; the encoder's type decides.
             num_image_tokens: K of each image, as the processor returned it; one integer stands for all images. Pass
                 integers rather than a tensor under `torch.compile(fullgraph=True)`.
+            mean_image_tokens: (images,), for each image the mean K of the dynamic budget that it shall have, and then
+                `num_image_tokens` is its largest; 0 for an image whose K is `num_image_tokens`.
             question_ids: (images, words), the tokens of the question about each image, padded with -1, for a pruner
                 with `score="question"`.
 
         Raises:
-            ValueError: where the budgets do not fit the images.
+            ValueError: where the budgets do not fit the images, or are not among the calibrated ones.
         """
+        if num_image_tokens is None and self.config.num_image_tokens == "dynamic":
+            mean_image_tokens = [self.config.mean_image_tokens]
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
         features, prior = self.encode(pixel_values, vision_feature_layer)
+        if mean_image_tokens is not None:
+            budgets = self.allot(features, prior, budgets, mean_image_tokens)
         return self.prune(features, prior, budgets, question_ids)
 
     def encode(
@@ -202,26 +277,80 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         tokens = self.pruner.add_positions(tokens, packed % patches)
         return LightVLMImageFeatures(pooler_output=list(tokens.split(budgets)), kept_indices=kept)
 
+    def mark_surplus(
+        self, input_ids: torch.LongTensor, num_image_tokens: list[int] | torch.Tensor, tokens: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """(batch, length) of `input_ids`, True at placeholders that images have too many; the last ones stay.
+
+        So the position before the first word behind an image, whose logits tell that word, is kept.
+
+        Args:
+            input_ids: (batch, length).
+            num_image_tokens: (images,) placeholders of each image.
+            tokens: (K, hidden) of each image.
+
+        Raises:
+            ValueError: where there are other placeholders than said, or no ids at all.
+        """
+        if input_ids is None:
+            raise ValueError("Dynamic budgets need input_ids: inputs_embeds do not tell where placeholders are.")
+        written = torch.as_tensor(num_image_tokens).tolist()
+        is_surplus = [n < count - len(kept) for count, kept in zip(written, tokens, strict=True) for n in range(count)]
+        is_image = input_ids == self.config.image_token_id
+        if int(is_image.sum()) != len(is_surplus):
+            raise ValueError(
+                f"Image features and image tokens do not match: the text has {int(is_image.sum())} placeholders, and "
+                f"num_image_tokens says {len(is_surplus)}."
+            )
+        is_surplus = torch.tensor(is_surplus, device=input_ids.device)
+        return torch.zeros_like(is_image).masked_scatter(is_image, is_surplus)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        *args,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        *,
         num_image_tokens: int | list[int] | torch.Tensor | None = None,
+        mean_image_tokens: list[int] | torch.Tensor | None = None,
         question_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ):
-        """As `LlavaModel.forward`, with `num_image_tokens` and `question_ids` for `get_image_features`."""
-        if pixel_values is not None and mm_encoder_outputs is None:
+        """As `LlavaModel.forward`, with what the processor returns for `get_image_features`.
+
+        With dynamic budgets the language model runs on fewer positions than `input_ids` has. Its last hidden states
+        are put back where they belong, with zeros at what was dropped, so that they stay aligned with labels.
+        """
+        if pixel_values is None or mm_encoder_outputs is not None:
+            mean_image_tokens = None
+        else:
             features = self.get_image_features(
                 pixel_values,
                 kwargs.pop("vision_feature_layer", None),
                 num_image_tokens=num_image_tokens,
+                mean_image_tokens=mean_image_tokens,
                 question_ids=question_ids,
             )
             pixel_values, mm_encoder_outputs = None, {"image": features}
-        return super().forward(input_ids, pixel_values, *args, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+        if mean_image_tokens is None:
+            return super().forward(
+                input_ids,
+                pixel_values,
+                attention_mask,
+                position_ids,
+                mm_encoder_outputs=mm_encoder_outputs,
+                **kwargs,
+            )
+        is_surplus = self.mark_surplus(input_ids, num_image_tokens, features.pooler_output)
+        padding = self.config.text_config.pad_token_id or 0
+        short, source, stays = compact(input_ids, attention_mask, position_ids, is_surplus, padding)
+        outputs = super().forward(**short, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+        states = outputs[0].masked_fill(~stays[..., None], 0)  # [B, short length, hidden]
+        whole = states.new_zeros(*input_ids.shape, states.shape[-1])
+        outputs["last_hidden_state"] = whole.scatter(1, source[..., None].expand_as(states), states)
+        return outputs
 
 
 class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditionalGeneration):
@@ -249,6 +378,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_image_tokens: int | list[int] | torch.Tensor | None = None,
+        mean_image_tokens: list[int] | torch.Tensor | None = None,
         question_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
@@ -267,10 +397,48 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             labels=labels,
             logits_to_keep=logits_to_keep,
             num_image_tokens=num_image_tokens,
+            mean_image_tokens=mean_image_tokens,
             question_ids=question_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs):
+        """As `GenerationMixin.generate`, and on the short prompt where budgets are dynamic.
+
+        Returned sequences begin with the prompt as it was given, and lengths are counted with it. Streamers, logits
+        processors and stopping criteria see the short one. `<image>` is never generated: it would be taken for an
+        image whenever the sequence is read again.
+        """
+        settings = generation_config or self.generation_config
+        suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
+        kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
+        mean_image_tokens = kwargs.pop("mean_image_tokens", None)
+        if mean_image_tokens is None:
+            return super().generate(inputs, generation_config, **kwargs)
+
+        asked = {name: kwargs.pop(name, None) for name in ("num_image_tokens", "question_ids")}
+        features = self.model.get_image_features(
+            kwargs.pop("pixel_values"), mean_image_tokens=mean_image_tokens, **asked
+        )
+        prompt = kwargs.pop("input_ids", inputs)
+        is_surplus = self.model.mark_surplus(prompt, asked["num_image_tokens"], features.pooler_output)
+        padding = settings.pad_token_id or self.config.text_config.pad_token_id or 0
+        told = (kwargs.pop(name, None) for name in ("attention_mask", "position_ids"))
+        short, _, _ = compact(prompt, *told, is_surplus, padding)
+        length = short["input_ids"].shape[1]
+        for name in ("max_length", "min_length"):
+            if total := kwargs.get(name) or getattr(settings, name):
+                kwargs[name] = max(0, total - prompt.shape[1] + length)
+        output = super().generate(None, generation_config, **short, mm_encoder_outputs={"image": features}, **kwargs)
+        sequences = output.sequences if isinstance(output, ModelOutput) else output
+        prompt = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0)
+        sequences = torch.cat([prompt, sequences[:, length:]], dim=1)
+        if not isinstance(output, ModelOutput):
+            return sequences
+        output.sequences = sequences
+        return output
 
     @torch.no_grad()
     def chat(
@@ -278,7 +446,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         image,
         question: str,
         history: list[dict] | None = None,
-        num_image_tokens: int | list[int] | None = None,
+        num_image_tokens: int | str | list[int | str] | None = None,
         question_aware: bool = False,
         streamer=None,
         processor=None,
@@ -290,7 +458,8 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             image: a `PIL.Image`, a path or a URL, or a list of them; None for a question about an earlier image.
             question: the user's words.
             history: messages so far. The question and its answer are appended once the answer is complete.
-            num_image_tokens: K, or a list with one for each image of the conversation; the default's if None.
+            num_image_tokens: K, "dynamic" or "dynamic:64", or a list with one for each image of the conversation; the
+                default's if None.
             question_aware: whether the question has a say in which tokens are kept, as far as `config.score` lets it.
             streamer: a transformers streamer that receives the answer as it grows.
             processor: a `LightVLMProcessor`; by default the one saved beside the weights.
@@ -336,6 +505,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             if type(self._processor).__name__ != "LightVLMProcessor":
                 raise ValueError("The processor beside the weights is not LightVLM's: `lightvlm build` makes one.")
             self._processor.num_image_tokens = self.config.num_image_tokens
+            self._processor.mean_image_tokens = self.config.mean_image_tokens
         return self._processor
 
     @classmethod

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from lightvlm.modeling_lightvlm import encode_patches
+from lightvlm.pruning_lightvlm import select_topk
 from tiny import NUM_PATCHES, make_image, make_model, make_processor, text_config
 from transformers import (
     AutoModelForCausalLM,
@@ -91,6 +92,7 @@ def test_the_language_model_runs_on_the_kept_tokens_only(tiny):
 
 def test_kept_tokens_are_the_projected_features_of_the_best_patches(tiny):
     model, _ = tiny
+    model.model.pruner.select = select_topk
     pixels = torch.randn(2, 3, 84, 84)
     with torch.no_grad():
         full = model.get_image_features(pixels, num_image_tokens=NUM_PATCHES)

@@ -5,13 +5,13 @@ from collections import Counter
 import pytest
 import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner
-from lightvlm.evaluation.selectors import select_determinantal  # the rival of select_k_center, held to the same tests
+from lightvlm.evaluation.selectors import select_determinantal, select_k_center  # rivals, held to the same tests
 from lightvlm.pruning_lightvlm import (
     cls_attention,
     cosine_similarity,
     probe_attention,
     received_attention,
-    select_k_center,
+    select_density_peaks,
     select_topk,
 )
 from tiny import make_config, vision_config
@@ -79,8 +79,22 @@ def slow_determinantal(scores, features, count):
     return chosen
 
 
-SELECT = [select_topk, select_k_center, select_determinantal]
-DIVERSE = [(select_k_center, slow_k_center), (select_determinantal, slow_determinantal)]
+def slow_density_peaks(scores, features, count, alpha=0.8):
+    """One image, as the definition says: best q^alpha * distance to the nearest patch of higher score first."""
+    q, peaks = scores.softmax(dim=-1) ** alpha, []
+    for patch in range(len(q)):
+        better = [other for other in range(len(q)) if q[other] > q[patch]]
+        cosines = [torch.cosine_similarity(features[patch], features[other], dim=0) for other in better]
+        peaks.append(q[patch] * min([2.0, *(1 - cosine for cosine in cosines)]))
+    return torch.stack(peaks).argsort(descending=True)[:count].tolist()
+
+
+SELECT = [select_topk, select_density_peaks, select_k_center, select_determinantal]
+DIVERSE = [
+    (select_density_peaks, slow_density_peaks),
+    (select_k_center, slow_k_center),
+    (select_determinantal, slow_determinantal),
+]
 
 
 def similar_patches(batch=3):
@@ -125,6 +139,15 @@ class CountOperations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.counts[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
+
+
+def test_density_peaks_take_no_loop():
+    counts = []
+    for count in (1, 35):
+        with CountOperations() as operations:
+            select_density_peaks(torch.randn(2, 36), torch.randn(2, 36, 8), count)
+        counts.append(operations.counts)
+    assert counts[0] == counts[1] and counts[0].total() <= 40
 
 
 @pytest.mark.parametrize("select, products", [(select_k_center, 1), (select_determinantal, 1 + 16)])

@@ -175,9 +175,14 @@ def test_fastv_generates_token_by_token_on_the_tokens_of_the_prompt(language):
     options = {"mm_encoder_outputs": images, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     usual = model.generate(**inputs, **options)
     with prune_in_language_model(model, **inputs, count=36):
-        assert torch.equal(model.generate(**inputs, **options, use_cache=False), usual)
+        assert torch.equal(model.generate(**inputs, **options), usual)
     with prune_in_language_model(model, **inputs, count=9):
-        few = model.generate(**inputs, **options, use_cache=False)
+        few = model.generate(**inputs, **options)
+        lengths = [
+            layer.get_seq_length()
+            for layer in model.generate(**inputs, **options, return_dict_in_generate=True).past_key_values.layers
+        ]
+        assert [lengths[0] - length for length in lengths] == [0, 0, 27, 27]
         ids, mask = few[:, :-1], torch.cat([inputs["attention_mask"], torch.ones(2, 3)], dim=1)
         logits = model(ids, attention_mask=mask, mm_encoder_outputs=images, use_cache=False).logits
         assert torch.equal(logits[:, -4:].argmax(dim=-1), few[:, -4:])

@@ -118,7 +118,8 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
     def pack(self, examples: list[dict]) -> dict:
         """A batch of `pack_turns`, with the images."""
         conversations, images = [row["messages"] for row in examples], [row["images"] for row in examples]
-        batch = pack_turns(conversations, self.processor, self.processor.num_image_tokens, [*map(len, images)])
+        (placeholders,), _ = self.processor.resolve_budgets(None, 1)
+        batch = pack_turns(conversations, self.processor, placeholders, [*map(len, images)])
         flat = [image for row in images for image in row]
         return {**batch, **self.processor(images=flat, return_tensors="pt")} if flat else batch
 
@@ -129,8 +130,9 @@ def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
     FSDP and ZeRO-3 gather each module's weights on all processes at once: one that skips the vision encoder, for want
     of an image, would leave the others waiting forever.
     """
-    blank = processor(images=[Image.new("RGB", (32, 32))], return_tensors="pt")
-    budget, mask = processor.num_image_tokens, batch["attention_mask"]
+    (budget,), _ = processor.resolve_budgets(None, 1)
+    mask = batch["attention_mask"]
+    blank = processor(images=[Image.new("RGB", (32, 32))], num_image_tokens=budget, return_tensors="pt")
     batch["attention_mask"] = pad(mask, (0, budget) if mask.dim() == 2 else (0, budget, 0, budget))
     if mask.dim() == 4:
         behind = torch.arange(-budget, 0)
@@ -145,7 +147,7 @@ def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
 def pack_turns(
     conversations: list[list[dict]],
     processor: LightVLMProcessor,
-    num_image_tokens: int,
+    num_image_tokens: int | list[int],
     num_images: list[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train every question about an image as if it were asked alone, while the image is encoded and prefilled once.
@@ -156,7 +158,7 @@ def pack_turns(
     Args:
         conversations: messages of each row, questions and answers by turns, as `load_llava` returns them.
         processor: for chat template and tokenizer.
-        num_image_tokens: K of every image.
+        num_image_tokens: K of every image, or of the images of each row.
         num_images: of each row; one each if None.
 
     Returns:
@@ -164,8 +166,9 @@ def pack_turns(
     """
     tokenizer, image_token_id = processor.tokenizer, processor.image_token_id
     first = tokenizer("")["input_ids"]  # <s> or the like, unless the chat template writes it
-    rows = []
-    for messages, count in zip(conversations, num_images or [1] * len(conversations), strict=True):
+    rows, counts = [], num_images or [1] * len(conversations)
+    budgets = [num_image_tokens] * len(conversations) if isinstance(num_image_tokens, int) else num_image_tokens
+    for messages, count, budget in zip(conversations, counts, budgets, strict=True):
         prefix, blocks = [], []
         for question, answer in zip(messages[::2], messages[1::2], strict=True):
             content = [{"type": "image"}] * count + [{"type": "text", "text": question["content"]}]
@@ -179,7 +182,7 @@ def pack_turns(
             start = len(prompt_ids) - prompt_ids[::-1].index(image_token_id) if count else 0
             prefix = []
             for token in prompt_ids[:start]:
-                prefix += [token] * (num_image_tokens if token == image_token_id else 1)
+                prefix += [token] * (budget if token == image_token_id else 1)
             blocks.append((prompt_ids[start:], answer_ids))
         rows.append((prefix, blocks))
 

@@ -245,21 +245,24 @@ def load_rows(args: PrunerArguments, seed: int) -> Dataset:
     return rows.shuffle(seed=seed).select(range(min(args.max_images, len(rows))))
 
 
-def extend_card(args: PrunerArguments, output_dir: str, state: TrainerState) -> None:
-    """The card of the checkpoint that the run started from, if it has one, with a line about this run."""
-    card = Path(args.model_name_or_path, "README.md")
+def extend_card(model_name_or_path: str, output_dir: str, line: str) -> None:
+    """The card of the checkpoint that a run started from, if it has one, with a line about this run."""
+    card = Path(model_name_or_path, "README.md")
     if card.is_file():
-        files = ", ".join(Path(path).name for path in args.data_path)
-        term = "the question's term of the score" if args.question_aware else "the score"
-        rewards = [logs["reward"] for logs in state.log_history if "reward" in logs]
-        line = (
-            f"- pruner: {term}, by {state.global_step} steps of policy gradient on {files}, K of {args.image_tokens}"
-        )
-        if rewards:  # fewer steps than logging_steps leave none
-            fifth = len(rewards) // 5 or 1  # one batch says little: each has its own K
-            first, last = fmean(rewards[:fifth]), fmean(rewards[-fifth:])
-            line += f"; mean log-probability of the answers {first:.3f} in the first fifth, {last:.3f} in the last"
         Path(output_dir, "README.md").write_text(f"{card.read_text().rstrip()}\n{line}\n")
+
+
+def summarize(args: PrunerArguments, state: TrainerState) -> str:
+    """A line for the card about this run."""
+    files = ", ".join(Path(path).name for path in args.data_path)
+    term = "the question's term of the score" if args.question_aware else "the score"
+    rewards = [logs["reward"] for logs in state.log_history if "reward" in logs]
+    line = f"- pruner: {term}, by {state.global_step} steps of policy gradient on {files}, K of {args.image_tokens}"
+    if rewards:  # fewer steps than logging_steps leave none
+        fifth = len(rewards) // 5 or 1  # one batch says little: each has its own K
+        first, last = fmean(rewards[:fifth]), fmean(rewards[-fifth:])
+        line += f"; mean log-probability of the answers {first:.3f} in the first fifth, {last:.3f} in the last"
+    return line
 
 
 def main() -> None:
@@ -290,7 +293,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         model.to(config.dtype or torch.float32).save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
-        extend_card(args, training_args.output_dir, trainer.state)
+        extend_card(args.model_name_or_path, training_args.output_dir, summarize(args, trainer.state))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

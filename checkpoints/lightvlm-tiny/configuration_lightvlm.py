@@ -11,8 +11,14 @@ class LightVLMConfig(LlavaConfig):
     """A LLaVA configuration and the three choices of its token pruner: score, select, budget.
 
     Args:
-        num_image_tokens (`int`):
+        num_image_tokens (`int` or "dynamic"):
             Tokens kept of an image when a call does not say otherwise, 1 to `num_patches`; by default a quarter.
+            "dynamic": as many as the image needs, with a mean of `mean_image_tokens` over many images.
+        mean_image_tokens (`int`):
+            The mean of "dynamic" where a call does not name one; by default 160 of 576.
+        dynamic_budget (`dict`):
+            What `training/budget.py` found: `means` and the `kappas` that lead to them, `exponent`, `minimum` and
+            `maximum` of `allot_budgets`, and `data`, `images` and `delta` of the calibration. None: no "dynamic".
         score (`str`):
             What makes a patch important. "cls": the vision encoder's own attention alone. "mlp": its logarithm plus a
             two-layer MLP of the patch features. "positional": "mlp" plus a learned row and column term, and a row and
@@ -20,7 +26,7 @@ class LightVLMConfig(LlavaConfig):
             low-rank product of patches and question; tokens so chosen cannot be cached for another question, each turn
             of a conversation wants them anew, and vLLM never asks for them. All are equal until trained.
         select (`str`):
-            Which patches are kept. "topk": the best scores. "diverse": good scores that are unlike each other.
+            Which patches are kept. "topk": the best scores. "diverse": good scores that are unlike the better ones.
         prior_layer (`int`):
             The encoder layer whose attention is the score's starting point: the penultimate, as in FasterVLM (Zhang et
             al. 2024) and VisionZip (Yang et al. 2024), or -1 for the last. A SigLIP pooling head goes before it.
@@ -32,9 +38,11 @@ class LightVLMConfig(LlavaConfig):
 
     model_type = "lightvlm"
 
-    num_image_tokens: int | None = None
+    num_image_tokens: int | str | None = None
+    mean_image_tokens: int | None = None
+    dynamic_budget: dict | None = None
     score: Literal["cls", "mlp", "positional", "question"] = "positional"
-    select: Literal["topk", "diverse"] = "topk"
+    select: Literal["topk", "diverse"] = "diverse"
     prior_layer: int = -2
     scorer_hidden_size: int = 512
     lm_head_bias: bool = False
@@ -52,11 +60,18 @@ class LightVLMConfig(LlavaConfig):
         self.image_seq_length = self.num_patches
         if self.num_image_tokens is None:
             self.num_image_tokens = self.num_patches // 4
-        if not 1 <= self.num_image_tokens <= self.num_patches:
-            raise ValueError(
-                f"num_image_tokens={self.num_image_tokens}: this vision encoder cuts an image in {self.num_patches} "
-                f"patches, so give a number from 1 to {self.num_patches}."
-            )
+        if self.mean_image_tokens is None:
+            self.mean_image_tokens = max(1, round(self.num_patches * 160 / 576))
+        is_dynamic = self.num_image_tokens == "dynamic"
+        if is_dynamic and self.dynamic_budget is None:
+            raise ValueError('num_image_tokens="dynamic" needs a dynamic_budget, which training/budget.py finds.')
+        for name in ("mean_image_tokens",) if is_dynamic else ("num_image_tokens", "mean_image_tokens"):
+            budget = getattr(self, name)
+            if not (isinstance(budget, int) and 1 <= budget <= self.num_patches):
+                raise ValueError(
+                    f"{name}={budget!r}: this vision encoder cuts an image in {self.num_patches} patches, so give a "
+                    f"number from 1 to {self.num_patches}."
+                )
 
         depth = self.vision_config.num_hidden_layers
         layers = self.vision_feature_layer

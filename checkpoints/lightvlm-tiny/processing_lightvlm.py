@@ -15,7 +15,7 @@ MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before i
 class LightVLMImagesKwargs(ImagesKwargs, total=False):
     """Image options of a call: transformers' own, K, and the question by which K tokens are chosen."""
 
-    num_image_tokens: int | list[int] | None
+    num_image_tokens: int | str | list[int | str] | None
     question: str | list[str] | None
 
 
@@ -23,6 +23,7 @@ class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
     """Options of a call."""
 
     images_kwargs: LightVLMImagesKwargs
+    _defaults = {}  # without which transformers 5.19 refuses every call
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -63,7 +64,9 @@ class LightVLMProcessor(ProcessorMixin):
 
     K is `num_image_tokens`, one integer for all images of a call or a list with one for each:
     `processor(images=..., text=..., num_image_tokens=64)`, or
-    `processor.apply_chat_template(..., processor_kwargs={"num_image_tokens": 64})`. `question`, one text or one for
+    `processor.apply_chat_template(..., processor_kwargs={"num_image_tokens": 64})`. In place of a number, "dynamic" or
+    "dynamic:64" gives each image as many tokens as it needs, with a mean of `mean_image_tokens` or of 64 over many
+    images; it then has a placeholder for every patch, and the model drops the surplus. `question`, one text or one for
     each image, lets a pruner with `score="question"` choose tokens by it.
 
     Args:
@@ -71,7 +74,8 @@ class LightVLMProcessor(ProcessorMixin):
         tokenizer: a tokenizer to which `image_token` was added.
         chat_template (`str`): jinja template with generation markers.
         num_patches (`int`): tokens of an image before pruning, the largest K.
-        num_image_tokens (`int`): K of a call that does not give one.
+        num_image_tokens (`int` or "dynamic"): K of a call that does not give one.
+        mean_image_tokens (`int`): the mean of "dynamic" that does not give one; by default 160 of 576.
         image_token (`str`): the placeholder.
     """
 
@@ -83,32 +87,46 @@ class LightVLMProcessor(ProcessorMixin):
         tokenizer=None,
         chat_template: str | None = None,
         num_patches: int = 576,
-        num_image_tokens: int = 144,
+        num_image_tokens: int | str = 144,
         image_token: str = "<image>",
+        mean_image_tokens: int | None = None,
     ):
         self.num_patches = num_patches
         self.num_image_tokens = num_image_tokens
+        self.mean_image_tokens = mean_image_tokens or max(1, round(num_patches * 160 / 576))
         self.image_token = image_token
         tokenizer.padding_side = "left"  # generation continues at the right end; trainers ask for "right" themselves
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def resolve_budgets(self, num_image_tokens: int | list[int] | None, num_images: int) -> list[int]:
-        """K of each image; ValueError where it is no whole number from 1 to `num_patches`."""
+    def resolve_budgets(
+        self, num_image_tokens: int | str | list[int | str] | None, num_images: int
+    ) -> tuple[list[int], list[int]]:
+        """K of each image, and the mean that was asked for where K is dynamic, 0 where it is not.
+
+        Raises:
+            ValueError: where it is neither a whole number from 1 to `num_patches` nor "dynamic" with such a mean.
+        """
         if num_image_tokens is None:
             num_image_tokens = self.num_image_tokens
-        budgets = [num_image_tokens] * num_images if isinstance(num_image_tokens, int) else num_image_tokens
-        valid = isinstance(budgets, (list, tuple)) and all(
-            type(budget) is int and 1 <= budget <= self.num_patches for budget in budgets
-        )
-        if not valid:
-            raise ValueError(
-                f"num_image_tokens={num_image_tokens!r}: give a whole number from 1 to {self.num_patches}, "
-                "or a list with one for each image."
-            )
-        if len(budgets) != num_images:
-            raise ValueError(f"num_image_tokens has {len(budgets)} numbers, but there are {num_images} images.")
-        return list(budgets)
+        wanted = num_image_tokens if isinstance(num_image_tokens, (list, tuple)) else [num_image_tokens] * num_images
+        if len(wanted) != num_images:
+            raise ValueError(f"num_image_tokens has {len(wanted)} numbers, but there are {num_images} images.")
+        budgets, means = [], []
+        for budget in wanted:
+            mean = 0
+            if isinstance(budget, str):
+                kind, _, number = budget.partition(":")
+                mean = self.mean_image_tokens if budget == "dynamic" else int(number) if number.isdecimal() else 0
+                budget = self.num_patches if kind == "dynamic" and 1 <= mean <= self.num_patches else budget
+            if type(budget) is not int or not 1 <= budget <= self.num_patches:
+                raise ValueError(
+                    f"num_image_tokens={num_image_tokens!r}: give a whole number from 1 to {self.num_patches}, "
+                    '"dynamic" or, with another mean, "dynamic:64", or a list with one of these for each image.'
+                )
+            budgets.append(budget)
+            means.append(mean)
+        return budgets, means
 
     def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs):
         """As in `ProcessorMixin`, but files are opened here, where 16 bits and transparency survive."""
@@ -132,13 +150,13 @@ class LightVLMProcessor(ProcessorMixin):
     def _process_images(
         self,
         images: ImageInput,
-        num_image_tokens: int | list[int] | None = None,
+        num_image_tokens: int | str | list[int | str] | None = None,
         question: str | list[str] | None = None,
         **kwargs,
     ) -> tuple[dict, list[str]]:
         """Pixel values, budgets and questions of all images, and the placeholders of each."""
         images = make_flat_list_of_images(images)
-        budgets = self.resolve_budgets(num_image_tokens, len(images))
+        budgets, means = self.resolve_budgets(num_image_tokens, len(images))
         for image in images:
             if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise ValueError(
@@ -148,6 +166,8 @@ class LightVLMProcessor(ProcessorMixin):
         images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         processed = self.image_processor(images, **kwargs)
         processed["num_image_tokens"] = budgets
+        if any(means):
+            processed["mean_image_tokens"] = means
         if question is not None:
             processed["question_ids"] = self.encode_questions(question, len(images))
         return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
@@ -169,7 +189,7 @@ class LightVLMProcessor(ProcessorMixin):
         """Placeholders of images of these sizes; vLLM plans its memory by it."""
         if image_sizes is None:
             return MultiModalData()
-        budgets = self.resolve_budgets(kwargs.get("num_image_tokens"), len(image_sizes))
+        budgets, _ = self.resolve_budgets(kwargs.get("num_image_tokens"), len(image_sizes))
         return MultiModalData(num_image_tokens=budgets, num_image_patches=[1] * len(image_sizes))
 
     @classmethod

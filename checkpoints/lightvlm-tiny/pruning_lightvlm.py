@@ -96,25 +96,67 @@ def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
         return directions @ directions.transpose(1, 2)
 
 
-def select_k_center(scores: torch.Tensor, features: torch.Tensor, count: int, alpha: float = 0.8) -> torch.Tensor:
-    """Patches that are important and unlike the chosen ones: greedy k-center (Gonzalez 1985), weighted by importance.
+def select_density_peaks(scores: torch.Tensor, features: torch.Tensor, count: int, alpha: float = 0.8) -> torch.Tensor:
+    """Patches that are important and unlike every more important one: density peaks (Rodriguez & Laio 2014).
 
-    With q = exp(score), each step takes the patch with the largest q^alpha * min over the chosen of (1 - cosine). Its
-    logarithm is what is computed here: a constant added to an image's scores changes nothing. Shapes as in
-    `select_topk`.
+    With q = exp(score), patches are ordered by q^alpha * min over those of higher score of (1 - cosine), computed here
+    as a logarithm: a constant added to an image's scores changes nothing. Weighted k-center, which asks each patch to
+    be unlike the chosen ones alone, must choose one after the other; this takes no loop. Shapes as in `select_topk`.
     """
-    similarity, weights = cosine_similarity(features), alpha * scores.float()
-    distance = torch.full_like(weights, 2.0)  # to the nearest chosen patch; 2 is the largest there is
-    images, order = torch.arange(len(scores), device=scores.device), []
-    for _ in range(count):
-        chosen = (weights + distance.log()).argmax(dim=-1)  # [B]
-        order.append(chosen)
-        distance = torch.minimum(distance, 1 - similarity[images, chosen]).clamp_min(NOTHING_NEW)
-        weights[images, chosen] = -torch.inf
-    return torch.stack(order, dim=-1)
+    distances = 1 - cosine_similarity(features)  # [B, N, N]
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    is_lower = rank[:, :, None] >= rank[:, None, :]  # [B, other, patch]: the other has no higher score
+    nearest = distances.masked_fill(is_lower, 2.0).amin(dim=1)  # [B, N]; 2 is the largest distance there is
+    peaks = alpha * scores.float() + nearest.clamp_min(NOTHING_NEW).log()
+    return select_topk(peaks, features, count)
 
 
-SELECTORS = {"topk": select_topk, "diverse": select_k_center}
+SELECTORS = {"topk": select_topk, "diverse": select_density_peaks}
+
+
+def pool_important(features: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Mean of an image's patches, weighted by the square root of their importance, lest the background decide.
+
+    Args:
+        features: (batch, patches, dim).
+        scores: (batch, patches), logarithms of importance.
+
+    Returns:
+        (batch, dim) in float32, of normalised features.
+    """
+    weights = (scores.float() / 2).softmax(dim=-1)
+    return (weights[:, None] @ nn.functional.layer_norm(features.float(), features.shape[-1:]))[:, 0]
+
+
+def allot_budgets(complexity: torch.Tensor, means: torch.Tensor, dynamic_budget: dict) -> torch.Tensor:
+    """K of each image by its complexity: clip(round(kappa * exp(exponent * complexity)), minimum, maximum).
+
+    Kappa is interpolated, on logarithmic scales, between the means that were calibrated.
+
+    Args:
+        complexity: (images,), the logarithm of the tokens that each image needs.
+        means: (images,), the mean K that is asked for over many images.
+        dynamic_budget: the configuration's.
+
+    Returns:
+        (images,) integers.
+
+    Raises:
+        ValueError: where a mean lies outside the calibrated ones.
+    """
+    known, kappas = (torch.tensor(dynamic_budget[name], device=means.device) for name in ("means", "kappas"))
+    outside = means[(means < known[0]) | (means > known[-1])]
+    if len(outside):
+        raise ValueError(
+            f'num_image_tokens="dynamic:{int(outside[0])}": this checkpoint is calibrated for means from '
+            f"{known[0].item()} to {known[-1].item()}."
+        )
+    above = torch.bucketize(means, known).clamp_min(1)
+    log_means, log_kappas = known.log(), kappas.log()
+    share = (means.log() - log_means[above - 1]) / (log_means[above] - log_means[above - 1])
+    log_kappas = torch.lerp(log_kappas[above - 1], log_kappas[above], share)
+    budgets = (log_kappas + dynamic_budget["exponent"] * complexity).exp().round()
+    return budgets.clamp(dynamic_budget["minimum"], dynamic_budget["maximum"]).long()
 
 
 class ZeroLinear(nn.Linear):
@@ -158,6 +200,8 @@ class TokenPruner(nn.Module):
             self.question_center = ZeroEmbedding(1, width)
             self.question_projection = ZeroLinear(width, QUESTION_RANK, bias=False)
 
+        self.complexity = ZeroLinear(features, 1) if config.dynamic_budget else None
+
     def score(
         self, features: torch.Tensor, prior: torch.Tensor, questions: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -188,6 +232,28 @@ class TokenPruner(nn.Module):
             places = (self.row_key.weight[:, None] + self.column_key.weight).flatten(0, 1) * QUESTION_RANK**0.5
             scores = scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
         return scores
+
+    @torch.no_grad()
+    def estimate_complexity(self, features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+        """Logarithm of the tokens that each image needs, as far as a linear layer on its pooled features can tell.
+
+        Args:
+            features: (batch, patches, dim) of the vision encoder.
+            prior: (batch, patches), the encoder's attention.
+
+        Returns:
+            (batch,) in float32.
+
+        Raises:
+            ValueError: where the checkpoint has no estimator.
+        """
+        if self.complexity is None:
+            raise ValueError(
+                'num_image_tokens="dynamic": this checkpoint cannot tell how many tokens an image needs. Give a '
+                "number, or fit an estimator with training/budget.py."
+            )
+        pooled = pool_important(features, self.score(features, prior))
+        return nn.functional.linear(pooled, self.complexity.weight.float(), self.complexity.bias.float())[:, 0]
 
     @torch.no_grad()  # indices have no gradient
     def forward(
