@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test eval eval-easy_vqa $(EVALS) lint checkpoint
+.PHONY: run test eval eval-easy_vqa eval-budgets $(EVALS) lint checkpoint
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -17,20 +17,24 @@ run: $(DATA)/test.json
 test: .venv/ready
 	$(BIN)/pytest
 
-# Each file on its own, so that `make -j2 eval` uses two cores; about 35 minutes on them.
-eval: eval-easy_vqa $(EVALS)
+# Each file on its own, so that `make -j2 eval` uses two cores; about an hour on them.
+eval: eval-easy_vqa eval-budgets $(EVALS)
 
 eval-easy_vqa: $(DATA)/test.json
 	$(EVAL) --data-path $< --selectors topk,diverse --num-image-tokens 576,64,16 \
 		--output evaluation/results/easy_vqa.json
+
+eval-budgets: $(DATA)/mosaics_test_photo_3x3.json
+	$(BIN)/python -m lightvlm.evaluation.budgets --data-path $(DATA)/mosaics_test_*.json \
+		--image-folder $(DATA)/images --output evaluation/results/budgets.json --plot evaluation/results/budgets.png
 
 $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 	$(EVAL) --data-path $(DATA)/mosaics_test_$*.json --num-image-tokens 576,64,36,16 \
 		--selectors $(SELECTORS_$(lastword $(subst _, ,$*))) \
 		--output evaluation/results/mosaics_$*.json --plot evaluation/results/mosaics_$*.png
 SELECTORS_2x2 := topk,topk+cls,diverse
-SELECTORS_3x3 := topk,topk+question,topk+cls,diverse,diverse+question,diverse+cls,determinantal,merge+cls,dedup+cls,$\
-	max-min,random,uniform,pool,downsample
+SELECTORS_3x3 := topk,topk+question,topk+cls,diverse,diverse+question,diverse+cls,k-center,determinantal,merge+cls,$\
+	dedup+cls,max-min,random,uniform,pool,downsample,fastv
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -44,7 +48,7 @@ TEACH = $(BIN)/accelerate launch training/pruner.py $(OPTIONS) --config training
 SEE = $(BIN)/python training/pretrain_vision.py --num-workers $(shell getconf _NPROCESSORS_ONLN) --tokenizer build/decoder
 WEIGHTS := model.safetensors
 
-checkpoint: build/trained/$(WEIGHTS)
+checkpoint: build/dynamic/$(WEIGHTS)
 
 build/decoder/$(WEIGHTS): $(DATA)/mosaics_train.json
 	$(BIN)/python training/init_decoder.py --output-dir $(@D) --data-path $(DATA)/train.json $<
@@ -75,11 +79,18 @@ build/trained/$(WEIGHTS): build/tuned/$(WEIGHTS)
 	$(TEACH) --model_name_or_path $(<D) --output_dir $(@D) \
 		--question-aware true --image-tokens 4 8 16
 
+build/dynamic/$(WEIGHTS): build/trained/$(WEIGHTS) $(DATA)/mosaics_calibration.json
+	$(BIN)/python training/budget.py --model_name_or_path $(<D) --output_dir $(@D) \
+		--data_path $(DATA)/mosaics_calibration.json --image_folder $(DATA)/images
+
 $(DATA)/test.json: .venv/ready
 	$(BIN)/python training/prepare_easy_vqa.py --output-dir $(DATA)
 
 $(DATA)/mosaics_train.json: $(DATA)/test.json
 	$(BIN)/python training/prepare_mosaics.py --data-dir $(DATA) --splits train
+
+$(DATA)/mosaics_calibration.json: $(DATA)/test.json
+	$(BIN)/python training/prepare_mosaics.py --data-dir $(DATA) --splits calibration
 
 $(DATA)/mosaics_test_photo_3x3.json: $(DATA)/test.json
 	$(BIN)/python training/prepare_mosaics.py --data-dir $(DATA) --splits test

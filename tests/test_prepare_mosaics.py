@@ -20,6 +20,7 @@ from lightvlm.training.prepare_mosaics import (
     load_photographs,
     places,
     recolor,
+    write_calibration,
     write_test,
     write_train,
 )
@@ -120,6 +121,25 @@ def test_training_photographs_come_in_twelve_colourings_and_test_photographs_as_
     colors = np.asarray([[[10, 100, 200]]], dtype=np.uint8)
     seen = {tuple(np.asarray(image)[0, 0]) for image in recolor(Image.fromarray(colors))}
     assert len(seen) == 12 and {(10, 100, 200), (200, 100, 10), (245, 155, 55)} <= seen
+
+
+def test_calibration_images_are_new_ones_of_the_training_split(data_dir):
+    files = MosaicFiles("calibration", {1: 1, 3: 1}, data_dir, seed=3)
+    train = MosaicFiles("train", {1: 1}, data_dir, seed=3)
+    assert len(files.cells) == len(train.cells) and len(files.photographs) == len(train.photographs)
+    write_calibration(dict(files[number] for number in range(len(files))), data_dir, 8, random.Random(3))
+    rows = load_llava(data_dir / "mosaics_calibration.json", data_dir / "images")
+    assert len(rows) == 4 and all(2 <= len(row["messages"]) <= 2 * 8 for row in rows)
+    assert all("mosaics/calibration/" in row["images"][0].filename for row in rows)
+
+
+def test_test_rows_tell_how_many_objects_there_are(data_dir):
+    files = MosaicFiles("test", {2: 2}, data_dir, seed=3)
+    images = dict(files[number] for number in range(len(files)))
+    write_test(images, data_dir, 8, random.Random(3))
+    for variant in ("flat", "photo"):
+        rows = json.loads((data_dir / f"mosaics_test_{variant}_2x2.json").read_text())
+        assert rows and all(row["objects"] == len(images[row["image"]]) for row in rows)
 
 
 def test_files_are_llava_json_and_seeded(data_dir):

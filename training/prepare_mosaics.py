@@ -6,12 +6,13 @@ A mosaic has a grid of 1x1, 2x2 or 3x3 cells, some of them empty. Two variants: 
 a pale ground; `photo` scatters their shapes, of many sizes, over a photograph (scikit-image, scikit-learn), so that a
 flat background cannot do a pruner's work. Questions name a place, or ask what exists, or count.
 
-`data/easy-vqa` (of `prepare_easy_vqa.py`) then holds, for the splits `train` and `test`, which share neither images
-nor photographs:
+`data/easy-vqa` (of `prepare_easy_vqa.py`) then holds, for the splits `train`, `calibration` and `test`; the first two
+are drawn from the same images and photographs, which the third has not:
 
     images/mosaics/{split}/{variant}_{grid}x{grid}_{number}.jpg
     mosaics_train.json                           one row an image, with its caption and `--questions` questions
     mosaics_train_captions.json                  one caption an image
+    mosaics_calibration.json                     one row an image, with `--questions` questions; as many of each grid
     mosaics_test_{variant}_{grid}x{grid}.json    one question a row
 """
 
@@ -33,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 GRIDS = (1, 2, 3)
 VARIANTS = ("flat", "photo")
+SPLITS = {"train": "train", "calibration": "train", "test": "test"}  # and whose images and photographs each takes
 OBJECTS = [f"{color} {shape}" for color in PALETTE for shape in SHAPES]
 PHOTOGRAPHS = {
     "train": (
@@ -223,7 +225,7 @@ class MosaicFiles(Dataset):
     """Mosaics of a split, drawn and saved when asked for; an item is an image's name and its objects by place.
 
     Args:
-        split: "train" or "test".
+        split: of `SPLITS`.
         counts: images of each grid, in each variant.
         data_dir: of the module's docstring.
         seed: with the name, it decides all of an image.
@@ -231,7 +233,7 @@ class MosaicFiles(Dataset):
 
     def __init__(self, split: str, counts: dict[int, int], data_dir: Path, seed: int):
         self.split, self.folder, self.seed = split, data_dir / "images", seed
-        self.cells, self.photographs = load_cells(data_dir, split), load_photographs(split)
+        self.cells, self.photographs = load_cells(data_dir, SPLITS[split]), load_photographs(SPLITS[split])
         self.wanted = [(variant, grid, n) for variant in VARIANTS for grid in counts for n in range(counts[grid])]
         (self.folder / "mosaics" / split).mkdir(parents=True, exist_ok=True)
 
@@ -260,8 +262,15 @@ def write_train(images: dict[str, dict[str, str]], data_dir: Path, questions: in
     print(f"train: {len(rows):,} images, {sum(len(row['conversations']) // 2 for row in rows):,} questions")
 
 
+def write_calibration(images: dict[str, dict[str, str]], data_dir: Path, questions: int, rng: random.Random) -> None:
+    """One conversation an image."""
+    rows = [llava_row(name, name, ask(objects, questions, rng)) for name, objects in images.items()]
+    (data_dir / "mosaics_calibration.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"calibration: {len(rows):,} images, {sum(len(row['conversations']) // 2 for row in rows):,} questions")
+
+
 def write_test(images: dict[str, dict[str, str]], data_dir: Path, questions: int, rng: random.Random) -> None:
-    """One question a row, in a file for each variant and grid."""
+    """One question a row, with the number of objects in its image, in a file for each variant and grid."""
     for variant in VARIANTS:
         for grid in GRIDS:
             kind = f"{variant}_{grid}x{grid}"
@@ -269,7 +278,8 @@ def write_test(images: dict[str, dict[str, str]], data_dir: Path, questions: int
             for name, objects in images.items():
                 if name.startswith(f"mosaics/test/{kind}_"):
                     asked = ask(objects, questions, rng)
-                    rows += [llava_row(f"{name}-{number}", name, [turn]) for number, turn in enumerate(asked)]
+                    about = {"objects": len(objects)}
+                    rows += [llava_row(f"{name}-{number}", name, [turn]) | about for number, turn in enumerate(asked)]
             (data_dir / f"mosaics_test_{kind}.json").write_text(json.dumps(rows, indent=1) + "\n")
             print(f"test_{kind}: {len(rows):,} questions")
 
@@ -277,23 +287,25 @@ def write_test(images: dict[str, dict[str, str]], data_dir: Path, questions: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data/easy-vqa"), help="of prepare_easy_vqa.py")
-    parser.add_argument("--splits", nargs="+", choices=PHOTOGRAPHS, default=list(PHOTOGRAPHS))
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument(
         "--train-images", type=int, nargs=3, default=[1000, 3000, 6000], help="1x1, 2x2 and 3x3, of each variant"
     )
+    parser.add_argument("--calibration-images", type=int, default=400, help="of each grid and variant")
     parser.add_argument("--test-images", type=int, default=520, help="of each grid and variant")
     parser.add_argument("--questions", type=int, default=8, help="about one image")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     counts = {
         "train": dict(zip(GRIDS, args.train_images, strict=True)),
+        "calibration": dict.fromkeys(GRIDS, args.calibration_images),
         "test": dict.fromkeys(GRIDS, args.test_images),
     }
+    writers = {"train": write_train, "calibration": write_calibration, "test": write_test}
     for split in args.splits:
         files = MosaicFiles(split, counts[split], args.data_dir, args.seed)
         images = dict(DataLoader(files, batch_size=None, num_workers=os.cpu_count()))
-        write = write_train if split == "train" else write_test
-        write(images, args.data_dir, args.questions, random.Random(f"{args.seed}-{split}"))
+        writers[split](images, args.data_dir, args.questions, random.Random(f"{args.seed}-{split}"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+"""The estimator learns what images need, and every mean that is asked for is met."""
+
+import json
+
+import pytest
+import torch
+from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.pruning_lightvlm import allot_budgets, pool_important
+from lightvlm.training import budget
+from lightvlm.training.prepare_easy_vqa import llava_row
+from tiny import NUM_PATCHES, make_image, make_model, make_processor
+
+CALIBRATION = {"means": [2, 8, 20], "kappas": [1.0] * 3, "exponent": 1.0, "minimum": 1, "maximum": NUM_PATCHES}
+
+
+def test_ridge_regression_finds_a_linear_need_and_shrinks_with_its_penalty():
+    inputs = torch.randn(500, 8) * torch.arange(1, 9) + 3
+    wanted = torch.linspace(-1, 1, 8)
+    weights, bias = budget.fit_ridge(inputs, inputs @ wanted + 5, 1e-6)
+    torch.testing.assert_close(weights, wanted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(bias, torch.tensor(5.0), atol=1e-2, rtol=1e-2)
+    assert budget.fit_ridge(inputs, inputs @ wanted, 1.0)[0].norm() < 0.6 * wanted.norm()
+
+
+@pytest.mark.parametrize("mean", [2, 5, 8, 20])
+def test_kappa_gives_the_mean_that_is_asked_for(mean):
+    complexity = torch.randn(2000)
+    calibration = CALIBRATION | {"kappas": [budget.find_kappa(complexity, each, CALIBRATION) for each in (2, 8, 20)]}
+    budgets = allot_budgets(complexity, torch.full((2000,), mean), calibration)
+    assert budgets.float().mean() == pytest.approx(mean, rel=0.02 if mean in (2, 8, 20) else 0.05)
+    assert 1 <= budgets.min() < budgets.max() <= NUM_PATCHES
+    assert (budgets[complexity.argsort()].diff() >= 0).all()
+
+
+def test_unimportant_patches_are_hardly_pooled():
+    features, scores = torch.randn(1, 36, 32), torch.full((1, 36), -20.0)
+    scores[0, 3] = 0.0
+    expected = torch.nn.functional.layer_norm(features, (32,))[0, 3]
+    torch.testing.assert_close(pool_important(features, scores)[0], expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = []
+    for index in range(8):
+        make_image(index).save(tmp_path / f"{index}.png")
+        rows.append(llava_row(index, f"{index}.png", [("what color?", "red"), ("what shape?", "circle")]))
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    make_model().save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/README.md").write_text("# a card\n\n## Training\n\n- before\n")
+    return tmp_path
+
+
+def run(data, monkeypatch, **options):
+    options = {
+        "model_name_or_path": data / "model",
+        "output_dir": data / "out",
+        "data_path": data / "data.json",
+        "image_folder": data,
+        "means": "4 9 20",
+        "sweep": "1 4 9 20",
+    } | options
+    words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
+    monkeypatch.setattr("sys.argv", ["budget.py", *words])
+    budget.main()
+
+
+def test_the_checkpoint_has_estimator_calibration_and_a_line_on_its_card(data, monkeypatch):
+    run(data, monkeypatch)
+    model, processor = LightVLM.from_pretrained(data / "out").eval(), LightVLMProcessor.from_pretrained(data / "out")
+    found = model.config.dynamic_budget
+    assert (found["means"], found["minimum"], found["maximum"], found["images"]) == ([4, 9, 20], 1, NUM_PATCHES, 8)
+    assert found["kappas"] == sorted(found["kappas"]) and found["kappas"][0] < found["kappas"][-1]
+    images = [make_image(index) for index in range(8)]
+    inputs = processor(images=images, num_image_tokens="dynamic:9", return_tensors="pt")
+    kept = model.get_image_features(**inputs).kept_indices
+    assert sum(map(len, kept)) / 8 == pytest.approx(9, abs=0.5)
+    card = (data / "out/README.md").read_text()
+    assert card.startswith("# a card") and "- before\n- dynamic budget: fitted on 8 images of data.json" in card
+    before = LightVLM.from_pretrained(data / "model").state_dict()
+    after = model.state_dict()
+    assert {name for name in after if name not in before} == {
+        "model.pruner.complexity.weight",
+        "model.pruner.complexity.bias",
+    }
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_the_need_is_the_smallest_budget_that_is_nearly_as_good_as_everything(monkeypatch):
+    model, processor = make_model(), make_processor()
+    rewards = {2: [-3.0, -1.0], 4: [-0.5, -3.0], 8: [-0.3, -3.0], NUM_PATCHES: [-0.25, -0.95]}
+    monkeypatch.setattr(
+        budget.PolicyGradient, "reward", lambda self, features, kept, inputs: torch.tensor([rewards[kept.shape[-1]]])
+    )
+    examples = [{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}] * 2
+    features, prior = torch.randn(2, NUM_PATCHES, 32), torch.rand(2, NUM_PATCHES)
+    need = budget.needed_tokens(model, processor, examples, features, prior, [2, 4, 8], 0.1)
+    assert need.tolist() == [8, 2]
+    need = budget.needed_tokens(model, processor, examples, features, prior, [2, 4, 8], 0.01)
+    assert need.tolist() == [NUM_PATCHES, NUM_PATCHES]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"means": "9 4"}, "means"),
+        ({"sweep": "4 36"}, "from 1 to 35"),
+        ({"means": "2 9", "sweep": "4 9"}, "no image gets fewer tokens than 4"),
+        ({"delta": 0}, "more than 0"),
+    ],
+)
+def test_impossible_arguments_are_refused(data, monkeypatch, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(data, monkeypatch, **options)

@@ -1,0 +1,183 @@
+"""Fit what is behind `num_image_tokens="dynamic"`: how many tokens an image needs, and how many it then gets.
+
+    python training/budget.py --model_name_or_path build/trained --output_dir build/dynamic \\
+        --data_path data/easy-vqa/mosaics_calibration.json --image_folder data/easy-vqa/images
+
+An image needs the smallest K with which its answers are nearly as likely as with all tokens. Ridge regression of the
+logarithm of that need on the image's pooled features is the estimator, one linear layer, written into the checkpoint.
+Then kappa of K = clip(round(kappa * need^exponent)) is found for each of several means, by bisection on the same
+images: whoever asks for a mean within their range gets it, on images like these.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.pruning_lightvlm import allot_budgets, pool_important
+from lightvlm.training.collator import pack_turns
+from lightvlm.training.pruner import PolicyGradient, encode_rows, extend_card, load_rows
+from tqdm import tqdm
+from trl import TrlParser
+
+
+@dataclass
+class BudgetArguments:
+    """What is calibrated, on what, and how."""
+
+    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
+    output_dir: str = field(metadata={"help": "folder to write the checkpoint to, with its estimator"})
+    data_path: list[str] = field(
+        metadata={"help": "LLaVA JSON files like what will be asked; rows with one image count"}
+    )
+    image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
+    max_images: int = field(default=2400, metadata={"help": "take so many rows of all, by chance"})
+    sweep: list[int] = field(
+        default_factory=lambda: [2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 144],
+        metadata={"help": "the K that are tried, rising; whoever needs more needs all tokens"},
+    )
+    delta: float = field(default=0.1, metadata={"help": "nats by which an answer's token may be less likely"})
+    ridge: float = field(default=0.125, metadata={"help": "penalty of the regression for each image"})
+    exponent: float = field(default=1.0, metadata={"help": "of the need in K; smaller ones even budgets out"})
+    means: list[int] = field(
+        default_factory=lambda: [8, 12, 16, 24, 36, 48, 64, 96, 128, 160, 192],
+        metadata={"help": "mean K to calibrate for, rising; any between them can be asked for"},
+    )
+    batch_size: int = field(default=32, metadata={"help": "images at a time"})
+    num_workers: int = field(default=0, metadata={"help": "processes that open images"})
+    seed: int = field(default=0, metadata={"help": "of the choice of rows"})
+
+
+def check(args: BudgetArguments, num_patches: int) -> None:
+    """ValueError where the arguments ask for the impossible."""
+    for name in ("sweep", "means"):
+        budgets = getattr(args, name)
+        if budgets != sorted({*budgets}) or len(budgets) < 2 or not 1 <= budgets[0] <= budgets[-1] < num_patches:
+            raise ValueError(f"{name}={budgets}: give two or more rising numbers from 1 to {num_patches - 1}.")
+    if args.means[0] < args.sweep[0]:
+        raise ValueError(f"means={args.means}: no image gets fewer tokens than {args.sweep[0]}, the first of sweep.")
+    if not (args.delta > 0 and args.ridge > 0 and args.exponent > 0):
+        raise ValueError("delta, ridge and exponent must be more than 0.")
+
+
+@torch.no_grad()
+def needed_tokens(
+    model: LightVLMForConditionalGeneration,
+    processor: LightVLMProcessor,
+    examples: list[dict],
+    features: torch.Tensor,
+    prior: torch.Tensor,
+    sweep: list[int],
+    delta: float,
+) -> torch.Tensor:
+    """The smallest K of a sweep whose answers are nearly as likely as those from all tokens, (images,).
+
+    Args:
+        model: whose own selector chooses.
+        processor: the checkpoint's.
+        examples: a batch of `encode_rows`, for its `messages`.
+        features: (images, patches, dim) of the same, in float32.
+        prior: (images, patches).
+        sweep: the K that are tried, rising.
+        delta: by how much the mean log-probability of an answer's token may be less.
+    """
+    judge, pruner, device = PolicyGradient(model), model.model.pruner, model.device
+    order = pruner.select(pruner.score(features, prior), features, sweep[-1])
+    patches = torch.arange(features.shape[1], device=device).expand(len(features), -1)
+    rewards = []
+    for kept in (*(order[:, :budget].sort(dim=-1).values for budget in sweep), patches):
+        inputs = pack_turns([example["messages"] for example in examples], processor, kept.shape[1])
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        with torch.autocast(device.type, torch.bfloat16):
+            rewards.append(judge.reward(features, kept[None], inputs)[0])
+    *some, full = rewards
+    is_enough = torch.stack([full - reward <= delta for reward in some] + [torch.ones_like(full, dtype=torch.bool)])
+    budgets = torch.tensor([*sweep, features.shape[1]], device=device)
+    return budgets[is_enough.int().argmax(dim=0)]
+
+
+def fit_ridge(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (dim,) and bias of the ridge regression of targets (rows,) on standardised inputs (rows, dim).
+
+    Args:
+        inputs: (rows, dim).
+        targets: (rows,).
+        penalty: of the squared weights, for each row.
+    """
+    inputs, targets = inputs.double(), targets.double()
+    mean, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp_min(1e-6)
+    standard = (inputs - mean) / scale
+    gram = standard.T @ standard + penalty * len(inputs) * torch.eye(inputs.shape[1], device=inputs.device)
+    weights = torch.linalg.solve(gram, standard.T @ (targets - targets.mean())) / scale
+    return weights.float(), (targets.mean() - weights @ mean).float()
+
+
+def find_kappa(complexity: torch.Tensor, mean: int, dynamic_budget: dict) -> float:
+    """The kappa that gives these images a mean budget, by bisection; their complexity is (images,)."""
+    low, high = -20.0, 20.0  # of its logarithm
+    means = torch.full_like(complexity, mean)
+    for _ in range(60):
+        kappa = torch.tensor((low + high) / 2).exp().item()
+        flat = dynamic_budget | {"kappas": [kappa] * len(dynamic_budget["means"])}
+        too_few = allot_budgets(complexity, means, flat).float().mean() < mean
+        low, high = ((low + high) / 2, high) if too_few else (low, (low + high) / 2)
+    return kappa
+
+
+def main() -> None:
+    (args,) = TrlParser(BudgetArguments).parse_args_and_config()
+    config = LightVLMConfig.from_pretrained(args.model_name_or_path)
+    check(args, config.num_patches)
+    dynamic_budget = {
+        "means": args.means,
+        "kappas": [1.0] * len(args.means),
+        "exponent": args.exponent,
+        "minimum": args.sweep[0],
+        "maximum": config.num_patches,
+        "delta": args.delta,
+        "data": [Path(path).name for path in args.data_path],
+    }
+    processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
+    model = LightVLMForConditionalGeneration.from_pretrained(
+        args.model_name_or_path, dynamic_budget=dynamic_budget, dtype=torch.float32
+    )
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = load_rows(args, args.seed)
+    examples = encode_rows(model, processor, rows, args.num_workers)
+
+    pruner, needs, pooled = model.model.pruner, [], []
+    for start in tqdm(range(0, len(examples), args.batch_size), "Trying budgets"):
+        batch = examples[start : start + args.batch_size]
+        features, prior = (
+            torch.stack([example[name] for example in batch]).to(model.device) for name in ("features", "prior")
+        )
+        features = features.float()
+        needs.append(needed_tokens(model, processor, batch, features, prior, args.sweep, args.delta))
+        with torch.no_grad():
+            pooled.append(pool_important(features, pruner.score(features, prior)))
+    need, pooled = torch.cat(needs).log(), torch.cat(pooled)
+    dtype = config.dtype or torch.float32
+    weights, bias = (value.to(dtype).float() for value in fit_ridge(pooled, need, args.ridge))  # as they are saved
+    complexity = pooled @ weights + bias
+    pruner.complexity.weight.data.copy_(weights)
+    pruner.complexity.bias.data.copy_(bias)
+    explained = 1 - ((complexity - need) ** 2).mean().item() / need.var().item()
+    model.config.dynamic_budget["kappas"] = [
+        round(find_kappa(complexity, mean, dynamic_budget), 4) for mean in args.means
+    ]
+    model.config.dynamic_budget["images"] = len(examples)
+
+    model.to(dtype).save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    line = (
+        f"- dynamic budget: fitted on {len(examples):,} images of {', '.join(dynamic_budget['data'])}, means of "
+        f"{args.means[0]} to {args.means[-1]}, delta {args.delta}, exponent {args.exponent:g}; it explains "
+        f"{explained:.0%} of the variance of the logarithm of the tokens they need"
+    )
+    extend_card(args.model_name_or_path, args.output_dir, line)
+    print(line.removeprefix("- "))
+
+
+if __name__ == "__main__":
+    main()
