@@ -72,10 +72,10 @@ class Questions:
         """Each row's question for a pruner with `score="question"`."""
         return torch.tensor(self.processor.encode_questions([self.questions[row] for row in batch], len(batch)))
 
-    def tokenize(self, batch: list[int], budget: int) -> dict[str, torch.Tensor]:
-        """Each row's prompt with K placeholders."""
+    def tokenize(self, batch: list[int], budgets: list[int]) -> dict[str, torch.Tensor]:
+        """Each row's prompt with its K placeholders."""
         mark, tokenizer = self.processor.image_token, self.processor.tokenizer
-        prompts = [self.prompts[row].replace(mark, mark * budget) for row in batch]
+        prompts = [self.prompts[row].replace(mark, mark * budget) for row, budget in zip(batch, budgets, strict=True)]
         begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
         return tokenizer(
             prompts, padding=True, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not begun
@@ -96,11 +96,11 @@ class Batch:
         backbone = model.model
         self.model, self.questions, self.rows = model, questions, rows
         self.pixels, self.images = (values.to(model.device) for values in questions.pixels(rows))
-        self.features, prior = (values[self.images] for values in backbone.encode(self.pixels))
-        self.scores = {"": backbone.pruner.score(self.features, prior), "cls": log_prior(prior)}
+        self.features, self.prior = (values[self.images] for values in backbone.encode(self.pixels))
+        self.scores = {"": backbone.pruner.score(self.features, self.prior), "cls": log_prior(self.prior)}
         if question_aware:
             asked = backbone.embed_questions(questions.question_ids(rows).to(model.device))
-            self.scores["question"] = backbone.pruner.score(self.features, prior, asked)
+            self.scores["question"] = backbone.pruner.score(self.features, self.prior, asked)
 
     def timed(self, function: Callable, *args, **kwargs) -> tuple[Any, float]:
         """What a function returns, and how many milliseconds it took for each question."""
@@ -111,33 +111,41 @@ class Batch:
         wait()
         return result, 1000 * (time.perf_counter() - start) / len(self.rows)
 
-    def answer(self, selector: str, budget: int, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
-        """Greedy answers from K tokens of each image, and milliseconds a question of selection and prefill."""
-        model, processor, backbone = self.model, self.questions.processor, self.model.model
+    def choose(self, selector: str, budget: int | str) -> list[torch.Tensor]:
+        """Image tokens of each row, (K, hidden)."""
+        backbone = self.model.model
         name, _, score = selector.partition("+")
-        weights, selection = self.timed(mixing_weights, name, self.scores[score], self.features, budget)
+        if isinstance(budget, str):
+            (largest,), means = self.questions.processor.resolve_budgets(budget, 1)
+            budgets = backbone.allot(self.features, self.prior, [largest] * len(self.rows), means)
+            return backbone.prune(self.features, self.prior, budgets).pooler_output
+        weights = mixing_weights(name, self.scores[score], self.features, budget)
         if name == "downsample":
-            features, encoding = self.timed(downsample, backbone, self.pixels, budget)
-            features, selection = features[self.images], selection + encoding
+            features = downsample(backbone, self.pixels, budget)[self.images]
         else:
             features = weights @ self.features
-        tokens = project(backbone, features, weights)
-        inputs = self.questions.tokenize(self.rows, tokens.shape[1]).to(model.device)
-        options = {"mm_encoder_outputs": {"image": LightVLMImageFeatures(pooler_output=list(tokens))}}
-        options["use_cache"] = name != "fastv"
-        times = {"selection_ms": selection}
-        with prune_in_language_model(model, **inputs, count=budget) if name == "fastv" else nullcontext():
+        return list(project(backbone, features, weights))
+
+    def answer(self, selector: str, budget: int | str, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
+        """Greedy answers from K tokens of each image, their mean K, and milliseconds of selection and prefill."""
+        model, processor = self.model, self.questions.processor
+        tokens, selection = self.timed(self.choose, selector, budget)
+        inputs = self.questions.tokenize(self.rows, [len(row) for row in tokens]).to(model.device)
+        options = {"mm_encoder_outputs": {"image": LightVLMImageFeatures(pooler_output=tokens)}}
+        measured = {"tokens": statistics.fmean(budget if selector == "fastv" else len(row) for row in tokens)}
+        measured["selection_ms"] = selection
+        with prune_in_language_model(model, **inputs, count=budget) if selector == "fastv" else nullcontext():
             if time_prefill:
-                _, times["prefill_ms"] = self.timed(model, **inputs, **options, logits_to_keep=1)
+                _, measured["prefill_ms"] = self.timed(model, **inputs, **options, logits_to_keep=1)
             output = model.generate(**inputs, **options, max_new_tokens=16, do_sample=False)
-        return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True), times
+        return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True), measured
 
 
 @torch.no_grad()
 def accuracy(
     model: LightVLM,
     questions: Questions,
-    settings: list[tuple[str, int]],
+    settings: list[tuple[str, int | str]],
     metric: AnswerMetric,
     batch_size: int = 64,
     seed: int = 0,
@@ -149,36 +157,38 @@ def accuracy(
         questions: that it is asked.
         settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
             `SELECTORS`, with "+question" where each question shall choose the tokens or "+cls" where the score is the
-            encoder's attention alone; or "all" with all patches.
+            encoder's attention alone; or "all" with all patches. The checkpoint's own selector takes "dynamic:64" too.
         metric: with "accuracy" among its values.
         batch_size: questions at a time.
         seed: of the random selector.
 
     Returns:
-        For each setting `selector`, `num_image_tokens`, `total`, the metric's values, `low` and `high`, the 95 %
-        interval of the accuracy, `of_full`, the accuracy as a share of that of "all" (None without it), and, in
-        milliseconds a question, medians of the first batches: `prefill_ms` of the language model, and `selection_ms`,
+        For each setting `selector`, `num_image_tokens`, the mean `tokens`, `total`, the metric's values, `low` and
+        `high`, the 95 % interval of the accuracy, `of_full`, its share of the accuracy of "all" (None without it); and
+        in milliseconds a question, medians of the first batches, `prefill_ms` of the language model, `selection_ms`,
         which for "fastv" is part of it. The interval is a proportion's, and too wide for partial credit, as in VQA
         accuracy.
     """
     torch.manual_seed(seed)
     question_aware = any(selector.endswith("+question") for selector, _ in settings)
     answers, times = {setting: {} for setting in settings}, {setting: [] for setting in settings}
+    tokens = dict.fromkeys(settings, 0.0)
     for number, rows in enumerate(tqdm(questions.batches(batch_size), desc="Batches")):
         batch, is_timed = Batch(model, questions, rows, question_aware), number <= TIMED_BATCHES
         for setting in settings:
-            found, milliseconds = batch.answer(*setting, time_prefill=is_timed)
+            found, measured = batch.answer(*setting, time_prefill=is_timed)
             answers[setting].update(zip(rows, found, strict=True))
+            tokens[setting] += measured.pop("tokens") * len(rows)
             if is_timed:
-                times[setting].append(milliseconds)
+                times[setting].append(measured)
 
     results, total = [], len(questions.references)
     for (selector, budget), found in answers.items():
         predictions = [found[row] for row in range(total)]
         values = metric.compute(predictions=predictions, references=questions.references)
         low, high = wilson_interval(values["accuracy"] * total, total)
-        setting = {"selector": selector, "num_image_tokens": budget, "total": total}
-        results.append({**setting, **values, "low": low, "high": high})
+        setting = {"selector": selector, "num_image_tokens": budget, "tokens": tokens[selector, budget] / total}
+        results.append({**setting, "total": total, **values, "low": low, "high": high})
     full = next((result["accuracy"] for result in results if result["selector"] == "all"), None)
     for result, measured in zip(results, times.values(), strict=True):
         result["of_full"] = result["accuracy"] / full if full else None
@@ -186,6 +196,11 @@ def accuracy(
             values = [milliseconds[kind] for milliseconds in measured]
             result[kind] = round(statistics.median(values[1:] or values), 4)  # the first batch is a warm-up
     return results
+
+
+def is_dynamic(result: dict) -> bool:
+    """Whether each image had as many tokens as it needs."""
+    return isinstance(result["num_image_tokens"], str)
 
 
 def table(results: list[dict]) -> str:
@@ -197,7 +212,7 @@ def table(results: list[dict]) -> str:
         cells = [
             row["data"],
             row["selector"],
-            str(row["num_image_tokens"]),
+            f"{row['tokens']:.1f} ({row['num_image_tokens']})" if is_dynamic(row) else f"{row['tokens']:.0f}",
             f"{row['accuracy']:.2%}",
             f"{row['low']:.2%} – {row['high']:.2%}",
             "–" if row["of_full"] is None else f"{row['of_full']:.1%}",

@@ -3,10 +3,16 @@
 import itertools
 from pathlib import Path
 
+from lightvlm.evaluation.accuracy import is_dynamic
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 STYLES = [f"{marker}{line}" for line in ("-", "--") for marker in "osD^vXP"]
+
+
+def line_of(result: dict) -> str:
+    """The line that a result belongs to."""
+    return f"{result['selector']}, dynamic" if is_dynamic(result) else result["selector"]
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -18,13 +24,13 @@ def plot(results: list[dict], path: Path) -> None:
     """
     panels = [(data, list(rows)) for data, rows in itertools.groupby(results, key=lambda row: row["data"])]
     figure = Figure(figsize=(6 * len(panels) + 1.5, 4.5), layout="constrained")
-    names = dict.fromkeys(row["selector"] for row in results if row["selector"] != "all")
+    names = dict.fromkeys(line_of(row) for row in results if row["selector"] != "all")
     styles = dict(zip(names, itertools.cycle(STYLES)))  # the same in each panel
     for axes, (data, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, (name, style) in enumerate(styles.items()):
-            line = sorted((row for row in rows if row["selector"] == name), key=lambda row: row["num_image_tokens"])
+            line = sorted((row for row in rows if line_of(row) == name), key=lambda row: row["tokens"])
             beside = 1.02 ** (number - (len(styles) - 1) / 2)  # so that bars do not hide each other
-            budgets = [row["num_image_tokens"] * beside for row in line]
+            budgets = [row["tokens"] * beside for row in line]
             values = [row["accuracy"] for row in line]
             below = [row["accuracy"] - row["low"] for row in line]
             above = [row["high"] - row["accuracy"] for row in line]
@@ -32,7 +38,7 @@ def plot(results: list[dict], path: Path) -> None:
         for row in rows:
             if row["selector"] == "all":
                 axes.axhline(row["accuracy"], color="gray", linestyle=":", label=f"all {row['num_image_tokens']}")
-        ticks = sorted({row["num_image_tokens"] for row in rows if row["selector"] != "all"})
+        ticks = sorted({row["num_image_tokens"] for row in rows if row["selector"] != "all" and not is_dynamic(row)})
         axes.set_xscale("log")
         axes.set_xticks(ticks, labels=map(str, ticks))
         axes.xaxis.set_minor_locator(NullLocator())

@@ -15,7 +15,7 @@ def figure(tmp_path, monkeypatch):
         settings = [("all", 36), *((name, budget) for name in ("topk", "pool", "fastv") for budget in (9, 4))]
         for selector, budget in settings:
             value = budget / 40
-            row = {"data": data, "selector": selector, "num_image_tokens": budget}
+            row = {"data": data, "selector": selector, "num_image_tokens": budget, "tokens": budget}
             rows.append(row | {"accuracy": value, "low": value - 0.1, "high": value + 0.05})
     plot(rows, tmp_path / "out.png")
     return figures[0]
