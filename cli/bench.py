@@ -13,7 +13,7 @@ import shlex
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, budget_list, load, positive, positive_list
+from lightvlm.cli.common import add_model_path, load, positive, positive_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", type=positive_list, default=[1, 4, 16], help="1,4,16")
     parser.add_argument(
         "--num-image-tokens",
-        type=budget_list,
+        type=positive_list,
         default=[144, 64],
         help="144,64; all patches, for LLaVA and LightVLM, are always measured",
     )

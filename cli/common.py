@@ -1,6 +1,7 @@
 """What the verbs share: options, and loading a checkpoint with errors that name the cure."""
 
 import argparse
+import re
 from pathlib import Path
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "lightvlm-tiny"
@@ -12,12 +13,18 @@ def add_model_path(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def budget_list(text: str) -> list[int]:
-    """Parse "576,144,64"."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 576,144,64") from None
+def budget(text: str) -> int | str:
+    """Parse "64", "dynamic" or "dynamic:64"; the processor tells whether the checkpoint can do it."""
+    if text.removeprefix("-").isdecimal():
+        return int(text)
+    if re.fullmatch(r"dynamic(:\d+)?", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number such as 64 nor dynamic nor dynamic:64")
+
+
+def budget_list(text: str) -> list[int | str]:
+    """Parse "576,144,dynamic:64"."""
+    return [budget(part) for part in text.split(",")]
 
 
 def positive(text: str) -> int:

@@ -17,7 +17,8 @@ benchmarks, and what the folder holds:
 
 selectors:
   topk, diverse        what a checkpoint can be configured for
-  determinantal        the rival of diverse
+  k-center             the rivals of diverse,
+  determinantal        which choose one patch after the other
   random, uniform      patches by chance, or on a square grid
   pool, downsample     means over a square grid's cells; the encoder on a smaller image
   max-min              the most diverse patches (DivPrune)
@@ -25,11 +26,12 @@ selectors:
   dedup                importance, then duplicates removed (VisPruner)
   fastv                dropped in the language model after its second layer; there, and only there, "tokens" is not
                        what its first two layers see
-  +question, +cls      behind topk, diverse, determinantal, merge or dedup: each question chooses the tokens; or the
-                       score is the encoder's attention alone, which is how topk+cls (FasterVLM), merge+cls and
+  +question, +cls      behind topk, diverse, k-center, determinantal, merge or dedup: each question chooses the tokens;
+                       or the score is the encoder's attention alone, which is how topk+cls (FasterVLM), merge+cls and
                        dedup+cls were published
 
-"selection" is the time from scores to tokens' features; scoring itself is not in it.
+"selection" is the time from scores to projected tokens; scoring itself is not in it. "dynamic:64" among the budgets
+gives each image as many tokens as it needs, 64 in the mean, chosen by the checkpoint's own selector.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", help="one of those above, instead of the two")
     parser.add_argument("--data-dir", help="folder with the benchmark's files")
     parser.add_argument("--selectors", default="topk", help="one or several of those above: topk,random (topk)")
-    parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,64,16")
+    parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,dynamic:64")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--limit", type=positive, help="only the first so many rows")
     parser.add_argument("--seed", type=int, default=0, help="for the random selector (0)")
@@ -95,8 +97,13 @@ def run(args: argparse.Namespace) -> None:
     for budget in args.num_image_tokens:
         processor.resolve_budgets(budget, 1)
     full = [budget for budget in args.num_image_tokens if budget == processor.num_patches]
-    fewer = [budget for budget in args.num_image_tokens if budget < processor.num_patches]
+    fewer = [budget for budget in args.num_image_tokens if isinstance(budget, int) and budget not in full]
+    dynamic = [budget for budget in args.num_image_tokens if isinstance(budget, str)]
+    own = model.config.select
+    if dynamic and own not in selectors:
+        raise ValueError(f"a dynamic budget is spent by the checkpoint's own selector: add {own} to --selectors.")
     settings = [*(("all", budget) for budget in full), *itertools.product(selectors, fewer)]
+    settings += [(own, budget) for budget in dynamic]
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)

@@ -19,14 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
     parser.add_argument("--image", nargs="+", required=True, help="image files")
     parser.add_argument("--prompt", nargs="+", required=True, help="questions; each is asked about each image")
-    parser.add_argument("--num-image-tokens", type=budget_list, default=[None], help="K, or several: 576,144,64")
+    parser.add_argument(
+        "--num-image-tokens", type=budget_list, default=[None], help="K, or several: 576,144,dynamic:64"
+    )
     parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
     parser.add_argument("--max-new-tokens", type=positive, default=64)
     parser.add_argument("--format", choices=["text", "json"], default="text")
 
 
 def ask(
-    model, processor, image, prompt: str, num_image_tokens: int | None, question_aware: bool, max_new_tokens: int
+    model, processor, image, prompt: str, num_image_tokens: int | str | None, question_aware: bool, max_new_tokens: int
 ) -> dict:
     """One answer, with the tokens kept and the language model's prefill time (median of 5 after a warm-up)."""
     import torch
@@ -43,19 +45,23 @@ def ask(
     ).to(model.device)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        features = model.get_image_features(
-            inputs["pixel_values"], num_image_tokens=budget, question_ids=inputs.get("question_ids")
-        )
+        images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        features = model.get_image_features(**images)
+        kept, prefill = len(features.kept_indices[0]), inputs["input_ids"]
+        start = prefill[0].tolist().index(processor.image_token_id)
+        surplus = int(inputs["num_image_tokens"][0]) - kept
+        prefill = torch.cat([prefill[:, :start], prefill[:, start + surplus :]], dim=1)
         times = []
         for _ in range(6):
             start = time.perf_counter()
-            logits = model(inputs["input_ids"], mm_encoder_outputs={"image": features}, logits_to_keep=1).logits
+            logits = model(prefill, mm_encoder_outputs={"image": features}, logits_to_keep=1).logits
             logits.argmax().item()  # waits for a GPU
             times.append(1000 * (time.perf_counter() - start))
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return {
         "answer": answer.strip(),
-        "num_image_tokens": budget,
+        "budget": budget,
+        "num_image_tokens": kept,
         "num_patches": processor.num_patches,
         "prefill_ms": round(statistics.median(times[1:]), 1),
     }
@@ -82,5 +88,6 @@ def table(results: list[dict]) -> str:
         lines.append(f"\n{path}  {prompt}")
         for result in block:
             kept = f"{result['num_image_tokens']} of {result['num_patches']} tokens"
+            kept += f" ({result['budget']})" if isinstance(result["budget"], str) else ""
             lines.append(f"  {kept:>18}   prefill {result['prefill_ms']:7.1f} ms   {result['answer']}")
     return "\n".join(lines)

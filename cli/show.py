@@ -8,14 +8,14 @@ examples:
 import argparse
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, check_question_aware, load
+from lightvlm.cli.common import add_model_path, budget, check_question_aware, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
     parser.add_argument("--image", required=True, help="image file")
     parser.add_argument("--prompt", help='let this question choose the tokens, if the pruner has score="question"')
-    parser.add_argument("--num-image-tokens", type=int, help="K (the checkpoint's)")
+    parser.add_argument("--num-image-tokens", type=budget, help="K, or dynamic:64 (the checkpoint's)")
     parser.add_argument("--output", type=Path, default=Path("kept.png"), help="picture to write (kept.png)")
 
 

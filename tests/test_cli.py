@@ -1,11 +1,13 @@
 """The command line answers, measures and builds; wrong input gets one clear sentence and exit code 2."""
 
 import json
+import re
 import shutil
 import sys
 
 import pytest
 import torch
+from lightvlm.cli.common import SHIPPED
 from lightvlm.cli.main import VERBS, main
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
@@ -55,12 +57,30 @@ def test_budgets_outside_the_grid(checkpoint, image, budget, capsys):
     assert "from 1 to 36" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("budget", ["many", "4.5", "4,,5"])
+def test_the_shipped_checkpoint_decides_how_many_tokens_an_image_needs(tmp_path, capsys):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "image.png")
+    assert infer(str(SHIPPED), str(tmp_path / "image.png"), "--num-image-tokens", "dynamic:64,dynamic,64") == 0
+    assert re.findall(r"(\d+) of 576 tokens( \(.*\))?", output := capsys.readouterr().out)[2] == ("64", ""), output
+    few, more = (int(line.split()[0]) for line in output.splitlines() if "(dynamic" in line)
+    assert 2 <= few < more
+    show = ["show", "--image", str(tmp_path / "image.png"), "--output", str(tmp_path / "kept.png")]
+    assert main([*show, "--num-image-tokens", "dynamic:64"]) == 0
+    assert f"{few} of 576 tokens" in capsys.readouterr().out
+
+
+def test_a_dynamic_budget_wants_a_checkpoint_that_knows_it(checkpoint, image, capsys):
+    assert infer(checkpoint, image, "--num-image-tokens=dynamic") == 2
+    assert "training/budget.py" in capsys.readouterr().err
+    assert infer(str(SHIPPED), image, "--num-image-tokens=dynamic:200") == 2
+    assert "calibrated for means from 8 to 192" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", ["many", "4.5", "4,,5", "dynamic:", "dynamic:few"])
 def test_budgets_that_are_no_numbers(checkpoint, image, budget, capsys):
     with pytest.raises(SystemExit) as exit_:
         infer(checkpoint, image, "--num-image-tokens", budget)
     assert exit_.value.code == 2
-    assert "whole numbers" in capsys.readouterr().err
+    assert "whole number" in capsys.readouterr().err
 
 
 def broken_images(folder):
@@ -184,6 +204,17 @@ def test_eval_prints_a_table_and_writes_json_and_a_plot(checkpoint, data, capsys
 def test_eval_refuses_what_means_nothing(checkpoint, data, options, message, capsys):
     assert evaluate(checkpoint, data, *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_eval_spends_a_dynamic_budget_by_the_checkpoints_own_selector(data, capsys):
+    options = ["--num-image-tokens", "16,dynamic:16", "--output", str(data / "out.json")]
+    assert evaluate(str(SHIPPED), data, "--selectors", "diverse,topk", *options, "--plot", str(data / "out.png")) == 0
+    found = [
+        (row["selector"], row["num_image_tokens"]) for row in json.loads((data / "out.json").read_text())["results"]
+    ]
+    assert found == [("diverse", 16), ("topk", 16), ("diverse", "dynamic:16")]
+    assert evaluate(str(SHIPPED), data, "--selectors", "topk", *options) == 2
+    assert "add diverse to --selectors" in capsys.readouterr().err
 
 
 def test_eval_tells_files_apart_by_their_names(checkpoint, data, capsys):
