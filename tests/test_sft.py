@@ -435,7 +435,7 @@ def test_nothing_in_the_folder_is_a_pickle_but_the_state_of_interrupted_runs(dat
         ({"projector_learning_rate": 1e-4, "train_parts": ["lm_head"]}, "projector_learning_rate"),
         ({"save_dtype": "int8"}, "save_dtype"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
-        ({"push_to_hub": True}, "hf upload"),
+        ({"push_to_hub": True}, "lightvlm push"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_before_anything_heavy_is_loaded(data, monkeypatch, options, message):
