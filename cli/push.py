@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="upload to this branch, which is made if there is none")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--dry-run", type=Path, metavar="OUT", help="write the Hub folder here and upload nothing")
-    parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help="JSON files of lightvlm eval --output")
+    parser.add_argument(
+        "--results", nargs="+", default=[], metavar="FILE", help="JSON files of lightvlm eval --output"
+    )
     parser.add_argument(
         "--hub-datasets",
         nargs="+",

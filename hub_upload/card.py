@@ -106,7 +106,9 @@ def make_card(
     data, intro, training = read_card(checkpoint)
     own = [row for row in results if is_own(row, config)]
     others = [row for row in results if not is_own(row, config)]
-    data.model_name = Path(name).name
+    means = (config.dynamic_budget or {}).get("means")
+    title = Path(name).name
+    data.model_name = title if own else None
     data.pipeline_tag, data.library_name = "image-text-to-text", "transformers"
     data.tags = list(dict.fromkeys([*(data.tags or []), "lightvlm", "token-pruning"]))
     data.eval_results = [
@@ -119,15 +121,17 @@ def make_card(
             metric_value=round(row["accuracy"], 4),
         )
         for row in own
-    ]
+    ] or None
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
+        title=title,
         intro=intro,
         training=training,
         config=config,
         few=max(1, config.num_patches // 9),
+        mean=means[len(means) // 2] if means else None,
         results=results,
         commands=dict.fromkeys(row["command"] for row in results),
         own_table=table(own) if own else "",

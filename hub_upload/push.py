@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
 
-import httpx
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -65,15 +64,15 @@ def write_folder(
     ]
     if bad:
         raise ValueError(
-            f"{checkpoint} has weights that are NaN or infinite: {', '.join(bad[:5])} (of {len(bad)}). Take an earlier "
-            "checkpoint, or train again with a lower learning rate."
+            f"{checkpoint} has weights that are NaN or infinite: {', '.join(bad[:5])} (of {len(bad)}). Take an "
+            "earlier checkpoint, or train again with a lower learning rate."
         )
     card = make_card(checkpoint, model.config, name, results, datasets)
     entries = eval_results(results, model.config, datasets)
     licences = {"LICENSE": distribution("lightvlm").read_text("licenses/LICENSE")}
     if card.data.license != "mit":
         if not (checkpoint / "LICENSE").is_file():
-            raise ValueError(f"The licence of the weights is {card.data.license}: put its text in {checkpoint}/LICENSE.")
+            raise ValueError(f"The weights' licence is {card.data.license}: put its text in {checkpoint}/LICENSE.")
         licences = {"LICENSE": (checkpoint / "LICENSE").read_text(), "LICENSE-CODE": licences["LICENSE"]}
 
     save(model, processor, output)
@@ -102,7 +101,7 @@ def check_folder(folder: Path, name: str) -> None:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise ValueError(
-            f"Without the package lightvlm the checkpoint does not load and answer: {reason}. Save it again with "
+            f"Without the package lightvlm the checkpoint does not load and answer: {reason.rstrip('.')}. Save it again with "
             "`save_pretrained`, which writes code that fits, or correct its *.py and config.json."
         )
 
@@ -112,7 +111,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     """ValueError that names the cure, in place of what talking with the Hub raises."""
     try:
         yield
-    except (httpx.HTTPError, OSError, RuntimeError) as error:
+    except Exception as error:  # of every kind: its own, its HTTP library's and those of hf_xet
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             cure = "Log in by `hf auth login`, with a token that may write there"
@@ -141,8 +140,10 @@ def upload(
     """
     with hub_errors(repo_id):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise ValueError(f"{repo_id} is public already: make it private in its settings, or choose another name.")
+        is_public = not api.model_info(repo_id).private
+    if private and is_public:
+        raise ValueError(f"{repo_id} is public already: make it private in its settings, or choose another name.")
+    with hub_errors(repo_id):
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.model_info(repo_id, revision=revision)
