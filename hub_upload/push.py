@@ -101,8 +101,8 @@ def check_folder(folder: Path, name: str) -> None:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise ValueError(
-            f"Without the package lightvlm the checkpoint does not load and answer: {reason.rstrip('.')}. Save it again with "
-            "`save_pretrained`, which writes code that fits, or correct its *.py and config.json."
+            f"Without the package lightvlm the checkpoint does not load and answer: {reason.rstrip('.')}. Save it again "
+            "with `save_pretrained`, which writes code that fits, or correct its *.py and config.json."
         )
 
 

@@ -39,7 +39,7 @@ old = "code"
 
 gone
 """
-CALIBRATION = {"means": [2, 4, 8], "kappas": [1.0] * 3, "exponent": 1.0, "minimum": 1, "maximum": 36}
+CALIBRATION = {"means": [2, 4, 30], "kappas": [1.0] * 3, "exponent": 1.0, "minimum": 1, "maximum": 36}
 
 
 def row(data="a", selector="diverse", budget=4, accuracy=0.5, total=8, **more):
