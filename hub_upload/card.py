@@ -74,8 +74,14 @@ def describe(row: dict) -> str:
 def table(rows: list[dict]) -> str:
     """Markdown: a line for each setting, a column for each file of questions."""
     totals = {row["data"]: max(other["total"] for other in rows if other["data"] == row["data"]) for row in rows}
+    selectors = list(dict.fromkeys(row["selector"] for row in rows))
     cells = {}
-    for row in rows:
+
+    def place(row: dict) -> tuple:
+        budget = row["num_image_tokens"]
+        return selectors.index(row["selector"]), -budget if isinstance(budget, int) else 0
+
+    for row in sorted(rows, key=place):
         cell = f"{100 * row['accuracy']:.2f} ({100 * row['low']:.2f} – {100 * row['high']:.2f})"
         if isinstance(row["num_image_tokens"], str) and "tokens" in row:
             cell += f" with {row['tokens']:.1f}"

@@ -48,7 +48,7 @@ def write_folder(
     Args:
         model: of the checkpoint, with all weights.
         processor: of the checkpoint.
-        checkpoint: its folder, whose configuration and code are taken as they are.
+        checkpoint: its folder, whose configuration, code and LICENSE are taken as they are.
         output: the Hub folder.
         name: the repository's, or what else the card shall say to load.
         results: of `read_results`.
@@ -69,15 +69,18 @@ def write_folder(
         )
     card = make_card(checkpoint, model.config, name, results, datasets)
     entries = eval_results(results, model.config, datasets)
-    licences = {"LICENSE": distribution("lightvlm").read_text("licenses/LICENSE")}
-    if card.data.license != "mit":
-        if not (checkpoint / "LICENSE").is_file():
-            raise ValueError(f"The weights' licence is {card.data.license}: put its text in {checkpoint}/LICENSE.")
-        licences = {"LICENSE": (checkpoint / "LICENSE").read_text(), "LICENSE-CODE": licences["LICENSE"]}
+    code, weights = distribution("lightvlm").read_text("licenses/LICENSE"), checkpoint / "LICENSE"
+    if weights.is_file() and weights.read_text() != code:
+        licences = {"LICENSE": weights.read_text(), "LICENSE-CODE": code}
+    elif card.data.license == "mit":
+        licences = {"LICENSE": code}
+    else:
+        raise ValueError(f"The weights' licence is {card.data.license}: put its text in {weights}.")
 
     save(model, processor, output)
-    for file in (checkpoint / "config.json", *checkpoint.glob("*.py")):
-        shutil.copy(file, output)
+    for part in ("config.json", *(file.name for file in output.glob("*.py"))):
+        if (checkpoint / part).is_file():
+            shutil.copy(checkpoint / part, output)
     card.save(output / "README.md")
     for file, text in {**licences, **{f".eval_results/{file}": text for file, text in entries.items()}}.items():
         (output / file).parent.mkdir(exist_ok=True)
@@ -85,7 +88,7 @@ def write_folder(
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Load a Hub folder and run its card's code in a fresh process, which cannot import `lightvlm` nor use a network.
+    """Load a Hub folder and run its card's code in a fresh process, which cannot import `lightvlm` nor ask the Hub.
 
     Args:
         folder: of `write_folder`.
@@ -101,7 +104,7 @@ def check_folder(folder: Path, name: str) -> None:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise ValueError(
-            f"Without the package lightvlm the checkpoint does not load and answer: {reason.rstrip('.')}. Save it again "
+            f"Without the package lightvlm it does not load and answer: {reason.rstrip('.')}. Save it again "
             "with `save_pretrained`, which writes code that fits, or correct its *.py and config.json."
         )
 
