@@ -108,8 +108,8 @@ def test_the_table_says_how_many_questions_and_tokens_there_were():
     assert text.splitlines() == [
         "| | a, 4,160 questions |",
         "| --- | ---: |",
-        "| diverse, 4 tokens | 50.00 (40.00 – 60.00) |",
         "| diverse, 9 tokens | 50.00 (40.00 – 60.00), 520 questions |",
+        "| diverse, 4 tokens | 50.00 (40.00 – 60.00) |",
         "| diverse, dynamic:4 | 50.00 (40.00 – 60.00) with 4.2 |",
     ]
 
