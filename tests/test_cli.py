@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from lightvlm.cli.common import SHIPPED
+from lightvlm.cli.common import SHIPPED, load
 from lightvlm.cli.main import VERBS, main
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
@@ -183,7 +183,7 @@ def test_eval_prints_a_table_and_writes_json_and_a_plot(checkpoint, data, capsys
     assert evaluate(checkpoint, data, *options, "--batch-size", "3") == 0
     out = capsys.readouterr().out
     assert "| data | all | 36 |" in out and "| data | random | 4 |" in out and "seed 0" in out
-    assert "lightvlm eval --model-path" in out and "batches of 3, on CPU" in out
+    assert "lightvlm eval --model-path" in out and "batches of 3, float32, on CPU" in out
     results = json.loads(report.read_text())["results"]
     names = [(row["selector"], row["num_image_tokens"], row["total"]) for row in results]
     assert names == [("all", 36, 4), ("topk", 4, 4), ("random", 4, 4), ("fastv", 4, 4)]
@@ -325,3 +325,11 @@ def test_build_needs_two_parts_or_a_llava(capsys, tmp_path):
     for options in ([], ["--vision", "x"], ["--vision", "x", "--text", "y", "--llava", "z"]):
         assert main(["build", *options, "--output-dir", str(tmp_path)]) == 2
         assert "--llava" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capability, dtype", [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_weights_are_of_the_checkpoints_dtype_unless_the_cpu_is_slow_at_it(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert load(SHIPPED)[0].dtype == dtype
+    assert load(SHIPPED, "float16")[0].dtype == torch.float16
