@@ -13,7 +13,7 @@ import shlex
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lightvlm.cli.common import add_dtype, add_model_path, load, positive, positive_list
+from lightvlm.cli.common import add_model_path, add_precision, load, positive, positive_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=positive, help="of a preset's language model; the vision encoder keeps all of its own"
     )
-    add_dtype(parser)
+    add_precision(parser)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU, if there is one")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--batch-sizes", type=positive_list, default=[1, 4, 16], help="1,4,16")
@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.layers and not args.preset:
         raise ValueError("--layers slices a --preset: a checkpoint is measured as it is.")
+    if args.int8 and args.preset:
+        raise ValueError("--int8 is for checkpoints: a --preset's weights are random.")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('--plot needs matplotlib: pip install "lightvlm[eval]"')
 
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         model = random_model(preset_config(args.preset, args.layers), device, getattr(torch, args.dtype or "bfloat16"))
         images = image_processor(model.config)
     else:
-        model, processor = load(args.model_path, args.dtype)
+        model, processor = load(args.model_path, args.dtype, args.int8)
         model = model.to(device)
         images = processor.image_processor
     model.model.resolve_budgets(args.num_image_tokens, len(args.num_image_tokens))
