@@ -48,8 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.layers and not args.preset:
         raise ValueError("--layers slices a --preset: a checkpoint is measured as it is.")
-    if args.int8 and args.preset:
-        raise ValueError("--int8 is for checkpoints: a --preset's weights are random.")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('--plot needs matplotlib: pip install "lightvlm[eval]"')
 
@@ -67,6 +65,11 @@ def run(args: argparse.Namespace) -> None:
     if args.preset:
         model = random_model(preset_config(args.preset, args.layers), device, getattr(torch, args.dtype or "bfloat16"))
         images = image_processor(model.config)
+        if args.int8:
+            int8 = model.int8_config().quant_type
+            from torchao.quantization import quantize_
+
+            quantize_(model.model.language_model, int8)
     else:
         model, processor = load(args.model_path, args.dtype, args.int8)
         model = model.to(device)
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         "command": shlex.join(["lightvlm", *args.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else ""),
         "attention": args.attention,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

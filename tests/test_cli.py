@@ -288,9 +288,11 @@ def test_bench_knows_every_preset(preset, capsys):
     assert "--layers 99" in capsys.readouterr().err
 
 
-def test_bench_draws_weights_for_a_preset(capsys):
-    assert bench("--preset", "tiny", "--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9") == 0
-    assert "| LightVLM | 9 |" in capsys.readouterr().out
+@pytest.mark.parametrize("int8", [[], ["--int8"]])
+def test_bench_draws_weights_for_a_preset(int8, capsys):
+    assert bench("--preset", "tiny", "--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9", *int8) == 0
+    out = capsys.readouterr().out
+    assert "| LightVLM | 9 |" in out and ("bfloat16 and int8" in out) == bool(int8)
 
 
 def test_bench_names_what_is_wrong(checkpoint, capsys):
