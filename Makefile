@@ -20,9 +20,12 @@ test: .venv/ready
 # Each file on its own, so that `make -j2 eval` uses two cores; about an hour on them.
 eval: eval-easy_vqa eval-budgets $(EVALS)
 
+SELECTORS := topk,topk+question,topk+cls,diverse,diverse+question,diverse+cls,k-center,determinantal,merge+cls,$\
+	dedup+cls,max-min,random,uniform,pool,downsample,fastv
+
 eval-easy_vqa: $(DATA)/test.json
-	$(EVAL) --data-path $< --selectors topk,diverse --num-image-tokens 576,64,16 \
-		--output evaluation/results/easy_vqa.json
+	$(EVAL) --data-path $< --selectors $(SELECTORS) --num-image-tokens 576,64,16 \
+		--output evaluation/results/easy_vqa.json --plot evaluation/results/easy_vqa.png
 
 eval-budgets: $(DATA)/mosaics_test_photo_3x3.json
 	$(BIN)/python -m lightvlm.evaluation.budgets --data-path $(DATA)/mosaics_test_*.json \
@@ -30,11 +33,8 @@ eval-budgets: $(DATA)/mosaics_test_photo_3x3.json
 
 $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 	$(EVAL) --data-path $(DATA)/mosaics_test_$*.json --num-image-tokens 576,64,36,16 \
-		--selectors $(SELECTORS_$(lastword $(subst _, ,$*))) \
+		--selectors $(SELECTORS) \
 		--output evaluation/results/mosaics_$*.json --plot evaluation/results/mosaics_$*.png
-SELECTORS_2x2 := topk,topk+cls,diverse
-SELECTORS_3x3 := topk,topk+question,topk+cls,diverse,diverse+question,diverse+cls,k-center,determinantal,merge+cls,$\
-	dedup+cls,max-min,random,uniform,pool,downsample,fastv
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from launch import launch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.training import sft
 from lightvlm.training.collator import LightVLMCollator, StepSampler
@@ -469,11 +468,8 @@ def test_two_processes_have_the_losses_gradients_and_k_of_one(data, monkeypatch,
     model, _ = train(data, monkeypatch, "one", **options, per_device_train_batch_size=4)
     (data / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
     script = {"ddp": TRAINING / "sft.py", "fsdp": data / "fsdp_on_cpu.py"}[setup]
-    config = str(TRAINING / "accelerate" / f"{setup}.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
-    launch += ["--num_processes", "2", "--main_process_port", "0", str(script)]
     options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "output_dir": data / "two"}
-    subprocess.run([*launch, *command(data, **options)], check=True, timeout=120)
+    launch(setup, script, command(data, **options))
 
     one, two = (
         json.loads((data / run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
