@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.dry_run:
         with hub_errors(args.repo_id):
             api.whoami()  # a wrong token shall not wait for the end of what follows
-    model, processor = load(args.model_path)
+    model, processor = load(args.model_path, dtype="auto")  # not as this machine likes it
     with tempfile.TemporaryDirectory() as work:
         folder, name = Path(work, "folder"), args.repo_id or str(args.dry_run)
         write_folder(model, processor, checkpoint, folder, name, results, dict(args.hub_datasets))

@@ -55,8 +55,13 @@ def write_folder(
         datasets: as of `make_card`.
 
     Raises:
-        ValueError: where weights are no numbers, or the card or the licence lacks something.
+        ValueError: where weights are no numbers or quantized, or the card or the licence lacks something.
     """
+    if hasattr(model.config, "quantization_config"):
+        raise ValueError(
+            f"{checkpoint} has quantized weights, which transformers cannot save again: push the checkpoint that they "
+            "were made of. Whoever loads it can quantize it."
+        )
     bad = [
         key
         for key, weight in model.state_dict().items()

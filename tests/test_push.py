@@ -160,6 +160,13 @@ def test_weights_that_are_no_numbers(hub, checkpoint, number, capsys):
     assert not hub.repos
 
 
+def test_weights_that_are_quantized(checkpoint, tmp_path, capsys):
+    model = LightVLM.from_pretrained(checkpoint, quantization_config=LightVLM.int8_config())
+    model.save_pretrained(checkpoint)
+    assert run(checkpoint, "--dry-run", tmp_path / "out") == 2
+    assert "push the checkpoint that they were made of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "notes.pkl"])
 def test_pickle_files(hub, checkpoint, name, capsys):
     (checkpoint / name).write_bytes(b"")
