@@ -1,6 +1,6 @@
 """Serve a checkpoint to OpenAI clients: chat completions with images, streamed or not, and a budget per request.
 
-Images come as data URIs in the request; no address or file is read. A request that asks for more than a limit is refused.
+Images come as data URIs in the request; no address or file is read. What goes beyond a limit is refused.
 
 examples:
   lightvlm serve

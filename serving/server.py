@@ -1,12 +1,12 @@
 """An OpenAI-compatible endpoint: the server of `transformers serve`, with one checkpoint, budgets and limits.
 
-transformers answers: its app, generation thread, streaming and response format. Ours is what comes before: a request is
-checked, its images are opened, its budget goes to the processor. `transformers serve` itself would load a LightVLM only
-after its tables of architectures were changed, would fetch any address and read any file, and load or unload any model
-for whoever asks; here `OneModel` is the only model, and other routes than those of `ROUTES` are taken away.
+transformers answers: its app, generation thread, streaming and response format. Ours is what comes before: a request
+is checked, its images are opened, its budget goes to the processor. `transformers serve` itself would load a LightVLM
+only after its tables of architectures were changed, would fetch any address, read any file, and load or unload any
+model for whoever asks; here `OneModel` is the only model, and other routes than those of `ROUTES` are taken away.
 
-Known to work with transformers 5.23, whose `transformers.cli.serving` promises no stable interface. All that is used of
-it is used in this file: `build_server`, `ModelManager`, `GenerationState`, `ChatCompletionHandler`, no private names.
+Known to work with transformers 5.23, whose `transformers.cli.serving` promises no stable interface. What is used of it
+is used here alone: `build_server`, `ModelManager`, `GenerationState`, `ChatCompletionHandler`, and no private names.
 """
 
 import asyncio
@@ -159,7 +159,7 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
     if new_tokens > limits.new_tokens:
         raise ValueError(f"{new_tokens} new tokens: at most {limits.new_tokens} are given.")
     if new_tokens > room:
-        raise ValueError(f"{length} tokens and {new_tokens} new ones are {new_tokens - room} more than the model reads.")
+        raise ValueError(f"{length} tokens and {new_tokens} new ones: {new_tokens - room} more than the model reads.")
 
     body = body | {"messages": messages, "max_completion_tokens": new_tokens}
     body["chat_template_kwargs"] = {"processor_kwargs": {"num_image_tokens": body.pop("num_image_tokens", None)}}
