@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
     import uvicorn
-    from lightvlm.serving.server import Limits, build_app
+    from lightvlm.serving.server import Limits, Server, build_app
     from transformers.utils import logging
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -48,16 +48,14 @@ def run(args: argparse.Namespace) -> None:
         model = model.to(args.device or model.device, getattr(torch, args.dtype) if args.dtype else model.dtype)
         name = Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path
         limits = Limits(args.max_body_bytes, args.max_images, args.max_pixels, args.max_new_tokens)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                build_app(name, model, processor, limits),
-                limit_concurrency=args.max_connections,
-                timeout_graceful_shutdown=5,
-                log_level="warning",
-            )
+        config = uvicorn.Config(
+            build_app(name, model, processor, limits),
+            limit_concurrency=args.max_connections,
+            timeout_graceful_shutdown=10,
+            log_level="warning",
         )
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = f"http://{host}:{listener.getsockname()[1]}/v1"
         print(f"{name} ({model.device.type}, {str(model.dtype)[6:]}) answers at {address}; Ctrl-C ends it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
+            Server(config, model).run(sockets=[listener])

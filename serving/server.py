@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, HTTPException
+import uvicorn
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from transformers.cli.serving import Modality, ModelManager, build_server
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState
@@ -211,12 +214,6 @@ class ChatHandler(ChatCompletionHandler):
         return messages  # read_request has made them what the processor takes
 
 
-def refusal(status_code: int, message: str) -> JSONResponse:
-    """An error in OpenAI's format."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status_code)
-
-
 def build_app(name: str, model, processor, limits: Limits) -> FastAPI:
     """The application, for uvicorn: `ROUTES`, one model that is called `name`, and errors in OpenAI's format."""
     models, state = OneModel(name, model, processor), GenerationState()
@@ -230,18 +227,27 @@ def build_app(name: str, model, processor, limits: Limits) -> FastAPI:
         generation_state=state,
     )
     app.router.routes[:] = [route for route in app.router.routes if route.path in ROUTES]
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.body_bytes)
 
     @app.exception_handler(HTTPException)
     async def refuse(request, error):
-        return refusal(error.status_code, str(error.detail))
-
-    @app.middleware("http")
-    async def refuse_large_bodies(request, call_next):
-        length = request.headers.get("content-length", "")
-        if request.method == "POST" and ("transfer-encoding" in request.headers or not length.isdecimal()):
-            return refusal(411, "The request must say its Content-Length.")
-        if length and int(length) > limits.body_bytes:
-            return refusal(413, f"The request has {length} bytes: at most {limits.body_bytes:,}.")
-        return await call_next(request)
+        reason = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
+        return JSONResponse({"error": reason}, error.status_code)
 
     return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but Ctrl-C ends what is being generated: Python crashes if it exits while a thread is in PyTorch."""
+
+    def __init__(self, config: uvicorn.Config, model):
+        super().__init__(config)
+        self.model = model
+
+    def handle_exit(self, sig, frame):
+        def stop(*_):
+            raise HTTPException(503, "The server is shutting down.")
+
+        for module in self.model.modules():
+            module.register_forward_pre_hook(stop)
+        super().handle_exit(sig, frame)
