@@ -288,7 +288,7 @@ def test_32_requests_at_once_are_answered_as_one_by_one(client, model):
     assert [answer.result() for answer in answers] == [each for each in expected for _ in range(2)]
 
 
-def test_the_command_says_where_it_answers_and_ends_at_ctrl_c(tmp_path):
+def test_the_command_says_where_it_answers_and_ends_at_ctrl_c_in_the_midst_of_an_answer(tmp_path):
     make_model().save_pretrained(tmp_path / "tiny")
     make_processor().save_pretrained(tmp_path / "tiny")
     command = [sys.executable, "-m", "lightvlm.cli.main", "serve", "--port", "0", "--dtype", "bfloat16"]
@@ -298,11 +298,14 @@ def test_the_command_says_where_it_answers_and_ends_at_ctrl_c(tmp_path):
         assert (address := re.search(r"http://127\.0\.0\.1:\d+/v1", line)), process.stderr.read()
         assert line.startswith("tiny (cpu, bfloat16)")
         with openai.OpenAI(base_url=address[0], api_key="none", max_retries=0) as client:
-            options = {"model": "tiny", "max_tokens": 2}
-            client.chat.completions.create(messages=[user("what?", draw(1))], **options)
             with pytest.raises(openai.APIStatusError, match="at most 1"):
-                client.chat.completions.create(messages=[user("what?", draw(1), draw(2))], **options)
-        process.send_signal(signal.SIGINT)
+                client.chat.completions.create(model="tiny", messages=[user("what?", draw(1), draw(2))])
+            question = {"model": "tiny", "messages": [user("what?", draw(1))], "max_tokens": 400}
+            growing = client.chat.completions.create(stream=True, **question)
+            next(growing)
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(openai.APIError):  # it is cut short, not waited for
+                list(growing)
         _, errors = process.communicate()
         assert process.returncode == 0 and "Traceback" not in errors
 
