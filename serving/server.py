@@ -95,12 +95,11 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     frequency_penalty: float | None = Field(None, gt=-1, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = None
-    # These two would lead around the limits, and the next two the model cannot do.
-    generation_config: None = None
+    generation_config: None = None  # this and the next would lead around the limits
     chat_template_kwargs: None = None
     tools: None = None
     logit_bias: None = None
+    stop: None = None  # transformers 5.23 looks for it with the processor in place of a tokenizer, and fails
 
 
 def open_data_uri(url: str, max_pixels: int) -> Image.Image:
@@ -178,6 +177,9 @@ class OneModel(ModelManager):
         super().__init__()
         self.force_model = name
         self.served = model, processor
+        processor.get_vocab = (
+            processor.tokenizer.get_vocab
+        )  # asked of it, as of a tokenizer, where a request has `stop`
 
     @staticmethod
     def process_model_name(model_id: str) -> str:

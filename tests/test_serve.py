@@ -4,12 +4,11 @@ import base64
 import http.client
 import io
 import json
-import re
+import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -139,7 +138,7 @@ def test_transparency_lies_on_white_as_in_chat(client, model):
     assert ask(client, [user(QUESTIONS[3], image)]) == model.chat(image, QUESTIONS[3])
 
 
-@pytest.mark.parametrize("budget", [16, 576, [4, 64], "dynamic", "dynamic:16"])
+@pytest.mark.parametrize("budget", [16, [4, 64], "dynamic", "dynamic:16"])
 def test_a_request_has_its_budget(client, model, budget):
     lengths = []
     hook = model.model.language_model.register_forward_pre_hook(
@@ -246,6 +245,8 @@ def test_a_prompt_longer_than_the_model_reads_is_refused(client):
         ("messages", [user("what color?", Image.new("RGB", (101, 1)))]),
         ("max_tokens", "many"),
         ("temperature", -1),
+        ("stop", "red"),
+        ("tools", [{"type": "function"}]),
         ("generation_config", '{"max_new_tokens": 100000}'),
         ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}),
         ("model", "another"),
@@ -269,11 +270,6 @@ def test_a_temperature_samples_and_none_does_not(client):
     assert len({ask(client, messages, seed=seed, max_tokens=8) for seed in range(4)}) == 1
 
 
-def test_an_answer_ends_at_a_stop_text(client):
-    whole = ask(client, [user("What is in this image?", draw(1))])
-    assert ask(client, [user("What is in this image?", draw(1))], stop=whole.split()[1]) in whole.rsplit(" ", 1)[0]
-
-
 def test_32_requests_at_once_are_answered_as_one_by_one(client, model):
     cases = [(draw(index), QUESTIONS[index % 4], [16, 64, "dynamic:32"][index % 3]) for index in range(16)]
     expected = [model.chat(image, question, num_image_tokens=budget) for image, question, budget in cases]
@@ -288,26 +284,33 @@ def test_32_requests_at_once_are_answered_as_one_by_one(client, model):
     assert [answer.result() for answer in answers] == [each for each in expected for _ in range(2)]
 
 
-def test_the_command_says_where_it_answers_and_ends_at_ctrl_c_in_the_midst_of_an_answer(tmp_path):
-    make_model().save_pretrained(tmp_path / "tiny")
-    make_processor().save_pretrained(tmp_path / "tiny")
-    command = [sys.executable, "-m", "lightvlm.cli.main", "serve", "--port", "0", "--dtype", "bfloat16"]
-    command += ["--device", "cpu", "--model-path", str(tmp_path / "tiny"), "--max-images", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        assert (address := re.search(r"http://127\.0\.0\.1:\d+/v1", line)), process.stderr.read()
-        assert line.startswith("tiny (cpu, bfloat16)")
-        with openai.OpenAI(base_url=address[0], api_key="none", max_retries=0) as client:
-            with pytest.raises(openai.APIStatusError, match="at most 1"):
-                client.chat.completions.create(model="tiny", messages=[user("what?", draw(1), draw(2))])
-            question = {"model": "tiny", "messages": [user("what?", draw(1))], "max_tokens": 400}
-            growing = client.chat.completions.create(stream=True, **question)
-            next(growing)
-            process.send_signal(signal.SIGINT)
-            with pytest.raises(openai.APIError):  # it is cut short, not waited for
+def test_the_command_says_where_it_answers_and_ends_at_ctrl_c_in_the_midst_of_an_answer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)  # other tests want to hear
+    make_model().save_pretrained(tmp_path / "lightvlm-tiny")
+    make_processor().save_pretrained(tmp_path / "lightvlm-tiny")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def use():
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            try:
+                while socket.socket().connect_ex(("127.0.0.1", port)):
+                    time.sleep(0.05)
+                assert refusal(client, [user("what?", draw(1), draw(2))])[0] == 413
+                growing = complete(client, [user("what?", draw(1))], stream=True, max_tokens=400)
+                next(growing)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(openai.APIError):  # cut short, not waited for
                 list(growing)
-        _, errors = process.communicate()
-        assert process.returncode == 0 and "Traceback" not in errors
+
+    command = ["serve", "--port", str(port), "--dtype", "bfloat16", "--device", "cpu", "--max-images", "1"]
+    with ThreadPoolExecutor(1) as threads:
+        used = threads.submit(use)
+        assert main([*command, "--model-path", str(tmp_path / "lightvlm-tiny")]) == 0
+        used.result()
+    line = f"lightvlm-tiny (cpu, bfloat16) answers at http://127.0.0.1:{port}/v1; Ctrl-C ends it\n"
+    assert capsys.readouterr().out == line
 
 
 def test_a_taken_port_is_one_clear_sentence(client, capsys):
