@@ -9,6 +9,7 @@ VERBS = {
     "show": "draw which tokens of an image are kept",
     "eval": "measure accuracy of selectors at several token budgets, on LLaVA JSON files or a benchmark",
     "bench": "time each stage from image to first token, beside transformers' LLaVA, at several token budgets",
+    "serve": "answer OpenAI clients over HTTP, with a budget per request",
     "build": "compose a Hub folder of a vision encoder and a language model, or of a LLaVA checkpoint",
     "push": "upload a trained checkpoint to the Hub, with its card and results, once strangers can use it",
 }

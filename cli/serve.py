@@ -1,0 +1,61 @@
+"""Serve a checkpoint to OpenAI clients: chat completions with images, streamed or not, and a budget per request.
+
+Images come as data URIs in the request; no address or file is read. What goes beyond a limit is refused.
+
+examples:
+  lightvlm serve
+  lightvlm serve --model-path phi2-clip --dtype bfloat16 --port 8080 --max-images 4
+"""
+
+import argparse
+import contextlib
+import socket
+from pathlib import Path
+
+from lightvlm.cli.common import add_model_path, add_precision, load, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_path(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="(8000); 0 takes a free one")
+    add_precision(parser)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU, if there is one")
+    parser.add_argument("--max-body-bytes", type=positive, default=32 * 2**20, help="of a request (33554432)")
+    parser.add_argument("--max-images", type=positive, default=8, help="of a request (8)")
+    parser.add_argument("--max-pixels", type=positive, default=4096 * 4096, help="of an image (16777216)")
+    parser.add_argument("--max-new-tokens", type=positive, default=1024, help="of an answer (1024)")
+    parser.add_argument("--max-connections", type=positive, default=128, help="at a time; more get a 503 (128)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from transformers.utils import is_serve_available
+
+    if not is_serve_available():
+        raise ValueError('serving needs fastapi, uvicorn, openai and pydantic: pip install "lightvlm[serve]"')
+
+    import torch
+    import uvicorn
+    from lightvlm.serving.server import Limits, Server, build_app
+    from transformers.utils import logging
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here.")
+    logging.set_verbosity_error()
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family) as listener:  # taken ports fail before loading
+        model, processor = load(args.model_path, args.dtype, args.int8)
+        model = model.to(args.device or model.device)
+        name = Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path
+        limits = Limits(args.max_body_bytes, args.max_images, args.max_pixels, args.max_new_tokens)
+        config = uvicorn.Config(
+            build_app(name, model, processor, limits),
+            limit_concurrency=args.max_connections,
+            timeout_graceful_shutdown=10,
+            log_level="warning",
+        )
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        address = f"http://{host}:{listener.getsockname()[1]}/v1"
+        print(f"{name} ({model.device.type}, {str(model.dtype)[6:]}) answers at {address}; Ctrl-C ends it", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            Server(config, model).run(sockets=[listener])

@@ -1,0 +1,318 @@
+"""`lightvlm serve` answers OpenAI clients as `chat` does, and refuses what is too much or not its business."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import torch
+import uvicorn
+from lightvlm.cli.common import SHIPPED, load
+from lightvlm.cli.main import main
+from lightvlm.serving.server import Limits, build_app
+from PIL import Image, ImageDraw
+from tiny import make_model, make_processor
+
+LIMITS = Limits(body_bytes=2**20, images=3, pixels=200 * 200, new_tokens=32)
+COLORS = ["red", "blue", "green", "yellow", "black", "gray", "brown", "teal"]
+QUESTIONS = [
+    "what color is the shape?",
+    "what shape is in the image?",
+    "is there a red shape?",
+    "What is in this image?",
+]
+
+
+def draw(index: int) -> Image.Image:
+    image = Image.new("RGB", (64, 64), (240, 235, 230))
+    left = 8 + 4 * (index % 5)
+    shape = ImageDraw.Draw(image).ellipse if index % 2 else ImageDraw.Draw(image).rectangle
+    shape((left, 16, left + 24, 40), fill=COLORS[index % len(COLORS)])
+    return image
+
+
+def encode(image: Image.Image, format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, format)
+    return file.getvalue()
+
+
+def data_uri(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def user(text: str, *images: Image.Image | str) -> dict:
+    urls = [image if isinstance(image, str) else data_uri(encode(image)) for image in images]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(str(SHIPPED))[0].to("cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    app = build_app("lightvlm-tiny", model, model.processor_beside_weights(), LIMITS)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
+            yield client
+        server.should_exit = True
+        thread.join()
+
+
+def complete(client, messages: list[dict], **options):
+    return client.chat.completions.create(model="lightvlm-tiny", messages=messages, **options)
+
+
+def ask(client, messages: list[dict], **options) -> str:
+    return complete(client, messages, **options).choices[0].message.content.strip()
+
+
+def stream(client, messages: list[dict], **options) -> list[str]:
+    chunks = complete(client, messages, stream=True, **options)
+    return [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+
+
+def post(client, path: str, body) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    with connection.getresponse() as answer:
+        return answer.status, json.loads(answer.read())
+
+
+def refusal(client, messages: list[dict], **options) -> tuple[int, str]:
+    with pytest.raises(openai.APIStatusError) as error:
+        complete(client, messages, **options)
+    return error.value.status_code, error.value.body["message"]
+
+
+def test_the_model_is_listed(client):
+    assert [model.id for model in client.models.list()] == ["lightvlm-tiny"]
+
+
+@pytest.mark.parametrize("question", QUESTIONS[2:])
+def test_an_answer_is_that_of_chat_streamed_or_not(client, model, question):
+    expected = model.chat(draw(1), question)
+    completion = complete(client, [user(question, draw(1))])
+    assert completion.choices[0].message.content.strip() == expected
+    assert completion.choices[0].finish_reason == "stop" and completion.model == "lightvlm-tiny"
+    assert "".join(stream(client, [user(question, draw(1))])).strip() == expected
+
+
+def test_an_answer_is_streamed_in_pieces(client):
+    assert len(stream(client, [user("What is in this image?", draw(1))])) > 3
+
+
+def test_several_images_in_a_message_and_several_turns(client, model):
+    history, messages = [], []
+    for question, images in [("what color?", [draw(1), draw(2)]), ("what shape?", []), ("and here?", [draw(4)])]:
+        expected = model.chat(images, question, history=history)
+        messages.append(user(question, *images))
+        message = complete(client, messages).choices[0].message
+        assert message.content.strip() == expected
+        messages.append({"role": "assistant", "content": expected})
+
+
+def test_text_alone(client, model):
+    assert ask(client, [{"role": "user", "content": "what color?"}]) == model.chat(None, "what color?")
+
+
+def test_transparency_lies_on_white_as_in_chat(client, model):
+    image = draw(3).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    assert ask(client, [user(QUESTIONS[3], image)]) == model.chat(image, QUESTIONS[3])
+
+
+@pytest.mark.parametrize("budget", [16, [4, 64], "dynamic", "dynamic:16"])
+def test_a_request_has_its_budget(client, model, budget):
+    lengths = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    expected = model.chat([draw(1), draw(2)], QUESTIONS[3], num_image_tokens=budget)
+    lengths_of_chat, lengths[:] = lengths[:], []
+    answer = ask(client, [user(QUESTIONS[3], draw(1), draw(2))], extra_body={"num_image_tokens": budget})
+    hook.remove()
+    assert answer == expected and lengths == lengths_of_chat
+
+
+def test_without_a_budget_it_is_that_of_the_checkpoint(client, model):
+    default, given = (
+        complete(client, [user("what color?", draw(1))], extra_body=extra).usage.prompt_tokens
+        for extra in ({}, {"num_image_tokens": model.config.num_image_tokens - 4})
+    )
+    assert default == given + 4
+
+
+@pytest.mark.parametrize("budget", [0, 577, 1.5, True, "64", "dynamic:0", "dynamic:577", "some", [16], {"K": 16}])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_bad_budget_is_refused_in_the_words_of_the_processor(client, model, budget, streamed):
+    with pytest.raises(ValueError) as reason:
+        model.processor_beside_weights().resolve_budgets(budget, 2)
+    messages = [user("what color?", draw(1), draw(2))]
+    answer = refusal(client, messages, stream=streamed, extra_body={"num_image_tokens": budget})
+    assert answer == (400, str(reason.value))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:1/image.png",
+        "https://example.org/image.png",
+        "file:///etc/hostname",
+        str(SHIPPED / "config.json"),
+        "data:text/plain;base64,aGVsbG8=",
+        base64.b64encode(encode(draw(1))).decode(),
+    ],
+)
+def test_images_are_data_uris_and_no_addresses_or_files(client, url):
+    status, message = refusal(client, [user("what color?", url)])
+    assert status == 400 and "no address or file is read" in message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no image", encode(draw(1))[:-60], encode(draw(1), "TIFF"), b"<svg/>"],
+    ids=["empty", "text", "truncated", "tiff", "svg"],
+)
+def test_broken_images_are_refused(client, data):
+    assert refusal(client, [user("what color?", data_uri(data))])[0] == 400
+
+
+def test_broken_base64_is_refused(client):
+    assert refusal(client, [user("what color?", "data:image/png;base64,!!!" + "A" * 100)])[0] == 400
+
+
+@pytest.mark.parametrize("side", [201, 60_000])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(client, side):
+    data = bytearray(encode(Image.new("L", (1, 1)))[:45])  # as far as where the pixels begin
+    data[16:24] = side.to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    status, message = refusal(client, [user("what color?", data_uri(bytes(data)))])
+    assert status == 413 and "too many pixels" in message
+
+
+def test_too_many_images_are_refused_over_all_messages(client):
+    messages = [user("what color?", draw(1), draw(2)), user("and these?", draw(3), draw(4))]
+    assert refusal(client, messages) == (413, "4 images: at most 3 in a request.")
+
+
+def test_a_body_that_is_too_large_is_refused(client):
+    with pytest.raises(openai.APIStatusError) as error:
+        complete(client, [{"role": "user", "content": "a" * 2**20}])
+    assert error.value.status_code == 413
+
+
+def test_a_body_that_says_no_length_is_refused_once_it_is_too_large(client):
+    assert post(client, "/v1/chat/completions", iter([b"[1]"]))[0] == 422
+    assert post(client, "/v1/chat/completions", iter([b'["', *[b"a" * 2**16] * 17]))[0] == 413
+
+
+def test_too_many_new_tokens_are_refused(client):
+    messages = [user("what color?", draw(1))]
+    assert complete(client, messages, max_tokens=1).usage.completion_tokens == 1
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert refusal(client, messages, **{name: 33}) == (400, "33 new tokens: at most 32 are given.")
+
+
+def test_a_prompt_longer_than_the_model_reads_is_refused(client):
+    status, message = refusal(client, [{"role": "user", "content": "what color is it? " * 1000}])
+    assert status == 400 and "more than the model reads" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("messages", []),
+        ("messages", [{"role": "tool", "content": "yes"}]),
+        ("messages", [{"role": "user", "content": [{"type": "input_audio"}]}]),
+        ("messages", [{"role": "user", "content": "what is <image>?"}]),
+        ("messages", [user("what color?", Image.new("RGB", (101, 1)))]),
+        ("max_tokens", "many"),
+        ("temperature", -1),
+        ("stop", "red"),
+        ("tools", [{"type": "function"}]),
+        ("generation_config", '{"max_new_tokens": 100000}'),
+        ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}),
+        ("model", "another"),
+        ("num_image_token", 64),
+    ],
+)
+def test_what_cannot_be_done_is_refused(client, field, value):
+    body = {"model": "lightvlm-tiny", "messages": [user("what color?", draw(1))]} | {field: value}
+    status, answer = post(client, "/v1/chat/completions", json.dumps(body))
+    assert status in (400, 422) and answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/responses", "/v1/completions", "/v1/systemone"])
+def test_the_other_routes_of_transformers_are_closed(client, path):
+    assert post(client, path, '{"model": "gpt2"}')[0] == 404
+
+
+def test_a_temperature_samples_and_none_does_not(client):
+    messages = [{"role": "user", "content": "what"}]
+    assert len({ask(client, messages, temperature=2, seed=seed, max_tokens=8) for seed in range(4)}) > 1
+    assert len({ask(client, messages, seed=seed, max_tokens=8) for seed in range(4)}) == 1
+
+
+def test_32_requests_at_once_are_answered_as_one_by_one(client, model):
+    cases = [(draw(index), QUESTIONS[index % 4], [16, 64, "dynamic:32"][index % 3]) for index in range(16)]
+    expected = [model.chat(image, question, num_image_tokens=budget) for image, question, budget in cases]
+    assert len(set(expected)) > 4
+
+    def answer(image, question, budget, streamed):
+        options = {"messages": [user(question, image)], "extra_body": {"num_image_tokens": budget}}
+        return "".join(stream(client, **options)).strip() if streamed else ask(client, **options)
+
+    with ThreadPoolExecutor(32) as threads:
+        answers = [threads.submit(answer, *case, streamed) for case in cases for streamed in (True, False)]
+    assert [answer.result() for answer in answers] == [each for each in expected for _ in range(2)]
+
+
+def test_the_command_says_where_it_answers_and_ends_at_ctrl_c_in_the_midst_of_an_answer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)  # other tests want to hear
+    make_model().save_pretrained(tmp_path / "lightvlm-tiny")
+    make_processor().save_pretrained(tmp_path / "lightvlm-tiny")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def use():
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            try:
+                while socket.socket().connect_ex(("127.0.0.1", port)):
+                    time.sleep(0.05)
+                assert refusal(client, [user("what?", draw(1), draw(2))])[0] == 413
+                growing = complete(client, [user("what?", draw(1))], stream=True, max_tokens=400)
+                next(growing)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(openai.APIError):  # cut short, not waited for
+                list(growing)
+
+    command = ["serve", "--port", str(port), "--dtype", "bfloat16", "--device", "cpu", "--max-images", "1"]
+    with ThreadPoolExecutor(1) as threads:
+        used = threads.submit(use)
+        assert main([*command, "--model-path", str(tmp_path / "lightvlm-tiny")]) == 0
+        used.result()
+    line = f"lightvlm-tiny (cpu, bfloat16) answers at http://127.0.0.1:{port}/v1; Ctrl-C ends it\n"
+    assert capsys.readouterr().out == line
+
+
+def test_a_taken_port_is_one_clear_sentence(client, capsys):
+    assert main(["serve", "--port", str(client.base_url.port)]) == 2
+    assert "in use" in capsys.readouterr().err
