@@ -20,17 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-    from lightvlm.demo.pictures import picture_kept
+    from lightvlm.demo.pictures import draw_kept
     from lightvlm.processing.processing_lightvlm import open_image
 
     image = open_image(args.image)
     model, processor = load(args.model_path)
     if args.prompt:
         check_question_aware("--prompt", args.model_path, model)
-    options = {"num_image_tokens": args.num_image_tokens} | ({"question": args.prompt} if args.prompt else {})
-    inputs = processor(images=[image], return_tensors="pt", **options).to(model.device)
-    with torch.no_grad():
-        (kept,) = model.get_image_features(**inputs).kept_indices
-    picture_kept(inputs["pixel_values"][0], kept, processor).save(args.output)
-    print(f"{args.output}: {len(kept)} of {processor.num_patches} tokens")
+    picture, kept = draw_kept(model, processor, image, args.num_image_tokens, args.prompt)
+    picture.save(args.output)
+    print(f"{args.output}: {kept} of {processor.num_patches} tokens")

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from lightvlm import LightVLMProcessor
+from lightvlm import LightVLM, LightVLMProcessor
 from PIL import Image, ImageDraw, ImageFont
 
 DIM, DIM_COLOR = 0.3, 60  # a dropped patch keeps so much of itself, and the rest is this grey
@@ -45,3 +45,29 @@ def picture_kept(
     draw.rectangle((left - margin, top - margin, right + margin, bottom + margin), fill="black")
     draw.text(place, label, font=font, anchor="lb", fill="white")
     return picture
+
+
+@torch.no_grad()
+def draw_kept(
+    model: LightVLM,
+    processor: LightVLMProcessor,
+    image: Image.Image,
+    num_image_tokens: int | str | None,
+    question: str | None = None,
+) -> tuple[Image.Image, int]:
+    """`picture_kept` of an image, and how many tokens are kept.
+
+    Args:
+        model: whose pruner chooses.
+        processor: the checkpoint's.
+        image: of any mode and size.
+        num_image_tokens: K, "dynamic" or "dynamic:64"; the checkpoint's if None.
+        question: to choose the tokens by, for a pruner with `score="question"`.
+
+    Raises:
+        ValueError: where the processor refuses the image or the budget.
+    """
+    options = {"num_image_tokens": num_image_tokens} | ({"question": question} if question else {})
+    inputs = processor(images=[image], return_tensors="pt", **options).to(model.device)
+    (kept,) = model.get_image_features(**inputs).kept_indices
+    return picture_kept(inputs["pixel_values"][0], kept, processor), len(kept)

@@ -1,0 +1,147 @@
+"""Answers for the demo's page: streamed, timed, and with a picture of the tokens that are kept.
+
+The model does one thing at a time, in a thread of its own, so that the milliseconds of an answer are its own.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+
+import torch
+from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.demo.pictures import draw_kept
+from lightvlm.processing.processing_lightvlm import open_image
+from PIL import Image
+from transformers import TextIteratorStreamer
+
+MAX_PIXELS, MAX_QUESTION, MAX_TURNS = 25_000_000, 500, 10
+
+
+class TimedStreamer(TextIteratorStreamer):
+    """An answer as it grows, and when its first token was there."""
+
+    first_token = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt and self.first_token is None:
+            self.first_token = time.perf_counter()
+        super().put(value)
+
+
+@dataclass
+class Conversation:
+    """All that is known of one visitor: `history` is what `chat` appends to, `shown` the messages on the page."""
+
+    image: Path | None = None
+    question: str = ""
+    history: list[dict] = field(default_factory=list)
+    shown: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class Choice:
+    """What a visitor chose: K or "dynamic:64", and whether question and earlier questions count."""
+
+    budget: int | str
+    by_question: bool = False
+    follow_up: bool = False
+
+
+def check_image(path: Path) -> Path:
+    """The same path; ValueError where the file is no image or has more than `MAX_PIXELS`."""
+    try:
+        with Image.open(path) as image:  # reads no more than the header
+            width, height = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        width, height = 0, 0  # `open_image` says what is wrong
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{path.name} has {width} x {height} pixels: make it smaller, {MAX_PIXELS:,} at most.")
+    try:
+        open_image(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), path.name)) from None
+    return path
+
+
+class Answerer:
+    """A model that answers one visitor after the other.
+
+    Args:
+        model: in evaluation mode.
+        processor: the checkpoint's.
+    """
+
+    def __init__(self, model: LightVLM, processor: LightVLMProcessor):
+        self.model, self.processor = model, processor
+        self.worker = ThreadPoolExecutor(max_workers=1)
+        talk = Conversation(Image.new("RGB", (64, 64)), "?")
+        for budget in (processor.num_patches, processor.num_image_tokens):  # or the first visitor would wait for it
+            self.worker.submit(self.chat, self.streamer(), talk, [], Choice(budget), max_new_tokens=1).result()
+
+    def streamer(self) -> TimedStreamer:
+        return TimedStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def chat(self, streamer: TimedStreamer, talk: Conversation, history: list, choice: Choice, **options) -> float:
+        """Answer into a streamer; milliseconds from here to the first token, reading the image included."""
+        start = time.perf_counter()
+        try:
+            self.model.chat(
+                None if history else talk.image,
+                talk.question,
+                history,
+                num_image_tokens=choice.budget,
+                question_aware=choice.by_question,
+                streamer=streamer,
+                processor=self.processor,
+                **options,
+            )
+        finally:
+            streamer.end()  # or, after an error, its reader would wait for ever
+        return 1000 * (streamer.first_token - start)
+
+    def draw(self, talk: Conversation, choice: Choice) -> tuple[Image.Image, int]:
+        """The picture of what is kept of the image, and how many tokens that is."""
+        question = talk.question if choice.by_question else None
+        image = open_image(talk.image)
+        return self.worker.submit(draw_kept, self.model, self.processor, image, choice.budget, question).result()
+
+    def answer(self, talk: Conversation, choice: Choice) -> Iterator[tuple[str, Image.Image | None]]:
+        """The answer as it grows; at the end with its tokens and milliseconds, and with the picture.
+
+        The same question is asked once more with all tokens, for the time to its first token alone. Each time is that
+        of one call, and both calls run in the same thread, one after the other.
+
+        Raises:
+            ValueError: where there is no image or question, there are too many, or the processor refuses one of them.
+        """
+        if talk.image is None:
+            raise ValueError("Which image? Add one to the question, or choose an example.")
+        if not 1 <= len(talk.question) <= MAX_QUESTION:
+            raise ValueError(f"Write a question of at most {MAX_QUESTION} characters.")
+        before = talk.history if choice.follow_up else []
+        if len(before) >= 2 * MAX_TURNS:
+            raise ValueError(f"{MAX_TURNS} questions are as many as are remembered: untick the follow-up.")
+        history, streamer, stop, answer = [*before], self.streamer(), Event(), ""
+
+        def stopped(ids, scores, **kwargs):
+            return torch.full((len(ids),), stop.is_set(), device=ids.device)
+
+        job = self.worker.submit(self.chat, streamer, talk, history, choice, stopping_criteria=[stopped])
+        try:
+            for words in streamer:
+                answer += words
+                yield answer, None
+            first = job.result()
+        finally:
+            stop.set()  # a visitor who leaves does not keep the model busy
+        talk.history = history
+        picture, kept = self.draw(talk, choice)
+        patches = self.processor.num_patches
+        line = f"{kept} of {patches} tokens · first token after {first:.0f} ms"
+        if kept < patches:
+            job = self.worker.submit(self.chat, self.streamer(), talk, [*before], Choice(patches), max_new_tokens=1)
+            line += f" (all tokens: {job.result():.0f} ms)"
+        yield f"{answer.strip()}\n\n*{line}*", picture

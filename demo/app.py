@@ -1,0 +1,178 @@
+"""The demo's page: ask about an image, choose how many of its tokens the model sees, and look at which are kept.
+
+Visitors wait in a queue for the one model; what a visitor's session holds is a `Conversation` and nothing else.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import gradio as gr
+from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.demo.answers import Answerer, Choice, Conversation, check_image
+from PIL import Image
+
+MAX_FILE_SIZE = "10mb"
+# Mosaics of training/prepare_mosaics.py, test split: easy-VQA's shapes (MIT), photographs of scikit-image (Falcon 9 by
+# SpaceX, public domain; the cat by Stefan van der Walt, CC0).
+FOLDER = Path(__file__).with_name("examples")
+EXAMPLES = [
+    {"text": "how many shapes are there?", "files": [str(FOLDER / "photo_3x3_6.jpg")]},
+    {"text": "what color is the shape in the top center?", "files": [str(FOLDER / "photo_3x3_20.jpg")]},
+    {"text": "what color is the shape in the middle right?", "files": [str(FOLDER / "flat_3x3_10.jpg")]},
+]
+FIXED, DYNAMIC = "fixed", "what the image needs"
+K, K_MEAN = "K, tokens kept of the image", "K in the mean over many images"
+BY_QUESTION = "The question has a say in which tokens are kept"
+FOLLOW_UP = "Follow-up: earlier questions go into the prompt"
+TITLE = """<h1>LightVLM</h1>
+<p>Answers from a fraction of the image's tokens: the dimmed ones never reach the language model.</p>"""
+INVITATION = "Choose an example, or add an image and ask about it."
+
+
+def ask(
+    answerer: Answerer, talk: Conversation, message: dict, kind: str, number: int, by_question: bool, follow_up: bool
+) -> Iterator[tuple]:
+    """Answer {"text", "files"}, or say what is wrong with it: conversation, messages, an empty box and the picture."""
+    text, files = message["text"].strip(), [Path(file) for file in message["files"]]
+    asked, reply = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
+    talk.shown, picture = [*talk.shown, asked, reply], None
+    try:
+        if files:
+            talk.image, talk.history = check_image(files[0]), []
+            asked["content"] = [{"path": str(files[0])}, text]
+        talk.question = text
+        yield talk, talk.shown, None, gr.skip()
+        for reply["content"], picture in answerer.answer(talk, choice(kind, number, by_question, follow_up)):
+            yield talk, talk.shown, None, picture or gr.skip()
+    except ValueError as error:
+        reply["content"] = f"⚠ {error}"
+    yield talk, talk.shown, None, picture or gr.skip()
+
+
+def show(answerer: Answerer, talk: Conversation, kind: str, number: int, by_question: bool) -> Image.Image | dict:
+    """The picture at another budget, before anything more is asked."""
+    if talk.image is None:
+        return gr.skip()
+    try:
+        return answerer.draw(talk, choice(kind, number, by_question))[0]
+    except ValueError as error:
+        raise gr.Error(str(error)) from None
+
+
+def choice(kind: str, number: int, *also: bool) -> Choice:
+    """The values of the page's controls."""
+    return Choice(f"dynamic:{number}" if kind == DYNAMIC else number, *also)
+
+
+def slider(kind: str, number: int, patches: int, means: list[int]) -> gr.Slider:
+    """The slider with the range that a kind of budget has, its value moved into it."""
+    least, most = (means[0], means[-1]) if kind == DYNAMIC else (1, patches)
+    label = K_MEAN if kind == DYNAMIC else K
+    return gr.Slider(least, most, min(max(number, least), most), step=1, label=label, elem_id="number")
+
+
+def build(answerer: Answerer) -> gr.Blocks:
+    """The layout, and which event calls what."""
+    config, patches = answerer.model.config, answerer.processor.num_patches
+    means = (config.dynamic_budget or {}).get("means", [])
+    is_dynamic = config.num_image_tokens == "dynamic"
+    default = (DYNAMIC, config.mean_image_tokens) if is_dynamic else (FIXED, config.num_image_tokens)
+    with gr.Blocks(title="LightVLM", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.HTML(TITLE, elem_id="title")
+        talk = gr.State(Conversation())
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                chat = gr.Chatbot(
+                    label="Conversation",
+                    show_label=False,
+                    height=440,
+                    buttons=[],
+                    allow_file_downloads=False,
+                    placeholder=INVITATION,
+                    elem_id="chat",
+                )
+                box = gr.MultimodalTextbox(
+                    show_label=False,
+                    file_types=["image"],
+                    placeholder="Ask about an image",
+                    label="Question",
+                    elem_id="question",
+                )
+                examples = gr.Dataset(
+                    components=[gr.Image(render=False)],
+                    samples=[each["files"] for each in EXAMPLES],
+                    type="index",
+                    label="Examples",
+                    elem_id="examples",
+                )
+            with gr.Column(scale=2, min_width=320):
+                picture = gr.Image(
+                    label="Tokens that are kept",
+                    show_label=False,
+                    interactive=False,
+                    buttons=[],
+                    height=360,
+                    elem_id="kept",
+                )
+                with gr.Group():
+                    kind = gr.Radio(
+                        [FIXED, DYNAMIC],
+                        value=default[0],
+                        label="Tokens of an image",
+                        visible=bool(means),
+                        elem_id="kind",
+                    )
+                    number = slider(*default, patches, means)
+                    by_question = gr.Checkbox(label=BY_QUESTION, visible=config.score == "question")
+                    follow_up = gr.Checkbox(label=FOLLOW_UP)
+        budget, alone = [kind, number, by_question], {"concurrency_id": "model", "concurrency_limit": 1}
+        asking = {
+            "fn": partial(ask, answerer),
+            "inputs": [talk, box, *budget, follow_up],
+            "outputs": [talk, chat, box, picture],
+        }
+        box.submit(**asking, **alone, api_name="ask")
+        chosen = examples.click(lambda index: EXAMPLES[index], examples, box, api_visibility="private")
+        chosen.then(**asking, **alone, api_visibility="private")
+        chat.clear(lambda: (Conversation(), None), None, [talk, picture], api_visibility="private")
+        kind.change(lambda kind, n: slider(kind, n, patches, means), budget[:2], number, api_visibility="private")
+        gr.on(
+            [change.change for change in budget],
+            partial(show, answerer),
+            [talk, *budget],
+            picture,
+            **alone,
+            trigger_mode="always_last",
+            show_progress="hidden",
+            api_name="show",
+        )
+    return page
+
+
+def launch(model: LightVLM, processor: LightVLMProcessor, host: str, port: int | None, **options) -> gr.Blocks:
+    """Serve the demo; `options` are those of `gr.Blocks.launch`.
+
+    Args:
+        model: in evaluation mode.
+        processor: the checkpoint's.
+        host: address to listen on.
+        port: None for the first free one from 7860 on.
+
+    Raises:
+        OSError: where the port is taken.
+    """
+    page = build(Answerer(model, processor)).queue(max_size=32)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=MAX_FILE_SIZE,
+        theme=gr.themes.Default(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
+        css_paths=[Path(__file__).with_name("style.css")],
+        footer_links=[],
+        allowed_paths=[str(FOLDER)],
+        **options,
+    )
+    return page
