@@ -13,7 +13,7 @@ import shlex
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, load, positive, positive_list
+from lightvlm.cli.common import add_model_path, add_precision, load, positive, positive_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=positive, help="of a preset's language model; the vision encoder keeps all of its own"
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the checkpoint's, or bfloat16")
+    add_precision(parser)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU, if there is one")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--batch-sizes", type=positive_list, default=[1, 4, 16], help="1,4,16")
@@ -65,9 +65,14 @@ def run(args: argparse.Namespace) -> None:
     if args.preset:
         model = random_model(preset_config(args.preset, args.layers), device, getattr(torch, args.dtype or "bfloat16"))
         images = image_processor(model.config)
+        if args.int8:
+            int8 = model.int8_config().quant_type
+            from torchao.quantization import quantize_
+
+            quantize_(model.model.language_model, int8)
     else:
-        model, processor = load(args.model_path)
-        model = model.to(device, getattr(torch, args.dtype) if args.dtype else model.dtype)
+        model, processor = load(args.model_path, args.dtype, args.int8)
+        model = model.to(device)
         images = processor.image_processor
     model.model.resolve_budgets(args.num_image_tokens, len(args.num_image_tokens))
     model.set_attn_implementation(args.attention)
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         "command": shlex.join(["lightvlm", *args.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else ""),
         "attention": args.attention,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -4,12 +4,22 @@ import argparse
 import re
 from pathlib import Path
 
+FLOAT32_ONLY = ("DEFAULT", "NO AVX", "AVX2")  # capabilities of CPUs
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "lightvlm-tiny"
 
 
 def add_model_path(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-path", default=str(SHIPPED), help="folder or Hub name of a LightVLM checkpoint (the shipped one)"
+    )
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--int8", action="store_true", help="int8 weights in the language model's linear layers")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (the checkpoint's, or float32 on a CPU that is slow at others; of a preset bfloat16)",
     )
 
 
@@ -39,22 +49,35 @@ def positive_list(text: str) -> list[int]:
     return [positive(number) for number in text.split(",")]
 
 
-def load(model_path: str):
+def load(model_path: str, dtype: str | None = None, int8: bool = False):
     """Model, in evaluation mode and on the GPU if there is one, and processor.
 
+    Args:
+        model_path: folder or Hub name of a checkpoint.
+        dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's, but float32 on a CPU whose vector
+            units know nothing else: PyTorch's bf16 products are many times slower there.
+        int8: weights of the language model's linear layers.
+
     Raises:
-        ValueError: where there is no such checkpoint, it is of another kind or broken, or its weights don't fit.
+        ValueError: where there is no such checkpoint, it is of another kind or broken, its weights don't fit, or
+            torchao is missing.
     """
     import torch
     from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
     from transformers import AutoConfig
 
+    on_gpu = torch.cuda.is_available()
+    if dtype is None:
+        dtype = "float32" if not on_gpu and torch.backends.cpu.get_cpu_capability() in FLOAT32_ONLY else "auto"
+    options = {"dtype": dtype} | (
+        {"quantization_config": LightVLMForConditionalGeneration.int8_config()} if int8 else {}
+    )
     # Whatever goes wrong in here, and transformers raises of every kind, it is this checkpoint that is at fault.
     try:
         model_type = AutoConfig.from_pretrained(model_path).model_type
         if model_type == "lightvlm":
             model, report = LightVLMForConditionalGeneration.from_pretrained(
-                model_path, ignore_mismatched_sizes=True, output_loading_info=True
+                model_path, **options, ignore_mismatched_sizes=True, output_loading_info=True
             )
             processor = LightVLMProcessor.from_pretrained(model_path)
     except Exception as error:
@@ -70,7 +93,7 @@ def load(model_path: str):
             f"The weights of {model_path} do not fit its config.json: {', '.join(unfit[:5])} (of {len(unfit)}) are "
             "missing, superfluous, or of another shape. Save the checkpoint again, or correct its config.json."
         )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.eval().to("cuda" if on_gpu else "cpu"), processor
 
 
 def check_question_aware(option: str, model_path: str, model) -> None:

@@ -40,7 +40,7 @@ import json
 import shlex
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, budget_list, check_question_aware, load, positive
+from lightvlm.cli.common import add_model_path, add_precision, budget_list, check_question_aware, load, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--selectors", default="topk", help="one or several of those above: topk,random (topk)")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,dynamic:64")
     parser.add_argument("--batch-size", type=positive, default=64)
+    add_precision(parser)
     parser.add_argument("--limit", type=positive, help="only the first so many rows")
     parser.add_argument("--seed", type=int, default=0, help="for the random selector (0)")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         files, metric = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}, ExactMatch()
         if len(files) < len(args.data_path):
             raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
-    model, processor = load(args.model_path)
+    model, processor = load(args.model_path, args.dtype, args.int8)
     for name in selectors:
         if name.endswith("+question"):
             check_question_aware(name, args.model_path, model)
@@ -112,7 +113,8 @@ def run(args: argparse.Namespace) -> None:
     command = shlex.join(["lightvlm", *args.argv])
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    timing = f"milliseconds a question, median over batches of {args.batch_size}, on {device}"
+    dtype = str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else "")
+    timing = f"milliseconds a question, median over batches of {args.batch_size}, {dtype}, on {device}"
     print(f"\n{command}\nseed {args.seed}\nprefill and selection: {timing}\n\n{table(results)}")
     if args.output:
         report = {"command": command, "seed": args.seed, "timing": timing, "results": results}

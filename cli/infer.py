@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 
-from lightvlm.cli.common import add_model_path, budget_list, check_question_aware, load, positive
+from lightvlm.cli.common import add_model_path, add_precision, budget_list, check_question_aware, load, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-image-tokens", type=budget_list, default=[None], help="K, or several: 576,144,dynamic:64"
     )
     parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
+    add_precision(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=64)
     parser.add_argument("--format", choices=["text", "json"], default="text")
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from lightvlm.processing.processing_lightvlm import open_image
 
     images = [(path, open_image(path)) for path in args.image]
-    model, processor = load(args.model_path)
+    model, processor = load(args.model_path, args.dtype, args.int8)
     if args.question_aware:
         check_question_aware("--question-aware", args.model_path, model)
     results = []

@@ -22,14 +22,14 @@ def manifest() -> ModelManifest:
 class LMMSModel(lmms):
     """A checkpoint that answers the generation tasks of lmms-eval, in batches, on text and images.
 
-    `accelerate launch --num_processes 2 -m lmms_eval ...` shares the questions out among processes, which lmms-eval
-    does itself by rank; so it does with `--use_cache`.
+    lmms-eval itself shares questions out among the processes of `accelerate launch`, and keeps the answers of
+    `--use_cache`.
 
     Args:
         pretrained: folder or Hub name of a LightVLM checkpoint.
         num_image_tokens: K of every image, "dynamic" or "dynamic:64"; the checkpoint's default if None.
         question_aware: whether each question chooses the tokens.
-        dtype: such as "bfloat16"; "auto" is the checkpoint's.
+        dtype: "float32", "bfloat16" or "float16"; by default as `lightvlm eval` chooses it.
         device: such as "cpu"; by default this process's GPU if there is one.
         batch_size: questions at a time.
 
@@ -44,23 +44,23 @@ class LMMSModel(lmms):
         pretrained: str,
         num_image_tokens: int | str | None = None,
         question_aware: bool = False,
-        dtype: str = "auto",
+        dtype: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size}: give a whole number from 1 on.")
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={dtype}: give auto, float32, bfloat16 or float16.")
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype}: give float32, bfloat16 or float16.")
         self.accelerator = Accelerator()  # before the model is loaded: it makes this process's GPU the current one
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.model, self.processor = load(pretrained)
+        self.model, self.processor = load(pretrained, dtype)
         self.processor.resolve_budgets(num_image_tokens, 1)
         if question_aware:
             check_question_aware("question_aware", pretrained, self.model)
-        self.model.to(device, None if dtype == "auto" else getattr(torch, dtype))
-        self.device = self.model.device
+        self.device = torch.device(device or self.model.device)
+        self.model.to(self.device)
         self.num_image_tokens, self.question_aware = num_image_tokens, question_aware
         self.batch_size = int(batch_size)
 

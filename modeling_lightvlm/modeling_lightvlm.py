@@ -20,9 +20,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
+    TorchAoConfig,
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import (
@@ -44,6 +46,7 @@ from .pruning_lightvlm import (
 )
 
 IMAGE_TOKEN = "<image>"
+FULL_PRECISION = ["model.vision_tower", "model.pruner", "model.multi_modal_projector", "lm_head"]  # beside int8
 ENCODERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # and how each selects its features
 
 
@@ -507,6 +510,29 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             self._processor.num_image_tokens = self.config.num_image_tokens
             self._processor.mean_image_tokens = self.config.mean_image_tokens
         return self._processor
+
+    @staticmethod
+    def int8_config(backend: str = "torchao") -> TorchAoConfig | BitsAndBytesConfig:
+        """For `from_pretrained(…, quantization_config=…)`: the language model's linear layers with int8 weights.
+
+        Vision encoder, pruner, projector and output layer stay as they are. Their names are whole, because a part of
+        one would match other layers, or none.
+
+        Args:
+            backend: "torchao", on any device; or "bitsandbytes", LLM.int8 (Dettmers et al. 2022), made for CUDA.
+
+        Raises:
+            ValueError: where the backend is unknown, or torchao is not installed.
+        """
+        if backend == "bitsandbytes":
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=FULL_PRECISION)
+        if backend != "torchao":
+            raise ValueError(f"There is no int8 backend {backend!r}: choose torchao or bitsandbytes.")
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig
+        except ImportError:
+            raise ValueError("int8 needs torchao: pip install torchao") from None
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=FULL_PRECISION)
 
     @classmethod
     @torch.no_grad()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from lightvlm.cli.common import SHIPPED
+from lightvlm.cli.common import SHIPPED, load
 from lightvlm.cli.main import VERBS, main
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
@@ -183,7 +183,7 @@ def test_eval_prints_a_table_and_writes_json_and_a_plot(checkpoint, data, capsys
     assert evaluate(checkpoint, data, *options, "--batch-size", "3") == 0
     out = capsys.readouterr().out
     assert "| data | all | 36 |" in out and "| data | random | 4 |" in out and "seed 0" in out
-    assert "lightvlm eval --model-path" in out and "batches of 3, on CPU" in out
+    assert "lightvlm eval --model-path" in out and "batches of 3, float32, on CPU" in out
     results = json.loads(report.read_text())["results"]
     names = [(row["selector"], row["num_image_tokens"], row["total"]) for row in results]
     assert names == [("all", 36, 4), ("topk", 4, 4), ("random", 4, 4), ("fastv", 4, 4)]
@@ -288,9 +288,11 @@ def test_bench_knows_every_preset(preset, capsys):
     assert "--layers 99" in capsys.readouterr().err
 
 
-def test_bench_draws_weights_for_a_preset(capsys):
-    assert bench("--preset", "tiny", "--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9") == 0
-    assert "| LightVLM | 9 |" in capsys.readouterr().out
+@pytest.mark.parametrize("int8", [[], ["--int8"]])
+def test_bench_draws_weights_for_a_preset(int8, capsys):
+    assert bench("--preset", "tiny", "--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9", *int8) == 0
+    out = capsys.readouterr().out
+    assert "| LightVLM | 9 |" in out and ("bfloat16 and int8" in out) == bool(int8)
 
 
 def test_bench_names_what_is_wrong(checkpoint, capsys):
@@ -325,3 +327,11 @@ def test_build_needs_two_parts_or_a_llava(capsys, tmp_path):
     for options in ([], ["--vision", "x"], ["--vision", "x", "--text", "y", "--llava", "z"]):
         assert main(["build", *options, "--output-dir", str(tmp_path)]) == 2
         assert "--llava" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capability, dtype", [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_weights_are_of_the_checkpoints_dtype_unless_the_cpu_is_slow_at_it(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert load(SHIPPED)[0].dtype == dtype
+    assert load(SHIPPED, "float16")[0].dtype == torch.float16

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightvlm.evaluation.answers import answer, batches, cut, generation_options, stop_strings
+from test_dynamic_budget import make_dynamic
 from tiny import make_image, make_model, make_processor
 
 SHORT = {"max_new_tokens": 6}
@@ -36,8 +37,9 @@ def ask_alone(model, processor, asked, **options):
 
 
 @pytest.mark.parametrize("num_image_tokens", [None, 4, "dynamic:6"])
-def test_a_batch_of_none_one_and_two_images_is_answered_as_each_is_alone(tiny, asked, num_image_tokens):
-    model, processor = tiny
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_a_batch_of_none_one_and_two_images_is_answered_as_each_is_alone(vision, asked, num_image_tokens):
+    model, processor = make_dynamic(vision), make_processor(vision)
     alone = ask_alone(model, processor, asked, num_image_tokens=num_image_tokens, do_sample=False, **SHORT)
     assert answer(model, processor, asked, SHORT, num_image_tokens) == alone
     assert all(alone)
@@ -142,7 +144,7 @@ class TestInLmmsEval:
         pytest.importorskip("lmms_eval", reason="make test-lmms installs lmms-eval")
         from lmms_eval.models import get_model
 
-        make_model().save_pretrained(tmp_path)
+        make_dynamic().save_pretrained(tmp_path)
         make_processor().save_pretrained(tmp_path)
         return lambda arguments="", **more: get_model("lightvlm").create_from_arg_string(
             f"pretrained={tmp_path}{arguments}", {"device": "cpu", **more}

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 DATA = Path("data/easy-vqa")
 
 
-def lmms_eval(budget: int | str, limit: int, batch_size: int, output: Path) -> dict[int, str]:
+def in_lmms_eval(budget: int | str, limit: int, batch_size: int, output: Path) -> dict[int, str]:
     """Answers by question number, of one run of the command line."""
     model_args = f"pretrained={SHIPPED},num_image_tokens={budget},dtype=float32"
     command = [sys.executable, "-m", "lmms_eval", "--model", "lightvlm", "--model_args", model_args]
@@ -29,7 +29,7 @@ def lmms_eval(budget: int | str, limit: int, batch_size: int, output: Path) -> d
 
 
 @torch.no_grad()
-def lightvlm_eval(questions: Questions, model, budget: int | str) -> dict[int, str]:
+def in_lightvlm_eval(questions: Questions, model, budget: int | str) -> dict[int, str]:
     """Answers by question number, as `lightvlm eval` generates them."""
     answers = {}
     for rows in questions.batches(64):
@@ -46,14 +46,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output-dir", type=Path, default=Path("build/lmms"))
     args = parser.parse_args()
-    model, processor = load(str(SHIPPED))
-    model.float()
+    model, processor = load(str(SHIPPED), "float32")
     rows = load_llava(DATA / "mosaics_test_photo_3x3.json", DATA / "images")
     questions = Questions(rows.select(range(args.limit)), processor)
     differing = 0
     for budget in args.num_image_tokens:
-        theirs = lmms_eval(budget, args.limit, args.batch_size, args.output_dir / str(budget))
-        ours = lightvlm_eval(questions, model, budget)
+        theirs = in_lmms_eval(budget, args.limit, args.batch_size, args.output_dir / str(budget))
+        ours = in_lightvlm_eval(questions, model, budget)
         right = [sum(answers[row] == questions.references[row] for row in ours) for answers in (theirs, ours)]
         different = [row for row in ours if theirs[row] != ours[row]]
         print(f"{budget} tokens: lmms-eval {right[0]}, lightvlm eval {right[1]} of {args.limit} right")
