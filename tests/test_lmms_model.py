@@ -72,7 +72,9 @@ def test_an_answer_ends_before_the_first_stop_string(asked, processor):
     model = make_model()
     whole = answer(model, processor, asked, SHORT, 4)
     stops = [whole[0][2:4], whole[1][1:3]]
-    assert answer(model, processor, asked, {"until": stops, **SHORT}, 4) == [cut(text, stops) for text in whole] != whole
+    assert (
+        answer(model, processor, asked, {"until": stops, **SHORT}, 4) == [cut(text, stops) for text in whole] != whole
+    )
 
 
 def test_generation_ends_with_the_last_stop_string(asked, processor, monkeypatch):
