@@ -109,6 +109,6 @@ $(DATA)/mosaics_test_photo_3x3.json: $(DATA)/test.json
 .venv-lmms/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/pip install --quiet --constraint constraints.txt --editable ".[train,dev]" \
-		loguru pydantic python-dotenv pytz sacrebleu tenacity
+		loguru pydantic pytablewriter pytz sacrebleu tenacity
 	.venv-lmms/bin/pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@

@@ -1,6 +1,6 @@
 """LightVLM in lmms-eval, which finds it by its entry point of group `lmms_eval.models` in pyproject.toml.
 
-    lmms-eval --model lightvlm --model_args pretrained=FOLDER,num_image_tokens=64 --tasks pope --batch_size 16
+lmms-eval --model lightvlm --model_args pretrained=FOLDER,num_image_tokens=64 --tasks pope --batch_size 16
 """
 
 import torch

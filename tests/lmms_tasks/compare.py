@@ -21,11 +21,11 @@ def in_lmms_eval(budget: int | str, limit: int, batch_size: int, output: Path) -
     command = [sys.executable, "-m", "lmms_eval", "--model", "lightvlm", "--model_args", model_args]
     command += ["--tasks", "lightvlm_mosaics", "--include_path", str(HERE), "--batch_size", str(batch_size)]
     command += ["--limit", str(limit), "--log_samples", "--output_path", str(output), "--verbosity", "DEBUG"]
-    print(*command, flush=True)
+    print(*command, flush=True)  # DEBUG because other levels print an error and exit with 0
     subprocess.run(command, check=True)
     newest = max(output.rglob("*_samples_lightvlm_mosaics.jsonl"), key=lambda path: path.stat().st_mtime)
     samples = [json.loads(line) for line in newest.read_text().splitlines()]
-    return {sample["doc_id"]: sample["filtered_resps"][0] for sample in samples}
+    return {sample["doc_id"]: sample["filtered_resps"] for sample in samples}
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def in_lightvlm_eval(questions: Questions, model, budget: int | str) -> dict[int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-image-tokens", type=budget_list, default=[64, 16])
+    parser.add_argument("--num-image-tokens", type=budget_list, default=[64, 16, "dynamic:64"])
     parser.add_argument("--limit", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output-dir", type=Path, default=Path("build/lmms"))
