@@ -37,7 +37,7 @@ $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 		--output evaluation/results/mosaics_$*.json --plot evaluation/results/mosaics_$*.png
 
 # The lmms-eval adapter, in an environment of its own; the same questions must have the same answers in both.
-# What lmms-eval imports for such tasks stands in place of all that it requires: its torchvision and wandb are not used.
+# Only what lmms-eval imports for it is installed, not all that it requires; its errors about the rest are expected.
 test-lmms: .venv-lmms/ready $(DATA)/mosaics_test_photo_3x3.json
 	.venv-lmms/bin/pytest tests/test_lmms_model.py
 	.venv-lmms/bin/python tests/lmms_tasks/compare.py
