@@ -22,8 +22,7 @@ def manifest() -> ModelManifest:
 class LMMSModel(lmms):
     """A checkpoint that answers the generation tasks of lmms-eval, in batches, on text and images.
 
-    lmms-eval itself shares questions out among processes (`accelerate launch`, `torchrun`) and keeps a cache of answers
-    (`--use_cache`).
+    lmms-eval itself shares questions out among the processes of `torchrun`, and keeps the cache of `--use_cache`.
 
     Args:
         pretrained: folder or Hub name of a LightVLM checkpoint.
