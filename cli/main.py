@@ -10,6 +10,7 @@ VERBS = {
     "eval": "measure accuracy of selectors at several token budgets, on LLaVA JSON files or a benchmark",
     "bench": "time each stage from image to first token, beside transformers' LLaVA, at several token budgets",
     "build": "compose a Hub folder of a vision encoder and a language model, or of a LLaVA checkpoint",
+    "push": "upload a trained checkpoint to the Hub, with its card and results, once strangers can use it",
 }
 
 

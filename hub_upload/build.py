@@ -46,8 +46,8 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
     return save(model, processor, output_dir)
 
 
-def save(model, processor, output_dir: str | Path) -> LightVLMForConditionalGeneration:
+def save(model, processor, output_dir: str | Path, max_shard_size: str = "5GB") -> LightVLMForConditionalGeneration:
     """Write weights, processor and code to one folder, and return the model."""
-    model.save_pretrained(output_dir)
+    model.save_pretrained(output_dir, max_shard_size=max_shard_size)
     processor.save_pretrained(output_dir)
     return model

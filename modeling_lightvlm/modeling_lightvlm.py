@@ -32,6 +32,8 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPAttention
+from transformers.models.siglip.modeling_siglip import SiglipAttention
 from transformers.utils import ModelOutput
 
 from .configuration_lightvlm import LightVLMConfig
@@ -60,6 +62,20 @@ class LightVLMImageFeatures(BaseModelOutputWithPooling):
     """
 
     kept_indices: list[torch.Tensor] | None = None
+
+
+class WholeCLIPAttention(CLIPAttention):
+    """As its base class. vLLM fuses and shards what a class's own source calls; the prior wants it whole."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class WholeSiglipAttention(SiglipAttention):
+    """As `WholeCLIPAttention`."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
 
 
 def encode_patches(
@@ -163,6 +179,9 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
                 f"'full', not {vision_type} with '{strategy}'."
             )
         super().__init__(config)
+        whole = WholeCLIPAttention if vision_type == "clip_vision_model" else WholeSiglipAttention
+        for layer in self.vision_tower.encoder.layers:
+            layer.self_attn.__class__ = whole
         self.pruner = TokenPruner(config)
         self.post_init()
 

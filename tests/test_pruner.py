@@ -2,12 +2,11 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training import pruner
@@ -245,10 +244,6 @@ def test_every_recipe_is_possible(name):
 
 def test_two_processes_teach_one_scorer(data):
     options = settings(data, max_steps=3, per_device_train_batch_size=3)
-    training = Path(pruner.__file__).parent
-    launch = ["accelerate.commands.launch", "--config_file", training / "accelerate" / "ddp.yaml"]
-    launch += ["--num_processes", 2, "--main_process_port", 0, "--mixed_precision", "no", training / "pruner.py"]
-    launch += [part for name, value in options.items() for part in (f"--{name}", value)]
-    subprocess.run([sys.executable, "-m", *map(str, launch)], check=True, timeout=300)
+    launch("ddp", Path(pruner.__file__), [part for name, value in options.items() for part in (f"--{name}", value)])
     changed = changed_parts(data, LightVLM.from_pretrained(data / "out"))
     assert changed and all(".scorer." in name or "_score." in name for name in changed)

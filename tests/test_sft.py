@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from launch import launch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.training import sft
 from lightvlm.training.collator import LightVLMCollator, StepSampler
@@ -435,7 +434,7 @@ def test_nothing_in_the_folder_is_a_pickle_but_the_state_of_interrupted_runs(dat
         ({"projector_learning_rate": 1e-4, "train_parts": ["lm_head"]}, "projector_learning_rate"),
         ({"save_dtype": "int8"}, "save_dtype"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
-        ({"push_to_hub": True}, "hf upload"),
+        ({"push_to_hub": True}, "lightvlm push"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_before_anything_heavy_is_loaded(data, monkeypatch, options, message):
@@ -469,11 +468,8 @@ def test_two_processes_have_the_losses_gradients_and_k_of_one(data, monkeypatch,
     model, _ = train(data, monkeypatch, "one", **options, per_device_train_batch_size=4)
     (data / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
     script = {"ddp": TRAINING / "sft.py", "fsdp": data / "fsdp_on_cpu.py"}[setup]
-    config = str(TRAINING / "accelerate" / f"{setup}.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
-    launch += ["--num_processes", "2", "--main_process_port", "0", str(script)]
     options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "output_dir": data / "two"}
-    subprocess.run([*launch, *command(data, **options)], check=True, timeout=120)
+    launch(setup, script, command(data, **options))
 
     one, two = (
         json.loads((data / run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]

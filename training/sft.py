@@ -135,7 +135,7 @@ def check_arguments(args: LightVLMArguments, training_args: SFTConfig, num_patch
         "rows come in random order whatever train_sampling_strategy": training_args.train_sampling_strategy
         != "random",
         "load_best_model_at_end cannot be; each checkpoint-* loads as it is": training_args.load_best_model_at_end,
-        "push_to_hub cannot be; upload the finished folder with `hf upload`": training_args.push_to_hub,
+        "push_to_hub cannot be; upload the finished folder with `lightvlm push`": training_args.push_to_hub,
     }
     if any(problems.values()):
         raise ValueError("; ".join(message for message, is_wrong in problems.items() if is_wrong) + ".")

@@ -1,0 +1,170 @@
+"""Turn a checkpoint into a Hub folder, see that strangers can use it, and upload it in one commit."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import distribution
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from lightvlm.hub import stranger
+from lightvlm.hub.build import save
+from lightvlm.hub.card import eval_results, make_card
+
+PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """ValueError unless a repository is called "owner/name", in the Hub's alphabet."""
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id} does not say whose repository it is: give OWNER/{repo_id}.")
+
+
+def check_files(checkpoint: Path) -> None:
+    """ValueError where there is no such folder, or one whose files can run code when they are loaded."""
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"{checkpoint} is no folder with a checkpoint's config.json.")
+    if pickles := sorted(file.name for file in checkpoint.iterdir() if file.suffix in PICKLES):
+        raise ValueError(
+            f"{checkpoint} has pickle files, which run code when they are loaded: {', '.join(pickles)}. Save weights "
+            "with `model.save_pretrained`, as safetensors, and delete these."
+        )
+
+
+def write_folder(
+    model, processor, checkpoint: Path, output: Path, name: str, results: list[dict], datasets: dict[str, str]
+) -> None:
+    """Write what the Hub shall have: weights, configuration, code, processor, licence, card and results.
+
+    Args:
+        model: of the checkpoint, with all weights.
+        processor: of the checkpoint.
+        checkpoint: its folder, whose configuration, code and LICENSE are taken as they are.
+        output: the Hub folder.
+        name: the repository's, or what else the card shall say to load.
+        results: of `read_results`.
+        datasets: as of `make_card`.
+
+    Raises:
+        ValueError: where weights are no numbers or quantized, or the card or the licence lacks something.
+    """
+    if hasattr(model.config, "quantization_config"):
+        raise ValueError(
+            f"{checkpoint} has quantized weights, which transformers cannot save again: push the checkpoint that they "
+            "were made of. Whoever loads it can quantize it."
+        )
+    bad = [
+        key
+        for key, weight in model.state_dict().items()
+        if weight.is_floating_point() and not torch.isfinite(weight).all()
+    ]
+    if bad:
+        raise ValueError(
+            f"{checkpoint} has weights that are NaN or infinite: {', '.join(bad[:5])} (of {len(bad)}). Take an "
+            "earlier checkpoint, or train again with a lower learning rate."
+        )
+    card = make_card(checkpoint, model.config, name, results, datasets)
+    entries = eval_results(results, model.config, datasets)
+    code, weights = distribution("lightvlm").read_text("licenses/LICENSE"), checkpoint / "LICENSE"
+    if weights.is_file() and weights.read_text() != code:
+        licences = {"LICENSE": weights.read_text(), "LICENSE-CODE": code}
+    elif card.data.license == "mit":
+        licences = {"LICENSE": code}
+    else:
+        raise ValueError(f"The weights' licence is {card.data.license}: put its text in {weights}.")
+
+    save(model, processor, output)
+    for part in ("config.json", *(file.name for file in output.glob("*.py"))):
+        if (checkpoint / part).is_file():
+            shutil.copy(checkpoint / part, output)
+    card.save(output / "README.md")
+    for file, text in {**licences, **{f".eval_results/{file}": text for file, text in entries.items()}}.items():
+        (output / file).parent.mkdir(exist_ok=True)
+        (output / file).write_text(text)
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Load a Hub folder and run its card's code in a fresh process, which cannot import `lightvlm` nor ask the Hub.
+
+    Args:
+        folder: of `write_folder`.
+        name: what its card calls it.
+
+    Raises:
+        ValueError: where that fails.
+    """
+    with tempfile.TemporaryDirectory() as modules:
+        environment = {**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-I", stranger.__file__, str(folder.resolve()), name]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise ValueError(
+            f"Without the package lightvlm it does not load and answer: {reason.rstrip('.')}. Save it again "
+            "with `save_pretrained`, which writes code that fits, or correct its *.py and config.json."
+        )
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """ValueError that names the cure, in place of what talking with the Hub raises."""
+    try:
+        yield
+    except Exception as error:  # of every kind: its own, its HTTP library's and those of hf_xet
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+            cure = "Log in by `hf auth login`, with a token that may write there"
+        else:
+            cure = "Files appear there all at once or not at all: run the same command again"
+        raise ValueError(f"The Hub did not take {repo_id}: {str(error).strip()}\n{cure}.") from None
+
+
+def upload(
+    folder: Path, repo_id: str, api: HfApi, private: bool = False, revision: str | None = None, create_pr: bool = False
+) -> str:
+    """Upload a Hub folder in one commit, before which nothing of it can be seen, and return its address.
+
+    The same commit deletes weights and results of an earlier upload that the folder lacks.
+
+    Args:
+        folder: of `write_folder`.
+        repo_id: "owner/name"; made if there is none.
+        api: with the Hub's address and a token.
+        private: make the repository so.
+        revision: a branch, made if there is none; the main one by default.
+        create_pr: propose the commit as a pull request to the main branch instead.
+
+    Raises:
+        ValueError: where the Hub refuses, cannot be reached, or has a public repository that should be private.
+    """
+    with hub_errors(repo_id):
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        is_public = not api.model_info(repo_id).private
+    if private and is_public:
+        raise ValueError(f"{repo_id} is public already: make it private in its settings, or choose another name.")
+    with hub_errors(repo_id):
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision)
+        files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        earlier = {file.rfilename for file in info.siblings} - files.keys()
+        stale = [name for name in earlier if name.endswith(WEIGHTS) or name.startswith(".eval_results/")]
+        additions = [CommitOperationAdd(name, file) for name, file in sorted(files.items())]
+        commit = api.create_commit(  # upload_folder may make several
+            repo_id,
+            [*additions, *map(CommitOperationDelete, sorted(stale))],
+            commit_message="Upload a LightVLM checkpoint",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=info.sha,
+        )
+    return commit.pr_url or commit.commit_url
