@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test test-vllm eval eval-easy_vqa eval-budgets $(EVALS) lint checkpoint
+.PHONY: run test test-lmms test-vllm eval eval-easy_vqa eval-budgets $(EVALS) lint checkpoint
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -35,6 +35,12 @@ $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 	$(EVAL) --data-path $(DATA)/mosaics_test_$*.json --num-image-tokens 576,64,36,16 \
 		--selectors $(SELECTORS) \
 		--output evaluation/results/mosaics_$*.json --plot evaluation/results/mosaics_$*.png
+
+# The lmms-eval adapter, in an environment of its own; the same questions must have the same answers in both.
+# Only what lmms-eval imports for it is installed, not all that it requires; its errors about the rest are expected.
+test-lmms: .venv-lmms/ready $(DATA)/mosaics_test_photo_3x3.json
+	.venv-lmms/bin/pytest tests/test_lmms_model.py
+	.venv-lmms/bin/python tests/lmms_tasks/compare.py
 
 # The shipped checkpoint in vLLM beside transformers, with one worker and with two; minutes, and gigabytes on disk.
 VLLM = VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python tests/with_vllm.py \
@@ -112,4 +118,11 @@ $(DATA)/mosaics_test_photo_3x3.json: $(DATA)/test.json
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	touch $@
+
+.venv-lmms/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/pip install --quiet --constraint constraints.txt --editable ".[train,dev]" \
+		loguru pydantic pytablewriter pytz sacrebleu tenacity
+	.venv-lmms/bin/pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@

@@ -1,0 +1,112 @@
+"""Answers to batches of conversations about images, generated as lmms-eval's tasks ask for it.
+
+Apart from `lmms_model.py` because it needs no lmms-eval.
+"""
+
+import torch
+from lightvlm import LightVLM, LightVLMProcessor
+
+
+def batches(wanted: list[dict], batch_size: int) -> list[list[int]]:
+    """Numbers of the requests in each batch, all of which have the same `generation_kwargs`."""
+    groups = {}
+    for number, options in enumerate(wanted):
+        groups.setdefault(repr(sorted(options.items())), []).append(number)
+    return [rows[start : start + batch_size] for rows in groups.values() for start in range(0, len(rows), batch_size)]
+
+
+def generation_options(wanted: dict, max_new_tokens: int) -> dict:
+    """Arguments for `generate` from a task's `generation_kwargs`.
+
+    Greedy at temperature 0, with `do_sample` false, or where neither is given. What `generate` does not know is left
+    out: tasks carry other models' options too, such as `image_aspect_ratio`.
+    """
+    temperature = wanted.get("temperature")
+    if temperature is None:
+        temperature = 1.0 if wanted.get("do_sample") else 0.0
+    sample = temperature > 0 and wanted.get("do_sample", True)
+    names = ["max_new_tokens", "num_beams", "repetition_penalty", *(["top_p", "top_k"] if sample else [])]
+    options = {name: wanted[name] for name in names if wanted.get(name) is not None}
+    options |= {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
+    return {"max_new_tokens": max_new_tokens, **options}
+
+
+def stop_strings(wanted: dict) -> list[str]:
+    """The texts before which an answer ends, from a task's `until`: one, several, or none."""
+    until = wanted.get("until") or []
+    return [text for text in ([until] if isinstance(until, str) else until) if text]
+
+
+def cut(answer: str, stops: list[str]) -> str:
+    """An answer up to the first of the stop strings."""
+    for stop in stops:
+        answer = answer.partition(stop)[0]
+    return answer.strip()
+
+
+def clean(conversation: list[dict], image_token: str) -> list[dict]:
+    """A conversation without the `<image>` marks that some tasks write in their text: the chat template has its own.
+
+    Raises:
+        ValueError: where it holds anything but text and images.
+    """
+    messages = []
+    for message in conversation:
+        content = []
+        for part in message["content"]:
+            if part["type"] not in ("text", "image"):
+                raise ValueError(f"LightVLM reads text and images, and this task has {part['type']}: choose another.")
+            if part["type"] == "text":
+                part = {**part, "text": part["text"].replace(f"{image_token}\n", "").replace(image_token, "")}
+            content.append(part)
+        messages.append({**message, "content": content})
+    return messages
+
+
+def questions(conversation: list[dict]) -> list[str]:
+    """What the last message asks, once for each image of the conversation."""
+    asked = "".join(part["text"] for part in conversation[-1]["content"] if part["type"] == "text")
+    return [asked for message in conversation for part in message["content"] if part["type"] == "image"]
+
+
+@torch.no_grad()
+def answer(
+    model: LightVLM,
+    processor: LightVLMProcessor,
+    conversations: list[list[dict]],
+    wanted: dict,
+    num_image_tokens: int | str | None = None,
+    question_aware: bool = False,
+) -> list[str]:
+    """An answer to each conversation of a batch.
+
+    Args:
+        model: in evaluation mode.
+        processor: the checkpoint's.
+        conversations: messages of transformers' chat templates, with any number of images each, none included; the
+            template puts a message's images before its text.
+        wanted: `generation_kwargs` of the task. Without `max_new_tokens` the checkpoint's own limit holds, or 256.
+        num_image_tokens: K of every image, "dynamic" or "dynamic:64"; the processor's default if None.
+        question_aware: whether the last message has a say in which tokens are kept.
+
+    Raises:
+        ValueError: where a conversation holds video or audio, or the processor refuses an image or K.
+    """
+    conversations = [clean(conversation, processor.image_token) for conversation in conversations]
+    options = {"padding": True} | ({} if num_image_tokens is None else {"num_image_tokens": num_image_tokens})
+    if question_aware:
+        options["question"] = [text for conversation in conversations for text in questions(conversation)]
+    inputs = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=options,
+    ).to(model.device)
+    stops = stop_strings(wanted)
+    stopping = {"stop_strings": stops, "tokenizer": processor.tokenizer} if stops else {}
+    limit = model.generation_config.max_new_tokens or 256
+    output = model.generate(**inputs, **generation_options(wanted, limit), **stopping)
+    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [cut(text, stops) for text in texts]

@@ -1,0 +1,86 @@
+"""LightVLM in lmms-eval, which finds it by its entry point of group `lmms_eval.models` in pyproject.toml.
+
+lmms-eval --model lightvlm --model_args pretrained=FOLDER,num_image_tokens=64 --tasks pope --batch_size 16
+"""
+
+import torch
+from accelerate import Accelerator
+from lightvlm.cli.common import check_question_aware, load
+from lightvlm.evaluation.answers import answer, batches
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+
+
+def manifest() -> ModelManifest:
+    """What lmms-eval registers."""
+    return ModelManifest("lightvlm", chat_class_path=f"{__name__}.{LMMSModel.__name__}")
+
+
+class LMMSModel(lmms):
+    """A checkpoint that answers the generation tasks of lmms-eval, in batches, on text and images.
+
+    lmms-eval itself shares questions out among the processes of `torchrun`, and keeps the cache of `--use_cache`.
+
+    Args:
+        pretrained: folder or Hub name of a LightVLM checkpoint.
+        num_image_tokens: K of every image, "dynamic" or "dynamic:64"; the checkpoint's default if None.
+        question_aware: whether each question chooses the tokens.
+        dtype: "float32", "bfloat16" or "float16"; by default as `lightvlm eval` chooses it.
+        device: such as "cpu"; by default this process's GPU if there is one.
+        batch_size: questions at a time.
+
+    Raises:
+        ValueError: where the checkpoint cannot be loaded, or cannot do what the other arguments ask for.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        num_image_tokens: int | str | None = None,
+        question_aware: bool = False,
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+    ):
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size}: give a whole number from 1 on.")
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype}: give float32, bfloat16 or float16.")
+        self.accelerator = Accelerator()  # before the model is loaded: it makes this process's GPU the current one
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.model, self.processor = load(pretrained, dtype)
+        self.processor.resolve_budgets(num_image_tokens, 1)
+        if question_aware:
+            check_question_aware("question_aware", pretrained, self.model)
+        self.device = torch.device(device or self.model.device)
+        self.model.to(self.device)
+        self.num_image_tokens, self.question_aware = num_image_tokens, question_aware
+        self.batch_size = int(batch_size)
+
+    def conversation(self, request: Instance) -> list[dict]:
+        """A request's messages, with its images."""
+        _, to_messages, _, number, task, split = request.args
+        return ChatMessages(messages=to_messages(self.task_dict[task][split][number])).to_hf_messages()
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers in the order of the requests."""
+        answers = [""] * len(requests)
+        wanted = [request.args[2] for request in requests]
+        for batch in tqdm(batches(wanted, self.batch_size), desc="Batches", disable=self.rank != 0):
+            conversations = [self.conversation(requests[number]) for number in batch]
+            options = wanted[batch[0]], self.num_image_tokens, self.question_aware
+            found = answer(self.model, self.processor, conversations, *options)
+            for number, text in zip(batch, found, strict=True):
+                answers[number] = text
+        return answers
+
+    def loglikelihood(self, requests: list[Instance]):
+        raise NotImplementedError("LightVLM generates answers: choose a task with `output_type: generate_until`.")
+
+    generate_until_multi_round = loglikelihood
