@@ -132,10 +132,11 @@ def build(answerer: Answerer) -> gr.Blocks:
             "inputs": [talk, box, *budget, follow_up],
             "outputs": [talk, chat, box, picture],
         }
-        box.submit(**asking, **alone, api_name="ask")
+        sent = box.submit(**asking, **alone, api_name="ask")
         chosen = examples.click(lambda index: EXAMPLES[index], examples, box, api_visibility="private")
-        chosen.then(**asking, **alone, api_visibility="private")
-        chat.clear(lambda: (Conversation(), None), None, [talk, picture], api_visibility="private")
+        tried = chosen.then(**asking, **alone, api_visibility="private")
+        cleared = {"outputs": [talk, picture], "cancels": [sent, tried], "api_visibility": "private"}
+        chat.clear(lambda: (Conversation(), None), None, **cleared)
         kind.change(lambda kind, n: slider(kind, n, patches, means), budget[:2], number, api_visibility="private")
         gr.on(
             [change.change for change in budget],

@@ -250,6 +250,7 @@ def test_in_a_browser(url, path, tmp_path, browser):
     expect(chat).to_contain_text("bad.png cannot be read as an image", timeout=20_000)
     page.locator("#examples img").first.click()
     expect(chat).to_contain_text(EXAMPLES[0]["text"], timeout=20_000)
+    expect(page.get_by_text("all tokens:")).to_have_count(3, timeout=20_000)
     page.get_by_role("button", name="Clear").click()
     expect(kept).to_have_count(0)
     assert asked_of <= {"http://127.0.0.1", "blob:", "data:"}
