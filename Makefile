@@ -17,7 +17,7 @@ run: $(DATA)/test.json
 test: .venv/ready
 	$(BIN)/pytest
 
-# Each file on its own, so that `make -j2 eval` uses two cores; about an hour on them.
+# Each file on its own, so that `make -j2 eval` uses two cores, for hours.
 eval: eval-easy_vqa eval-budgets $(EVALS)
 
 SELECTORS := topk,topk+question,topk+cls,diverse,diverse+question,diverse+cls,k-center,determinantal,merge+cls,$\
