@@ -54,8 +54,8 @@ def load(model_path: str, dtype: str | None = None, int8: bool = False):
 
     Args:
         model_path: folder or Hub name of a checkpoint.
-        dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's, but float32 on a CPU whose vector
-            units know nothing else: PyTorch's bf16 products are many times slower there.
+        dtype: "float32", "bfloat16", "float16" or, for the checkpoint's own, "auto"; by default the checkpoint's, but
+            float32 on a CPU whose vector units know nothing else: PyTorch's bf16 products are many times slower there.
         int8: weights of the language model's linear layers.
 
     Raises:
@@ -69,9 +69,9 @@ def load(model_path: str, dtype: str | None = None, int8: bool = False):
     on_gpu = torch.cuda.is_available()
     if dtype is None:
         dtype = "float32" if not on_gpu and torch.backends.cpu.get_cpu_capability() in FLOAT32_ONLY else "auto"
-    options = {"dtype": dtype} | (
-        {"quantization_config": LightVLMForConditionalGeneration.int8_config()} if int8 else {}
-    )
+    options = {"dtype": dtype}
+    if int8:
+        options["quantization_config"] = LightVLMForConditionalGeneration.int8_config()
     # Whatever goes wrong in here, and transformers raises of every kind, it is this checkpoint that is at fault.
     try:
         model_type = AutoConfig.from_pretrained(model_path).model_type

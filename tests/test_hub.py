@@ -26,6 +26,19 @@ from transformers import (
     SiglipVisionModel,
 )
 
+FILES = {
+    "chat_template.jinja",
+    "config.json",
+    "configuration_lightvlm.py",
+    "generation_config.json",
+    "model.safetensors",
+    "modeling_lightvlm.py",
+    "processing_lightvlm.py",
+    "processor_config.json",
+    "pruning_lightvlm.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color?"}]}]
 
 
@@ -182,19 +195,7 @@ def hub_folder(tmp_path):
 
 
 def test_a_hub_folder_has_weights_as_safetensors_processor_and_code(hub_folder):
-    assert {file.name for file in hub_folder.iterdir()} == {
-        "chat_template.jinja",
-        "config.json",
-        "configuration_lightvlm.py",
-        "generation_config.json",
-        "model.safetensors",
-        "modeling_lightvlm.py",
-        "processing_lightvlm.py",
-        "processor_config.json",
-        "pruning_lightvlm.py",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert {file.name for file in hub_folder.iterdir()} == FILES
 
 
 def test_save_load_save_is_a_fixed_point(hub_folder, tmp_path):

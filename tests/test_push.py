@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import test_hub
 import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi
@@ -19,21 +20,7 @@ from lightvlm.hub.push import upload, write_folder
 from test_card import CALIBRATION, CARD, row
 from tiny import make_image, make_model, make_processor
 
-FILES = {
-    "LICENSE",
-    "README.md",
-    "chat_template.jinja",
-    "config.json",
-    "configuration_lightvlm.py",
-    "generation_config.json",
-    "model.safetensors",
-    "modeling_lightvlm.py",
-    "processing_lightvlm.py",
-    "processor_config.json",
-    "pruning_lightvlm.py",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
+FILES = test_hub.FILES | {"LICENSE", "README.md"}
 
 
 @pytest.fixture(scope="module")
