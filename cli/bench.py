@@ -3,12 +3,15 @@
 examples:
   lightvlm bench --preset phi2-clip-l-336 --batch-sizes 1,4,16 --output h100.json --plot h100.png
   lightvlm bench --preset phi2-clip-l-336 --layers 2 --dtype bfloat16 --repetitions 3 --batch-sizes 1
+  lightvlm bench --preset phi2-clip-l-336 --batch-sizes 1 --images 1,2,4,8,16 --methods lightvlm --growth growth.png
   lightvlm bench --model-path phi2-clip --num-image-tokens 144,64
 """
 
 import argparse
 import importlib.util
 import json
+import platform
+import re
 import shlex
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,6 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU, if there is one")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--batch-sizes", type=positive_list, default=[1, 4, 16], help="1,4,16")
+    parser.add_argument("--images", type=positive_list, default=[1], help="in each row: 1, or several such as 1,4,16")
+    parser.add_argument(
+        "--methods",
+        type=methods,
+        help="beside LLaVA with all tokens: published (pruned by output_attentions), lightvlm, dynamic (K is the "
+        "mean), compiled; by default the first two, and dynamic where the checkpoint can",
+    )
+    parser.add_argument(
+        "--compile-mode",
+        choices=["default", "reduce-overhead", "max-autotune"],
+        default="default",
+        help="of torch.compile; reduce-overhead is CUDA graphs",
+    )
     parser.add_argument(
         "--num-image-tokens",
         type=positive_list,
@@ -43,23 +59,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=positive, default=2, help="repetitions before them (2)")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--plot", type=Path, help="also draw the stages as stacked bars, to this picture")
+    parser.add_argument("--growth", type=Path, help="also draw time and memory over --images, to this picture")
+
+
+def methods(text: str) -> list[str]:
+    """Parse "published,lightvlm"."""
+    known = ["published", "lightvlm", "dynamic", "compiled"]
+    if unknown := [name for name in text.split(",") if name not in known]:
+        raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}: choose from {', '.join(known)}")
+    return text.split(",")
+
+
+def cpu_name() -> str:
+    """The model, and whether it has matrix units for bf16, as far as Linux says so."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    model = re.search(r"model name\s*: (.*)", text)
+    return (model[1] if model else platform.machine()) + (" with AMX" if "amx_bf16" in text else "")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.layers and not args.preset:
         raise ValueError("--layers slices a --preset: a checkpoint is measured as it is.")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('--plot needs matplotlib: pip install "lightvlm[eval]"')
+    if (args.plot or args.growth) and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('--plot and --growth need matplotlib: pip install "lightvlm[eval]"')
+    if args.growth and (len(args.images) == 1 or len(args.batch_sizes) > 1):
+        raise ValueError("--growth is drawn over several numbers of --images, and of one batch size.")
 
     import torch
     import transformers
     from lightvlm.evaluation.presets import image_processor, preset_config, random_model
-    from lightvlm.evaluation.speed import measure, plot, table
+    from lightvlm.evaluation.speed import growth_plot, measure, plot, table
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here.")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for path in (args.output, args.plot):
+    for path in (args.output, args.plot, args.growth):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
     if args.preset:
@@ -76,14 +111,18 @@ def run(args: argparse.Namespace) -> None:
         images = processor.image_processor
     model.model.resolve_budgets(args.num_image_tokens, len(args.num_image_tokens))
     model.set_attn_implementation(args.attention)
+    compared = args.methods or ["published", "lightvlm", *(["dynamic"] if model.config.dynamic_budget else [])]
+    if "dynamic" in compared and not model.config.dynamic_budget:
+        raise ValueError(f"--methods dynamic: {args.model_path} has no dynamic budget; training/budget.py fits one.")
 
-    cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"
+    cpu = f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"
     report = {
         "command": shlex.join(["lightvlm", *args.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "dtype": str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else ""),
         "attention": args.attention,
+        "compile_mode": args.compile_mode if "compiled" in compared else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "parameters": model.num_parameters(),
@@ -104,10 +143,16 @@ def run(args: argparse.Namespace) -> None:
         args.new_tokens,
         args.repetitions,
         args.warmup,
+        args.images,
+        compared,
+        args.compile_mode,
     ):
         report["results"].append(result)
-        print(f"\nbatch size {result['batch_size']}, ms: median (95th percentile)\n\n{table(result)}", flush=True)
+        title = f"batch size {result['batch_size']}, images in a row: {result['images']}"
+        print(f"\n{title}, ms: median (95th percentile)\n\n{table(result)}", flush=True)
         if args.output:  # after every batch size, lest a later one lose what is measured
             args.output.write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
         plot(report["results"], f"{args.preset or args.model_path}: {about}", args.plot)
+    if args.growth:
+        growth_plot(report["results"], f"{args.preset or args.model_path}: {about}", args.growth)

@@ -78,6 +78,8 @@ def preset_config(preset: str, layers: int | None = None) -> LightVLMConfig:
         ValueError: where the language model has fewer layers.
     """
     vision, text = PRESETS[preset]
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    every = [1, patches]  # of a mean; an estimator that is new gives each image just that
     if layers is not None and layers > text["num_hidden_layers"]:
         raise ValueError(f"--layers {layers}: the language model of {preset} has {text['num_hidden_layers']}.")
     return LightVLMConfig(
@@ -86,6 +88,7 @@ def preset_config(preset: str, layers: int | None = None) -> LightVLMConfig:
         image_token_index=text["vocab_size"] - 1,
         vision_feature_select_strategy="default" if vision["model_type"] == "clip_vision_model" else "full",
         lm_head_bias=text["model_type"] == "phi",
+        dynamic_budget={"means": every, "kappas": every, "exponent": 1, "minimum": 1, "maximum": patches},
     )
 
 

@@ -5,7 +5,12 @@ each stage consists of splits one and the same pass into stages, so that they ad
 """
 
 import contextlib
+import copy
 import gc
+import itertools
+import json
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +25,7 @@ from lightvlm.processing.processing_lightvlm import to_rgb
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
-from transformers import Cache, LlavaConfig, LlavaForConditionalGeneration
+from transformers import Cache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 PREPROCESSING, ENCODER, SCORING, SELECTION, PROJECTOR, PREFILL = STAGES = (
@@ -89,40 +94,50 @@ class Stopwatch:
         return totals
 
 
-@contextlib.contextmanager
-def watched(model: LightVLM, stopwatch: Stopwatch):
-    """Put a stopwatch around the functions that the stages consist of, of LightVLM and of LLaVA on the same weights.
+def stages_of(model: LightVLM) -> list[tuple]:
+    """The functions that the stages consist of, of LightVLM and of LLaVA on the same weights: owner, name, stage.
 
     The projector's stage has the gather of kept patches and the row and column embeddings in it; the prefill's has the
-    word embeddings and the output layer.
+    word embeddings, the output layer, and what drops a dynamic budget's surplus placeholders.
     """
     backbone = model.model
-    stages = [
+    return [
         (backbone, "encode", ENCODER),
         (modeling_lightvlm, "cls_attention", SCORING),
         (modeling_lightvlm, "probe_attention", SCORING),
         (modeling_lightvlm, "received_attention", SCORING),
         (backbone.pruner, "score", SCORING),
+        (backbone, "allot", SCORING),
         (backbone.pruner, "select", SELECTION),
         (backbone, "prune", PROJECTOR),
         (backbone.vision_tower, "forward", ENCODER),
         (backbone.multi_modal_projector, "forward", PROJECTOR),
     ]
+
+
+@contextlib.contextmanager
+def watched(stages: list[tuple], stopwatch: Stopwatch):
+    """Put a stopwatch around functions for a while, each given as owner, name and stage."""
     with contextlib.ExitStack() as stack:
         for owner, name, stage in stages:
             stack.enter_context(patch.object(owner, name, stopwatch.timed(stage, getattr(owner, name))))
         yield
 
 
-def as_llava(model: LightVLM) -> LlavaForConditionalGeneration:
-    """Transformers' own class on the same weights, which are shared and not copied."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
+def another(model: LightVLM, architecture: type[PreTrainedModel], config: LlavaConfig) -> PreTrainedModel:
+    """A second model on the same weights, which are shared and not copied."""
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(LlavaConfig(**config))
-    for part in ("vision_tower", "multi_modal_projector", "language_model"):
-        setattr(llava.model, part, getattr(model.model, part))
-    llava.lm_head = model.lm_head  # with Phi's bias, which LLaVA's own has not
-    return llava.eval()
+        other = architecture(config)
+    for name, _ in list(other.model.named_children()):
+        setattr(other.model, name, getattr(model.model, name))
+    other.lm_head = model.lm_head  # with Phi's bias, which LLaVA's own has not
+    return other.eval()
+
+
+def as_llava(model: LightVLM) -> LlavaForConditionalGeneration:
+    """Transformers' own class on the same weights."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
+    return another(model, LlavaForConditionalGeneration, LlavaConfig(**config))
 
 
 def prune_by_output_attentions(
@@ -171,9 +186,11 @@ class Configuration:
 
     Args:
         method: its name.
-        num_image_tokens: K.
+        num_image_tokens: K, or its mean.
         model: that continues the answer.
         prefill: maps pixel values on the device, and what the processor makes of the text, to the model's output.
+        stages: for `watched`.
+        placeholders: of each image in the prompt.
         encoder_attention: of the vision encoder; None for the one of the language model.
     """
 
@@ -181,30 +198,94 @@ class Configuration:
     num_image_tokens: int
     model: nn.Module
     prefill: Callable
+    stages: list[tuple]
+    placeholders: int
     encoder_attention: str | None = None
 
 
-def configurations(model: LightVLM, budgets: list[int], stopwatch: Stopwatch) -> list[Configuration]:
-    """LLaVA with all tokens, LLaVA pruned as published, and LightVLM, at every K and with all tokens."""
+def configurations(
+    model: LightVLM,
+    budgets: list[int],
+    stopwatch: Stopwatch,
+    methods: tuple[str, ...] = ("published", "lightvlm"),
+    compile_mode: str = "default",
+) -> list[Configuration]:
+    """LLaVA with all tokens, and what it is compared with, at every K.
+
+    Args:
+        model: whose weights all of them share.
+        budgets: K.
+        stopwatch: of all stages.
+        methods: "published": LLaVA pruned as published; "lightvlm": at every K and with all tokens; "dynamic": with K
+            as the mean; "compiled": LLaVA, and LightVLM at every K.
+        compile_mode: of `torch.compile`.
+    """
     full, llava, layer = model.config.num_patches, as_llava(model), model.config.prior_layer
+    every, stages = sorted({full, *budgets}, reverse=True), stages_of(model)
 
     def published(budget, pixel_values, **text):
         image = prune_by_output_attentions(llava, pixel_values, budget, layer, stopwatch)
         return llava(**text, mm_encoder_outputs={"image": image})
 
-    def ours(budget, pixel_values, **text):
-        counts = torch.full((len(pixel_values),), budget, device=pixel_values.device)  # as the processor returns them
-        return model(**text, pixel_values=pixel_values, num_image_tokens=counts)
+    def counts(budget, pixel_values):  # as the processor returns them
+        return torch.full((len(pixel_values),), budget, device=pixel_values.device)
 
-    every = sorted({full, *budgets}, reverse=True)
-    return [
-        Configuration("Llava", full, llava, llava),
-        *(
-            Configuration("Llava, output_attentions", budget, llava, partial(published, budget), "eager")
-            for budget in every[1:]
-        ),
-        *(Configuration("LightVLM", budget, model, partial(ours, budget)) for budget in every),
-    ]
+    def ours(run, budget, pixel_values, **text):
+        return run(**text, pixel_values=pixel_values, num_image_tokens=counts(budget, pixel_values))
+
+    def dynamic(mean, pixel_values, **text):
+        budget = {"num_image_tokens": counts(full, pixel_values), "mean_image_tokens": counts(mean, pixel_values)}
+        return model(**text, pixel_values=pixel_values, **budget)
+
+    found = [Configuration("Llava", full, llava, llava, stages, full)]
+    if "published" in methods:
+        for budget in every[1:]:
+            run = partial(published, budget)
+            found.append(Configuration("Llava, output_attentions", budget, llava, run, stages, budget, "eager"))
+    if "lightvlm" in methods:
+        for budget in every:
+            found.append(Configuration("LightVLM", budget, model, partial(ours, model, budget), stages, budget))
+    if "dynamic" in methods:
+        for mean in every[1:]:
+            found.append(Configuration("LightVLM, dynamic", mean, model, partial(dynamic, mean), stages, full))
+    if "compiled" in methods:
+        encode, prefill = (
+            torch.compile(each, mode=compile_mode) for each in (llava.get_image_features, llava.forward)
+        )
+
+        def compiled_llava(pixel_values, **text):
+            with stopwatch.stage(ENCODER):
+                tokens = encode(pixel_values).pooler_output
+                tokens = [each.clone() for each in tokens]  # which the next CUDA graph may overwrite
+            image = BaseModelOutputWithPooling(pooler_output=tokens)
+            return prefill(**text, mm_encoder_outputs={"image": image})
+
+        found.append(Configuration("Llava, compiled", full, llava, compiled_llava, [], full))
+        twin = another(model, LightVLM, copy.deepcopy(model.config)).compile_for_inference(mode=compile_mode)
+        stages = [(twin.model, "encode_and_prune", ENCODER)]
+        for budget in every:
+            run = partial(ours, twin, budget)
+            found.append(Configuration("LightVLM, compiled", budget, twin, run, stages, budget))
+    return found
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Forget the peak so far, and say whether the next one will be known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Since `reset_peak_memory`: on a GPU of PyTorch's tensors, on a CPU of the whole process. Weights included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def kv_cache_bytes(cache: Cache) -> int:
@@ -212,14 +293,11 @@ def kv_cache_bytes(cache: Cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def decode(model: nn.Module, output, attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Greedy continuation after a prefill, (batch, tokens), without `generate`'s bookkeeping."""
+def decode(model: nn.Module, output, tokens: int) -> torch.Tensor:
+    """Greedy continuation after a prefill without padding, (batch, tokens), without `generate`'s bookkeeping."""
     cache, chosen = output.past_key_values, [output.logits[:, -1:].argmax(dim=-1)]
     for _ in range(tokens):
-        attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)
-        logits = model(
-            input_ids=chosen[-1], attention_mask=attention_mask, past_key_values=cache, use_cache=True
-        ).logits
+        logits = model(input_ids=chosen[-1], past_key_values=cache, use_cache=True).logits
         chosen.append(logits[:, -1:].argmax(dim=-1))
     return torch.cat(chosen[1:], dim=1)
 
@@ -243,14 +321,15 @@ def queued_prefill_ms(language_model: nn.Module, batch_size: int, positions: int
 
 
 class Trial:
-    """One batch size: the inputs of all configurations, and one pass of one of them.
+    """One batch size and number of images: the inputs of all configurations, and one pass of one of them.
 
     Args:
         model: in evaluation mode.
         image_processor: a transformers image processor.
-        stopwatch: that `watched` put around the model's functions.
-        batch_size: rows, each with one image.
-        prompt_tokens: of text in each row, besides the image's.
+        stopwatch: of the configurations.
+        batch_size: rows.
+        images: in each row.
+        prompt_tokens: of text in each row, besides the images'.
         new_tokens: to decode.
     """
 
@@ -260,22 +339,24 @@ class Trial:
         image_processor,
         stopwatch: Stopwatch,
         batch_size: int,
+        images: int,
         prompt_tokens: int,
         new_tokens: int,
     ):
         self.model, self.image_processor, self.stopwatch = model, image_processor, stopwatch
-        self.batch_size, self.prompt_tokens, self.new_tokens = batch_size, prompt_tokens, new_tokens
+        self.batch_size, self.images_a_row = batch_size, images
+        self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
         generator = np.random.default_rng(0)
-        shape = (batch_size, IMAGE_SIZE[1], IMAGE_SIZE[0], 3)
+        shape = (batch_size * images, IMAGE_SIZE[1], IMAGE_SIZE[0], 3)
         self.images = [Image.fromarray(pixels) for pixels in generator.integers(0, 256, shape, dtype=np.uint8)]
 
-    def text(self, num_image_tokens: int) -> dict[str, torch.Tensor]:
-        """A prompt of random words around an image's placeholders, as a processor returns it."""
+    def text(self, placeholders: int) -> dict[str, torch.Tensor]:
+        """A prompt of random words around the images' placeholders, so many of each, as a processor returns it."""
         placeholder = self.model.config.image_token_index
         words = torch.randint(placeholder, (self.batch_size, self.prompt_tokens))
         before, after = words.split([self.prompt_tokens // 2, self.prompt_tokens - self.prompt_tokens // 2], dim=1)
-        image = torch.full((self.batch_size, num_image_tokens), placeholder)
-        input_ids = torch.cat([before, image, after], dim=1).to(self.model.device)
+        images = torch.full((self.batch_size, self.images_a_row * placeholders), placeholder)
+        input_ids = torch.cat([before, images, after], dim=1).to(self.model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def synchronize(self) -> None:
@@ -285,10 +366,9 @@ class Trial:
     @torch.no_grad()
     def run(self, configuration: Configuration) -> dict[str, float]:
         """Times in milliseconds and memory in bytes of one pass, from images on the host to the last token there."""
-        text, on_gpu = self.text(configuration.num_image_tokens), self.model.device.type == "cuda"
+        text, device = self.text(configuration.placeholders), self.model.device
         self.stopwatch.reset()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        is_memory_known = reset_peak_memory(device)
 
         self.synchronize()
         start = time.perf_counter()
@@ -296,17 +376,20 @@ class Trial:
         pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
         preprocessed = time.perf_counter()
         with self.stopwatch.stage(ENCODER):
-            pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+            pixel_values = pixel_values.to(device, self.model.dtype)
         with self.stopwatch.stage(PREFILL):
             output = configuration.prefill(pixel_values=pixel_values, use_cache=True, logits_to_keep=1, **text)
             first = output.logits[:, -1].argmax(dim=-1)
         first.tolist()
         answered = time.perf_counter()
         self.synchronize()
-        cache_bytes = kv_cache_bytes(output.past_key_values)
+        positions = output.past_key_values.get_seq_length()
+        memory = {"kv_cache_bytes": kv_cache_bytes(output.past_key_values)}
+        if is_memory_known:
+            memory["peak_memory_bytes"] = peak_memory_bytes(device)
 
         decoding = time.perf_counter()
-        decode(configuration.model, output, text["attention_mask"], self.new_tokens).tolist()
+        decode(configuration.model, output, self.new_tokens).tolist()
         decoded = time.perf_counter()
 
         stages = dict.fromkeys(STAGES, 0.0) | self.stopwatch.times()
@@ -315,22 +398,19 @@ class Trial:
             "sum of stages": sum(stages.values()),
             TTFT: 1000 * (answered - start),
             "decode step": 1000 * (decoded - decoding) / self.new_tokens,
-            "kv_cache_bytes": cache_bytes,
         }
-        if on_gpu:
-            sample["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if device.type == "cuda":
             del output
-            positions = self.prompt_tokens + configuration.num_image_tokens
             sample[QUEUED] = queued_prefill_ms(self.model.model.language_model, self.batch_size, positions)
-        return sample
+        return sample | memory | {"positions": positions}
 
 
 def summarise(samples: list[dict[str, float]]) -> dict:
-    """Median and 95th percentile of each time over the repetitions, in milliseconds; the largest of each memory."""
+    """Median and 95th percentile of each time over the repetitions, in milliseconds; the largest of each count."""
     summary = {"times_ms": {}}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
-        if name.endswith("_bytes"):
+        if name.endswith("_bytes") or name == "positions":
             summary[name] = max(values)
         else:
             median, p95 = np.quantile(values, [0.5, 0.95])
@@ -373,54 +453,63 @@ def measure(
     new_tokens: int = 16,
     repetitions: int = 20,
     warmup: int = 2,
+    images: tuple[int, ...] = (1,),
+    methods: tuple[str, ...] = ("published", "lightvlm"),
+    compile_mode: str = "default",
 ) -> Iterator[dict]:
     """Time all configurations, in turn within each repetition, so that a machine's drift hits all alike.
 
     Args:
         model: in evaluation mode, on its device.
         image_processor: a transformers image processor of fixed output size.
-        batch_sizes: rows at a time, each with one image.
+        batch_sizes: rows at a time.
         budgets: K; all patches are always measured besides.
         prompt_tokens: of text in each row.
         new_tokens: to decode after the first.
         repetitions: that count.
         warmup: repetitions before them.
+        images: in each row; every number with every batch size.
+        methods: as in `configurations`, and so is compile_mode.
+        compile_mode: of `torch.compile`.
 
     Yields:
-        For each batch size `batch_size` and `rows`, one for each configuration with `method`, `num_image_tokens`,
-        `positions` of the language model, and either `error` or the fields of `summarise` and `compare`. Batches that
-        a GPU has no memory for cost their own row only.
+        `batch_size`, `images` and `rows`, one for each configuration with `method`, `num_image_tokens`, `positions` of
+        the language model, and either `error` or the fields of `summarise` and `compare`. Batches that a GPU has no
+        memory for cost their own row only.
     """
     stopwatch = Stopwatch(model.device)
-    compared = configurations(model, budgets, stopwatch)
-    for batch_size in batch_sizes:
-        trial = Trial(model, image_processor, stopwatch, batch_size, prompt_tokens, new_tokens)
+    compared = configurations(model, budgets, stopwatch, methods, compile_mode)
+    for batch_size, count in itertools.product(batch_sizes, images):
+        trial = Trial(model, image_processor, stopwatch, batch_size, count, prompt_tokens, new_tokens)
         samples, failed = [[] for _ in compared], set()
-        with watched(model, stopwatch):
-            for repetition in tqdm(range(warmup + repetitions), desc=f"Batch size {batch_size}"):
-                for index, configuration in enumerate(compared):
-                    if index in failed:
-                        continue
-                    try:
-                        with encoder_attention(model, configuration.encoder_attention):
-                            sample = trial.run(configuration)
-                    except torch.cuda.OutOfMemoryError:
-                        failed.add(index)
-                    else:
-                        if repetition >= warmup:
-                            samples[index].append(sample)
-                    if index in failed:  # outside of the handler, whose error keeps the tensors of its frames
-                        gc.collect()
-                        torch.cuda.empty_cache()
+        for repetition in tqdm(range(warmup + repetitions), desc=f"Batch size {batch_size}, images {count}"):
+            for index, configuration in enumerate(compared):
+                if index in failed:
+                    continue
+                try:
+                    with (
+                        watched(configuration.stages, stopwatch),
+                        encoder_attention(model, configuration.encoder_attention),
+                    ):
+                        sample = trial.run(configuration)
+                except torch.cuda.OutOfMemoryError:
+                    failed.add(index)
+                else:
+                    if repetition >= warmup:
+                        samples[index].append(sample)
+                if index in failed:  # outside of the handler, whose error keeps the tensors of its frames
+                    gc.collect()
+                    torch.cuda.empty_cache()
         rows = []
         for index, configuration in enumerate(compared):
             budget = configuration.num_image_tokens
-            row = {"method": configuration.method, "num_image_tokens": budget, "positions": prompt_tokens + budget}
+            positions = prompt_tokens + count * budget
+            row = {"method": configuration.method, "num_image_tokens": budget, "positions": positions}
             rows.append(row | ({"error": "out of memory"} if index in failed else summarise(samples[index])))
         compare(rows, batch_size)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-        yield {"batch_size": batch_size, "rows": rows}
+        yield {"batch_size": batch_size, "images": count, "rows": rows}
 
 
 def milliseconds(time: dict[str, float]) -> str:
@@ -451,8 +540,66 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def summary(report: dict) -> str:
+    """Markdown: medians of a whole report of `lightvlm bench`, for README."""
+    heads = ["batch × images", "method", "tokens", "encoder, ms", "scoring", "selection", "prefill", "TTFT"]
+    heads += ["prefill ×", "ceiling", "TTFT ×", "decode, tokens/s", "KV cache, MB", "peak memory, MB"]
+    lines = [f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
+    for result in report["results"]:
+        for row in result["rows"]:
+            cells = [f"{result['batch_size']} × {result['images']}", row["method"], str(row["num_image_tokens"])]
+            if "error" in row:
+                cells += [row["error"]] + ["–"] * (len(heads) - 4)
+            else:
+                medians = {name: time["median"] for name, time in row["times_ms"].items()}
+                is_split = not row["method"].endswith("compiled")  # else the encoder's time has these stages in it
+                cells.append(f"{medians[ENCODER]:.1f}")
+                cells += [f"{medians[name]:.2f}" if is_split else "" for name in (SCORING, SELECTION)]
+                cells += [f"{medians[PREFILL]:.1f}", f"{medians[TTFT]:.1f}"]
+                ratio = {name: f"{ratio:.2f}×" for name, ratio in row.get("speedup", {}).items()}
+                cells += [ratio.get(PREFILL, "–"), f"{row['prefill_ceiling']:.2f}×", ratio.get(TTFT, "–")]
+                cells += [f"{row['decode_tokens_per_second']:.1f}", f"{row['kv_cache_bytes'] / 1e6:.1f}"]
+                cells.append(f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "–")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def growth_plot(results: list[dict], title: str, path: str | Path) -> None:
+    """Draw how time to first token, peak memory and KV cache grow with the images of a prompt.
+
+    Args:
+        results: of `measure` with several numbers of images, and one batch size.
+        title: above the panels.
+        path: of the picture, in any of matplotlib's formats.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {
+        "time to first token, s": lambda row: row["times_ms"][TTFT]["median"] / 1000,
+        "peak memory, GB": lambda row: row["peak_memory_bytes"] / 1e9 if "peak_memory_bytes" in row else np.nan,
+        "KV cache, MB": lambda row: row["kv_cache_bytes"] / 1e6,
+    }
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure.suptitle(title)
+    for axes, (label, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        lines = {}
+        for result in results:
+            for row in result["rows"]:
+                if "error" not in row:
+                    name = f"{row['method']}, {row['num_image_tokens']}"
+                    lines.setdefault(name, []).append((result["images"], value(row)))
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
+        axes.set(xlabel="images in the prompt", ylabel=label, xlim=0, ylim=0)
+        axes.set_xticks([result["images"] for result in results])
+        axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
+
+
 def plot(results: list[dict], title: str, path: str | Path) -> None:
-    """Draw the stages of each configuration as a stacked bar, a panel for each batch size.
+    """Draw the stages of each configuration as a stacked bar, a panel for each batch size and number of images.
 
     Args:
         results: of `measure`.
@@ -461,7 +608,8 @@ def plot(results: list[dict], title: str, path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 0.6 + 2.6 * len(results)), layout="constrained")
+    rows = sum(len(result["rows"]) for result in results)
+    figure = Figure(figsize=(10, 0.6 + 0.9 * len(results) + 0.28 * rows), layout="constrained")
     figure.suptitle(title)
     for axes, result in zip(figure.subplots(len(results), squeeze=False)[:, 0], results, strict=True):
         rows = [row for row in result["rows"] if "error" not in row]
@@ -472,7 +620,11 @@ def plot(results: list[dict], title: str, path: str | Path) -> None:
             axes.barh(labels, widths, left=left, label=stage)
             left += widths
         axes.invert_yaxis()
-        axes.set(xlabel="ms, medians", title=f"batch size {result['batch_size']}")
+        axes.set(xlabel="ms, medians", title=f"batch size {result['batch_size']}, images in a row: {result['images']}")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(STAGES))
     figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":  # README's table of a results file
+    print(summary(json.loads(Path(sys.argv[1]).read_text())))

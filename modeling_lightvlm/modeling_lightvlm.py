@@ -110,8 +110,8 @@ def encode_patches(
         prior = probe_attention(tower.head, tower.post_layernorm(states[max(wanted)]))
     else:
         prior = received_attention(layers[attending], states[attending])
-    features = torch.cat([states[layer] for layer in wanted], dim=-1)
-    return (features[:, 1:] if is_clip else features), prior
+    features = [states[layer][:, 1:] if is_clip else states[layer] for layer in wanted]
+    return (features[0] if len(features) == 1 else torch.cat(features, dim=-1)), prior
 
 
 def compact(
@@ -258,10 +258,21 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         if num_image_tokens is None and self.config.num_image_tokens == "dynamic":
             mean_image_tokens = [self.config.mean_image_tokens]
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
+        if mean_image_tokens is None:
+            return self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
         features, prior = self.encode(pixel_values, vision_feature_layer)
-        if mean_image_tokens is not None:
-            budgets = self.allot(features, prior, budgets, mean_image_tokens)
+        budgets = self.allot(features, prior, budgets, mean_image_tokens)
         return self.prune(features, prior, budgets, question_ids)
+
+    def encode_and_prune(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None,
+        budgets: list[int],
+        question_ids: torch.LongTensor | None,
+    ) -> LightVLMImageFeatures:
+        """`encode` and `prune` with budgets that are known beforehand: nothing in here waits for the host."""
+        return self.prune(*self.encode(pixel_values, vision_feature_layer), budgets, question_ids)
 
     def encode(
         self, pixel_values: torch.Tensor, vision_feature_layer: int | list[int] | None = None
@@ -293,10 +304,9 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             raise ValueError(f"question_ids has {len(question_ids)} rows, but there are {len(features)} images.")
         questions = None if question_ids is None else self.embed_questions(question_ids)
         kept = self.pruner(features, prior, budgets, questions)
-        patches = features.shape[1]
-        packed = torch.cat([indices + image * patches for image, indices in enumerate(kept)])  # [sum of K]
-        tokens = self.multi_modal_projector(features.flatten(0, 1)[packed])  # [sum of K, hidden]
-        tokens = self.pruner.add_positions(tokens, packed % patches)
+        patches = torch.cat([patches[indices] for patches, indices in zip(features, kept, strict=True)])
+        tokens = self.multi_modal_projector(patches)  # [sum of K, hidden]
+        tokens = self.pruner.add_positions(tokens, torch.cat(kept))
         return LightVLMImageFeatures(pooler_output=list(tokens.split(budgets)), kept_indices=kept)
 
     def mark_surplus(
@@ -357,22 +367,27 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             )
             pixel_values, mm_encoder_outputs = None, {"image": features}
         if mean_image_tokens is None:
-            return super().forward(
-                input_ids,
-                pixel_values,
-                attention_mask,
-                position_ids,
+            run = self.prefill if mm_encoder_outputs else super().forward
+            return run(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
                 mm_encoder_outputs=mm_encoder_outputs,
                 **kwargs,
             )
         is_surplus = self.mark_surplus(input_ids, num_image_tokens, features.pooler_output)
         padding = self.config.text_config.pad_token_id or 0
         short, source, stays = compact(input_ids, attention_mask, position_ids, is_surplus, padding)
-        outputs = super().forward(**short, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+        outputs = self.prefill(**short, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
         states = outputs[0].masked_fill(~stays[..., None], 0)  # [B, short length, hidden]
         whole = states.new_zeros(*input_ids.shape, states.shape[-1])
         outputs["last_hidden_state"] = whole.scatter(1, source[..., None].expand_as(states), states)
         return outputs
+
+    def prefill(self, **inputs):
+        """`LlavaModel.forward` of a prompt whose images are encoded."""
+        return super().forward(**inputs)
 
 
 class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditionalGeneration):
@@ -515,6 +530,28 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         if history is not None:
             history += [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return answer
+
+    def compile_for_inference(self, **options) -> "LightVLMForConditionalGeneration":
+        """Compile, in place, what a first token waits for: encoder and pruner at a static K, and prefill.
+
+        The first calls compile, for minutes where a model is large: once for a batch size, K and prompt length, and
+        once more for those that vary. Decoding is `generate`'s to compile, with `cache_implementation="static"`.
+
+        Args:
+            options: of `torch.compile`. With `mode="reduce-overhead"`, CUDA graphs on a GPU, the KV cache of a prompt
+                is overwritten by the next one's, unless it is a static cache.
+        """
+        encode_and_prune = torch.compile(self.model.encode_and_prune, **options)
+
+        def keep(*args) -> LightVLMImageFeatures:
+            tokens, kept = encode_and_prune(*args).to_tuple()  # which the next CUDA graph may overwrite
+            return LightVLMImageFeatures(
+                pooler_output=[each.clone() for each in tokens], kept_indices=[each.clone() for each in kept]
+            )
+
+        self.model.encode_and_prune = keep
+        self.model.prefill = torch.compile(self.model.prefill, **options)
+        return self
 
     def processor_beside_weights(self):
         """The processor of the folder or repository that this model was loaded from, loaded once."""

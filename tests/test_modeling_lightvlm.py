@@ -7,6 +7,7 @@ import torch
 from lightvlm.modeling_lightvlm import encode_patches
 from lightvlm.pruning_lightvlm import select_topk
 from tiny import NUM_PATCHES, make_image, make_model, make_processor, text_config
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -202,6 +203,33 @@ def test_static_budget_compiles_in_one_graph(vision, select):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_for_inference_answers_alike_and_compiles_once(tiny):
+    torch.compiler.reset()  # of other models' graphs, which count as this one's
+    model, processor = tiny
+    compiled, counter = copy.deepcopy(model), CompileCounter()
+    assert compiled.compile_for_inference(backend=counter, fullgraph=True) is compiled
+    for first, second in ((0, 1), (2, 3)):
+        images = [[make_image(first), make_image(second)], [make_image(first)]]
+        text = ["<image> or <image>?", "<image> a"]
+        inputs = processor(images=images, text=text, num_image_tokens=9, padding=True, return_tensors="pt")
+        for options in ({}, {"cache_implementation": "static"}):
+            assert torch.equal(new_tokens(compiled, inputs, **options), new_tokens(model, inputs, **options))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+        # Encoder and pruner; prefill for generate's cache, for a static one, and for no cache. Decoding is not ours.
+        assert counter.frame_count == 4
+
+
+def test_compiled_for_inference_takes_every_budget_and_no_image():
+    model, processor = make_model(), make_processor()
+    compiled = copy.deepcopy(model).compile_for_inference(backend="eager")
+    for budgets in ([16, 9, 4], [9, 9, 9], [36, 36, 1]):
+        inputs = processor(images=IMAGES, text=TEXT, num_image_tokens=budgets, padding=True, return_tensors="pt")
+        assert torch.equal(new_tokens(compiled, inputs), new_tokens(model, inputs))
+    text_only = processor(text=["what color?"], return_tensors="pt")
+    assert torch.equal(new_tokens(compiled, text_only), new_tokens(model, text_only))
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny):

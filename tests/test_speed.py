@@ -3,7 +3,10 @@
 Speed itself is never asserted. What it rests on is counted: positions, encoder layers, FLOPs, waits for a GPU.
 """
 
+import json
+import sys
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +24,14 @@ from lightvlm.evaluation.speed import (
     compare,
     configurations,
     encoder_attention,
+    growth_plot,
     measure,
+    peak_memory_bytes,
     plot,
+    reset_peak_memory,
+    stages_of,
     summarise,
+    summary,
     table,
     watched,
 )
@@ -32,10 +40,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = README.parent / "evaluation" / "results"
 
 
-def trial(model, processor, batch_size=1, prompt_tokens=6) -> Trial:
-    return Trial(model, processor.image_processor, Stopwatch(CPU), batch_size, prompt_tokens, new_tokens=2)
+def trial(model, processor, batch_size=1, images=1, prompt_tokens=6) -> Trial:
+    return Trial(model, processor.image_processor, Stopwatch(CPU), batch_size, images, prompt_tokens, new_tokens=2)
 
 
 @torch.no_grad()
@@ -44,7 +54,7 @@ def forward(model, configuration, batch_size=2, **options):
     run = trial(model, make_processor(), batch_size)
     pixels = torch.randn(batch_size, 3, 84, 84)
     with encoder_attention(model, configuration.encoder_attention):
-        return configuration.prefill(pixel_values=pixels, **run.text(configuration.num_image_tokens), **options)
+        return configuration.prefill(pixel_values=pixels, **run.text(configuration.placeholders), **options)
 
 
 def test_nested_stages_are_timed_without_what_is_inside(monkeypatch):
@@ -64,11 +74,10 @@ def test_every_stage_of_a_pass_is_timed_and_they_add_up(tiny):
     model, processor = tiny
     run = trial(model, processor, batch_size=2)
     llava, published, _, ours = configurations(model, [9], run.stopwatch)
-    with watched(model, run.stopwatch):
-        samples = []
-        for configuration in (llava, published, ours):
-            with encoder_attention(model, configuration.encoder_attention):
-                samples.append(run.run(configuration))
+    samples = []
+    for configuration in (llava, published, ours):
+        with watched(configuration.stages, run.stopwatch), encoder_attention(model, configuration.encoder_attention):
+            samples.append(run.run(configuration))
     for sample in samples:
         assert sum(sample[stage] for stage in STAGES) == pytest.approx(sample["sum of stages"])
         assert sample["sum of stages"] <= sample["TTFT"]
@@ -81,7 +90,7 @@ def test_every_stage_of_a_pass_is_timed_and_they_add_up(tiny):
 def test_nothing_is_left_around_the_model():
     model = make_model()
     before = model.model.pruner.select
-    with watched(model, Stopwatch(CPU)):
+    with watched(stages_of(model), Stopwatch(CPU)):
         assert "encode" in vars(model.model) and model.model.pruner.select is not before
     assert "encode" not in vars(model.model) and model.model.pruner.select is before
     with encoder_attention(model, "eager"):
@@ -120,6 +129,54 @@ def test_the_language_model_sees_the_kept_tokens_only(tiny, budget):
             config = model.config.text_config
             bytes_per_position = 2 * 4 * config.num_hidden_layers * config.hidden_size
             assert sample["kv_cache_bytes"] == 2 * (6 + budget) * bytes_per_position
+
+
+ESTIMATOR = {"means": [1, 36], "kappas": [1, 36], "exponent": 1, "minimum": 1, "maximum": 36}
+
+
+def test_a_dynamic_budget_of_the_same_size_gives_the_same_logits():
+    model = make_model(dynamic_budget=ESTIMATOR)
+    _, _, static, dynamic = configurations(model, [9], Stopwatch(CPU), ("lightvlm", "dynamic"))
+    assert (static.placeholders, dynamic.placeholders) == (9, NUM_PATCHES)
+    options = {"logits_to_keep": 1, "use_cache": True}
+    expected, found = forward(model, static, **options), forward(model, dynamic, **options)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=0)
+    assert found.past_key_values.get_seq_length() == 6 + 9
+
+
+def test_what_is_compiled_shares_the_weights_and_leaves_the_model_alone(monkeypatch):
+    compiled, model = [], make_model()
+    monkeypatch.setattr(
+        torch, "compile", lambda function, mode: compiled.append((function.__name__, mode)) or function
+    )
+    llava, full, twin = configurations(model, [], Stopwatch(CPU), ("compiled",), "max-autotune")
+    names = ["get_image_features", "forward", "encode_and_prune", "prefill"]
+    assert compiled == [(name, "max-autotune") for name in names]
+    ours = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in twin.model.parameters()} == ours
+    assert "prefill" not in vars(model.model)
+    expected = forward(model, llava).logits
+    for configuration in (full, twin):
+        torch.testing.assert_close(forward(model, configuration).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_several_images_a_row(tiny):
+    model, processor = tiny
+    results = list(
+        measure(model, processor.image_processor, [2], [9], 6, 1, 1, 0, images=[1, 3], methods=["lightvlm"])
+    )
+    positions = [(result["images"], [row["positions"] for row in result["rows"]]) for result in results]
+    assert positions == [(1, [42, 42, 15]), (3, [114, 114, 33])]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_the_processes_peak_memory_is_that_since_the_reset():
+    assert reset_peak_memory(CPU)
+    before = peak_memory_bytes(CPU)
+    torch.ones(50_000_000)  # 200 MB, and freed at once
+    assert 190e6 < peak_memory_bytes(CPU) - before < 300e6
+    reset_peak_memory(CPU)
+    assert peak_memory_bytes(CPU) - before < 100e6
 
 
 def flops(run) -> dict[str, int]:
@@ -195,8 +252,15 @@ def test_a_full_gpu_costs_its_own_row_only(monkeypatch, tmp_path):
     results = list(measure(make_model(), make_processor().image_processor, [1, 2], [9], 6, 2, 1, 1))
     assert [["error" in row for row in result["rows"]] for result in results] == [[False] * 4, [True] + [False] * 3]
     assert "out of memory" in table(results[1]) and "speedup" not in results[1]["rows"][3]
+    assert summary({"results": results}).count("out of memory") == 1
     plot(results, "tiny", tmp_path / "stages.png")
-    assert (tmp_path / "stages.png").stat().st_size > 1000
+    growth_plot(results, "tiny", tmp_path / "growth.png")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("stages.png", "growth.png"))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("speed_*.json")), ids=lambda path: path.stem)
+def test_readmes_tables_are_those_of_the_results(path):
+    assert summary(json.loads(path.read_text())) in README.read_text()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

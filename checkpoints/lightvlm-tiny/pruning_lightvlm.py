@@ -277,8 +277,12 @@ class TokenPruner(nn.Module):
         patches = features.shape[1]
         if min(budgets) == patches:
             return [torch.arange(patches, device=features.device) for _ in budgets]
-        order = self.select(self.score(features, prior, questions), features, max(budgets))
-        return [row[:budget].sort().values for row, budget in zip(order, budgets, strict=True)]
+        order = self.select(self.score(features, prior, questions), features, max(budgets))  # [B, largest K]
+        if min(budgets) < max(budgets):
+            ranks = torch.arange(max(budgets), device=order.device)
+            is_surplus = ranks >= torch.tensor(budgets).to(order.device, non_blocking=True)[:, None]
+            order = order.masked_fill(is_surplus, patches)  # which no patch is, and so comes last
+        return [row[:budget] for row, budget in zip(order.sort(dim=1).values, budgets, strict=True)]
 
     def add_positions(self, tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Tell the language model where kept tokens stood.
