@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test test-lmms test-vllm eval eval-easy_vqa eval-budgets $(EVALS) lint checkpoint
+.PHONY: run test test-lmms test-vllm eval eval-easy_vqa eval-budgets $(EVALS) bench lint checkpoint
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -35,6 +35,22 @@ $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 	$(EVAL) --data-path $(DATA)/mosaics_test_$*.json --num-image-tokens 576,64,36,16 \
 		--selectors $(SELECTORS) \
 		--output evaluation/results/mosaics_$*.json --plot evaluation/results/mosaics_$*.png
+
+# README's speed tables, of Phi-2's width on a CPU; half an hour, in which nothing else should run.
+SPEED := $(BIN)/lightvlm bench --preset phi2-clip-l-336
+SPEED_RESULTS = evaluation/results/speed_$(MACHINE)_$(shell date +%F)
+MACHINE ?= cpu
+
+bench: .venv/ready
+	$(SPEED) --dtype bfloat16 --batch-sizes 1 --methods published,lightvlm,dynamic,compiled --repetitions 7 \
+		--new-tokens 4 --output $(SPEED_RESULTS)_bf16.json --plot $(SPEED_RESULTS)_bf16.png
+	$(SPEED) --dtype float32 --batch-sizes 1 --repetitions 5 --warmup 1 --new-tokens 2 \
+		--output $(SPEED_RESULTS)_fp32.json --plot $(SPEED_RESULTS)_fp32.png
+	$(SPEED) --layers 4 --dtype bfloat16 --batch-sizes 1 --images 1,2,4,8,16 --methods lightvlm --repetitions 3 \
+		--num-image-tokens 144,64,16 --warmup 1 --new-tokens 2 \
+		--output $(SPEED_RESULTS)_growth.json --growth $(SPEED_RESULTS)_growth.png
+	$(SPEED) --layers 4 --dtype bfloat16 --batch-sizes 4,16 --repetitions 3 --warmup 1 --new-tokens 2 \
+		--output $(SPEED_RESULTS)_batches.json --plot $(SPEED_RESULTS)_batches.png
 
 # The lmms-eval adapter, in an environment of its own; the same questions must have the same answers in both.
 # Only what lmms-eval imports for it is installed, not all that it requires; its errors about the rest are expected.

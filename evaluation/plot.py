@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 from lightvlm.evaluation.accuracy import is_dynamic
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
@@ -25,7 +26,7 @@ def plot(results: list[dict], path: Path) -> None:
     panels = [(data, list(rows)) for data, rows in itertools.groupby(results, key=lambda row: row["data"])]
     figure = Figure(figsize=(6 * len(panels) + 1.5, 4.5), layout="constrained")
     names = dict.fromkeys(line_of(row) for row in results if row["selector"] != "all")
-    styles = dict(zip(names, itertools.cycle(STYLES)))  # the same in each panel
+    styles, colors = dict(zip(names, itertools.cycle(STYLES))), colormaps["tab20"].colors  # the same in each panel
     for axes, (data, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, (name, style) in enumerate(styles.items()):
             line = sorted((row for row in rows if line_of(row) == name), key=lambda row: row["tokens"])
@@ -34,7 +35,8 @@ def plot(results: list[dict], path: Path) -> None:
             values = [row["accuracy"] for row in line]
             below = [row["accuracy"] - row["low"] for row in line]
             above = [row["high"] - row["accuracy"] for row in line]
-            axes.errorbar(budgets, values, yerr=(below, above), fmt=style, label=name, markersize=4, elinewidth=0.7)
+            look = {"fmt": style, "color": colors[number % len(colors)], "markersize": 4, "elinewidth": 0.7}
+            axes.errorbar(budgets, values, yerr=(below, above), label=name, **look)
         for row in rows:
             if row["selector"] == "all":
                 axes.axhline(row["accuracy"], color="gray", linestyle=":", label=f"all {row['num_image_tokens']}")

@@ -385,6 +385,14 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         outputs["last_hidden_state"] = whole.scatter(1, source[..., None].expand_as(states), states)
         return outputs
 
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """As LLaVA's, (batch, length, 1), but for its count of placeholders in a compiled graph, which would wait."""
+        if input_ids is None or not torch.compiler.is_compiling():
+            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        return (input_ids == self.config.image_token_id)[..., None]
+
     def prefill(self, **inputs):
         """`LlavaModel.forward` of a prompt whose images are encoded."""
         return super().forward(**inputs)
@@ -535,7 +543,9 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         """Compile, in place, what a first token waits for: encoder and pruner at a static K, and prefill.
 
         The first calls compile, for minutes where a model is large: once for a batch size, K and prompt length, and
-        once more for those that vary. Decoding is `generate`'s to compile, with `cache_implementation="static"`.
+        once more for those that vary. Whether a prompt has as many placeholders as its images have tokens, which a
+        processor sees to, is not checked any more: the host would wait for it. Decoding is `generate`'s to compile,
+        with `cache_implementation="static"`.
 
         Args:
             options: of `torch.compile`. With `mode="reduce-overhead"`, CUDA graphs on a GPU, the KV cache of a prompt

@@ -209,7 +209,7 @@ def test_compiled_for_inference_answers_alike_and_compiles_once(tiny):
     torch.compiler.reset()  # of other models' graphs, which count as this one's
     model, processor = tiny
     compiled, counter = copy.deepcopy(model), CompileCounter()
-    assert compiled.compile_for_inference(backend=counter, fullgraph=True) is compiled
+    assert compiled.compile_for_inference(backend=counter) is compiled
     for first, second in ((0, 1), (2, 3)):
         images = [[make_image(first), make_image(second)], [make_image(first)]]
         text = ["<image> or <image>?", "<image> a"]
@@ -218,7 +218,8 @@ def test_compiled_for_inference_answers_alike_and_compiles_once(tiny):
             assert torch.equal(new_tokens(compiled, inputs, **options), new_tokens(model, inputs, **options))
         with torch.no_grad():
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
-        # Encoder and pruner; prefill for generate's cache, for a static one, and for no cache. Decoding is not ours.
+        # Encoder and pruner; prefill for generate's cache, for a static one, and for no cache. Decoding is not ours,
+        # and a graph that breaks, where the host would wait for a value, would count twice.
         assert counter.frame_count == 4
 
 
