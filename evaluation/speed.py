@@ -580,7 +580,7 @@ def growth_plot(results: list[dict], title: str, path: str | Path) -> None:
         "KV cache, MB": lambda row: row["kv_cache_bytes"] / 1e6,
     }
     figure = Figure(figsize=(12, 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="small")
     for axes, (label, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         lines = {}
         for result in results:
@@ -610,7 +610,7 @@ def plot(results: list[dict], title: str, path: str | Path) -> None:
 
     rows = sum(len(result["rows"]) for result in results)
     figure = Figure(figsize=(10, 0.6 + 0.9 * len(results) + 0.28 * rows), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="small")
     for axes, result in zip(figure.subplots(len(results), squeeze=False)[:, 0], results, strict=True):
         rows = [row for row in result["rows"] if "error" not in row]
         labels = [f"{row['method']}, {row['num_image_tokens']}" for row in rows]

@@ -5,6 +5,7 @@ Speed itself is never asserted. What it rests on is counted: positions, encoder 
 
 import json
 import sys
+import weakref
 from itertools import count
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from lightvlm.evaluation.speed import (
     table,
     watched,
 )
-from tiny import NUM_PATCHES, make_image, make_model, make_processor
+from tiny import NUM_PATCHES, make_image, make_model, make_processor, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -227,6 +228,43 @@ def test_encoding_and_pruning_never_wait_for_a_gpu(tiny):
     with Waits() as waits, torch.no_grad():
         model.model.prune(*model.model.encode(pixels), [9, 9])
     assert waits.count == 0
+
+
+def test_hidden_states_that_nobody_reads_are_freed():
+    model = make_model(vision_config=vision_config("clip", num_hidden_layers=6), prior_layer=-2)
+    layers, alive = model.model.vision_tower.encoder.layers, []
+    references = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: references.append(weakref.ref(output)))
+        layer.register_forward_hook(lambda *_: alive.append(sum(each() is not None for each in references)))
+    with torch.no_grad():
+        model.model.encode(torch.randn(1, 3, 84, 84))
+    assert alive == [1, 2, 2, 2, 2]
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a GPU would launch something for: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not any(result.alias_info for result in function._schema.returns)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("select", ["topk", "diverse"])
+def test_pruning_launches_no_more_for_more_tokens_and_one_gather_for_an_image(select):
+    model = make_model(select=select)
+    counts = {}
+    for images, budget in ((2, 4), (2, 16), (4, 16)):
+        features, prior = model.model.encode(torch.randn(images, 3, 84, 84))
+        with Launches() as launches, torch.no_grad():
+            model.model.prune(features, prior, [budget] * images)
+        counts[images, budget] = launches.count
+    assert counts[2, 4] == counts[2, 16]
+    assert counts[4, 16] - counts[2, 16] == 2
 
 
 def test_medians_percentiles_and_ratios():

@@ -100,9 +100,11 @@ def encode_patches(
     attending = prior_layer % len(layers)
 
     hidden_states = tower.embeddings(pixel_values)
-    states = [tower.pre_layrnorm(hidden_states) if is_clip else hidden_states]
-    for layer in layers[: max(wanted) if has_head else max(*wanted, attending)]:
-        states.append(layer(states[-1], None))  # states[i] is the input of layer i
+    states = {0: tower.pre_layrnorm(hidden_states) if is_clip else hidden_states}
+    for index, layer in enumerate(layers[: max(wanted) if has_head else max(*wanted, attending)]):
+        states[index + 1] = layer(states[index], None)  # states[i] is the input of layer i
+        if index not in (*wanted, attending):
+            del states[index]  # all of them would be most of the memory that images take
 
     if is_clip:
         prior = cls_attention(layers[attending], states[attending])
