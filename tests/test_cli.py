@@ -272,7 +272,7 @@ def test_bench_prints_tables_writes_json_and_draws(checkpoint, tmp_path, capsys)
     options = ["--num-image-tokens", "36,4", "--batch-sizes", "1,2", "--dtype", "bfloat16", "--attention", "eager"]
     assert bench("--model-path", checkpoint, *options, *files) == 0
     out = capsys.readouterr().out
-    assert out.count("| Llava, output_attentions | 4 |") == 2 and "not measured" in out
+    assert out.count("| Llava, output_attentions | 4 |") == 2
     written = json.loads(report.read_text())
     assert written["dtype"] == "bfloat16" and written["command"].startswith("lightvlm bench --repetitions 1")
     for size, result in zip([1, 2], written["results"], strict=True):
@@ -293,6 +293,32 @@ def test_bench_draws_weights_for_a_preset(int8, capsys):
     assert bench("--preset", "tiny", "--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9", *int8) == 0
     out = capsys.readouterr().out
     assert "| LightVLM | 9 |" in out and ("bfloat16 and int8" in out) == bool(int8)
+    assert "| LightVLM, dynamic | 9 |" in out
+
+
+def test_bench_draws_growth_over_the_images_of_a_prompt(checkpoint, tmp_path, capsys):
+    picture = tmp_path / "growth.png"
+    options = ["--num-image-tokens", "4", "--batch-sizes", "1", "--images", "1,2", "--methods", "lightvlm"]
+    assert bench("--model-path", checkpoint, *options, "--growth", str(picture)) == 0
+    assert "images in a row: 2" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "cure"),
+    [
+        (["--methods", "lightvlm,fastest"], "choose from published, lightvlm, dynamic, compiled"),
+        (["--methods", "dynamic"], "training/budget.py"),
+        (["--growth", "growth.png"], "--images"),
+        (["--growth", "growth.png", "--images", "1,2"], "one batch size"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_compare_or_draw(checkpoint, options, cure, capsys):
+    try:
+        assert bench("--model-path", checkpoint, *options) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    assert cure in capsys.readouterr().err
 
 
 def test_bench_names_what_is_wrong(checkpoint, capsys):
