@@ -308,7 +308,7 @@ def test_bench_draws_growth_over_the_images_of_a_prompt(checkpoint, tmp_path, ca
     ("options", "cure"),
     [
         (["--methods", "lightvlm,fastest"], "choose from published, lightvlm, dynamic, compiled"),
-        (["--methods", "dynamic"], "training/budget.py"),
+        (["--methods", "dynamic", "--num-image-tokens", "9"], "training/budget.py"),
         (["--growth", "growth.png"], "--images"),
         (["--growth", "growth.png", "--images", "1,2"], "one batch size"),
     ],
