@@ -306,7 +306,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             raise ValueError(f"question_ids has {len(question_ids)} rows, but there are {len(features)} images.")
         questions = None if question_ids is None else self.embed_questions(question_ids)
         kept = self.pruner(features, prior, budgets, questions)
-        patches = torch.cat([patches[indices] for patches, indices in zip(features, kept, strict=True)])
+        patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
         tokens = self.multi_modal_projector(patches)  # [sum of K, hidden]
         tokens = self.pruner.add_positions(tokens, torch.cat(kept))
         return LightVLMImageFeatures(pooler_output=list(tokens.split(budgets)), kept_indices=kept)
