@@ -117,8 +117,8 @@ class Batch:
         name, _, score = selector.partition("+")
         if isinstance(budget, str):
             (largest,), means = self.questions.processor.resolve_budgets(budget, 1)
-            budgets = backbone.allot(self.features, self.prior, [largest] * len(self.rows), means)
-            return backbone.prune(self.features, self.prior, budgets).pooler_output
+            budgets = [largest] * len(self.rows)
+            return backbone.prune(self.features, self.prior, budgets, mean_image_tokens=means).pooler_output
         weights = mixing_weights(name, self.scores[score], self.features, budget)
         if name == "downsample":
             features = downsample(backbone, self.pixels, budget)[self.images]

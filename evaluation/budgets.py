@@ -82,8 +82,9 @@ class Encoded:
         opened = processor(images=[image["path"] for image in images], return_tensors="pt")
         self.features, self.prior = model.model.encode(opened["pixel_values"])
         pruner = model.model.pruner
-        self.complexity = pruner.estimate_complexity(self.features, self.prior)
-        self.order = pruner.select(pruner.score(self.features, self.prior), self.features, self.features.shape[1])
+        scores = pruner.score(self.features, self.prior)
+        self.complexity = pruner.estimate_complexity(self.features, scores)
+        self.order = pruner.select(scores, self.features, self.features.shape[1])
 
     def answer(self, budgets: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each image's answers, (questions,) each: whether they are right, and the log-probability of a token."""

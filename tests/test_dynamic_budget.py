@@ -15,12 +15,16 @@ TEXT = ["<image> or <image>?", "what color?", "<image>\nis there a red circle in
 IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]
 
 
+def complexity_of(model, features, prior):
+    return model.model.pruner.estimate_complexity(features, model.model.pruner.score(features, prior))
+
+
 def make_dynamic(vision="clip", text="phi", **overrides):
     """A tiny model whose estimator finds the images of `mixed_batch` simple, middling and complex."""
     model = make_model(vision, text, dynamic_budget=CALIBRATION, **overrides)
     linear = torch.nn.init.normal_(model.model.pruner.complexity.weight), model.model.pruner.complexity.bias
     features, prior = model.model.encode(mixed_batch(make_processor(vision), 9)["pixel_values"])
-    complexity = model.model.pruner.estimate_complexity(features, prior)
+    complexity = complexity_of(model, features, prior)
     with torch.no_grad():
         linear[0].div_(complexity.std())
         linear[1].sub_(complexity.mean() / complexity.std())
@@ -67,7 +71,7 @@ def test_budgets_follow_complexity_and_the_mean_that_is_asked_for(dynamic):
     model, processor = dynamic
     pixels = mixed_batch(processor, 9)["pixel_values"]
     features, prior = model.model.encode(pixels)
-    complexity = model.model.pruner.estimate_complexity(features, prior)
+    complexity = complexity_of(model, features, prior)
     for mean, kappa in ((2, 2.0), (8, 8.0), (4, 4.0)):  # 4 is interpolated on logarithmic scales
         expected = (kappa * complexity.exp()).round().clamp(1, NUM_PATCHES).tolist()
         assert budgets_of(
@@ -98,6 +102,21 @@ def test_prefill_and_cache_hold_the_kept_tokens_only(dynamic):
     output = generate(model, batch, return_dict_in_generate=True)
     assert output.past_key_values.get_seq_length() == length + 7
     assert lengths == [length, length, *[1] * 7]
+
+
+@pytest.mark.parametrize("question", [None, "what color?"])
+def test_patches_are_scored_once_for_both_budget_and_choice(question):
+    model, processor = make_dynamic(score="question"), make_processor()
+    pruner, calls = model.model.pruner, []
+    torch.nn.init.normal_(pruner.question_projection.weight)
+    for module in (pruner.scorer, pruner.question_projection):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    batch, static = both(model, processor, question=question)
+    calls.clear()
+    kept = model.get_image_features(**images_of(batch)).kept_indices
+    assert calls == [pruner.scorer, *([pruner.question_projection] if question else [])]
+    expected = model.get_image_features(**images_of(static)).kept_indices
+    assert all(torch.equal(*pair) for pair in zip(kept, expected, strict=True))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -3,6 +3,7 @@
 Speed itself is never asserted. What it rests on is counted: positions, encoder layers, FLOPs, waits for a GPU.
 """
 
+import contextlib
 import json
 import sys
 import weakref
@@ -38,6 +39,7 @@ from lightvlm.evaluation.speed import (
 )
 from tiny import NUM_PATCHES, make_image, make_model, make_processor, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
@@ -228,6 +230,38 @@ def test_encoding_and_pruning_never_wait_for_a_gpu(tiny):
     with Waits() as waits, torch.no_grad():
         model.model.prune(*model.model.encode(pixels), [9, 9])
     assert waits.count == 0
+
+
+class HostTensors(TorchDispatchMode):
+    """Lists operations that a model on another device has to do with tensors on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+        self.found += [function for tensor in tensors if tensor.device.type == "cpu"]
+        return result
+
+
+@pytest.mark.parametrize("select", ["topk", "diverse"])
+@pytest.mark.parametrize("budget", [9, NUM_PATCHES])
+def test_at_a_static_k_no_tensor_is_on_the_host_where_a_cuda_graph_could_not_have_it(monkeypatch, select, budget):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # the meta device has none
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    backbone = make_model(select=select, score="question").to("meta").model
+    input_ids = torch.zeros(2, 6 + budget, dtype=torch.long, device="meta")
+    question_ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
+    with HostTensors() as host, torch.no_grad():
+        pixels = torch.randn(2, 3, 84, 84, device="meta")
+        features = backbone.encode_and_prune(pixels, None, [budget] * 2, question_ids)
+        attention_mask = torch.ones_like(input_ids)
+        backbone.prefill(
+            input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs={"image": features}, use_cache=True
+        )
+    assert not host.found
 
 
 def test_hidden_states_that_nobody_reads_are_freed():

@@ -41,7 +41,6 @@ from .pruning_lightvlm import (
     TokenPruner,
     ZeroEmbedding,
     ZeroLinear,
-    allot_budgets,
     cls_attention,
     probe_attention,
     received_attention,
@@ -201,30 +200,6 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             raise ValueError(f"num_image_tokens={budgets}: give numbers from 1 to {self.config.num_patches}.")
         return budgets
 
-    def allot(
-        self,
-        features: torch.Tensor,
-        prior: torch.Tensor,
-        budgets: list[int],
-        mean_image_tokens: list[int] | torch.Tensor,
-    ) -> list[int]:
-        """K of each image by what it needs, where a mean is asked for.
-
-        Args:
-            features: (images, patches, dim) of `encode`.
-            prior: (images, patches) of the same.
-            budgets: the largest K of each image, or, where its mean is 0, its K.
-            mean_image_tokens: (images,).
-        """
-        means = torch.as_tensor(mean_image_tokens, device=features.device).expand(len(features))
-        is_dynamic = means > 0
-        complexity = self.pruner.estimate_complexity(features[is_dynamic], prior[is_dynamic])
-        allotted = iter(allot_budgets(complexity, means[is_dynamic], self.config.dynamic_budget).tolist())
-        return [
-            min(next(allotted), budget) if dynamic else budget
-            for budget, dynamic in zip(budgets, is_dynamic.tolist(), strict=True)
-        ]
-
     def embed_questions(self, question_ids: torch.LongTensor) -> torch.Tensor:
         """Mean embedding of each question's tokens, (questions, hidden), of ids (questions, words) padded with -1."""
         is_word = (question_ids >= 0)[..., None]
@@ -262,9 +237,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
         if mean_image_tokens is None:
             return self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
-        features, prior = self.encode(pixel_values, vision_feature_layer)
-        budgets = self.allot(features, prior, budgets, mean_image_tokens)
-        return self.prune(features, prior, budgets, question_ids)
+        encoded = self.encode(pixel_values, vision_feature_layer)
+        return self.prune(*encoded, budgets, question_ids, mean_image_tokens)
 
     def encode_and_prune(
         self,
@@ -290,6 +264,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         prior: torch.Tensor,
         budgets: list[int],
         question_ids: torch.LongTensor | None = None,
+        mean_image_tokens: list[int] | torch.Tensor | None = None,
     ) -> LightVLMImageFeatures:
         """Keep and project K patches of each image.
 
@@ -297,7 +272,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             features: (images, patches, dim) of `encode`.
             prior: (images, patches) of the same.
             budgets: K of each image.
-            question_ids: as in `get_image_features`.
+            question_ids: as in `get_image_features`, and so is mean_image_tokens.
+            mean_image_tokens: (images,), or one number for all.
 
         Raises:
             ValueError: where there are more or fewer questions than images.
@@ -305,11 +281,11 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         if question_ids is not None and len(question_ids) != len(features):
             raise ValueError(f"question_ids has {len(question_ids)} rows, but there are {len(features)} images.")
         questions = None if question_ids is None else self.embed_questions(question_ids)
-        kept = self.pruner(features, prior, budgets, questions)
+        kept = self.pruner(features, prior, budgets, questions, mean_image_tokens)
         patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
         tokens = self.multi_modal_projector(patches)  # [sum of K, hidden]
         tokens = self.pruner.add_positions(tokens, torch.cat(kept))
-        return LightVLMImageFeatures(pooler_output=list(tokens.split(budgets)), kept_indices=kept)
+        return LightVLMImageFeatures(pooler_output=list(tokens.split([len(each) for each in kept])), kept_indices=kept)
 
     def mark_surplus(
         self, input_ids: torch.LongTensor, num_image_tokens: list[int] | torch.Tensor, tokens: list[torch.Tensor]

@@ -27,8 +27,9 @@ def cls_attention(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
     states = layer.layer_norm1(hidden_states)
     query = attention.q_proj(states[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1, d]
     keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + N, d]
-    weights = (query @ keys.transpose(2, 3) * attention.scale).float().softmax(dim=-1)  # [B, H, 1, 1 + N]
-    return weights.mean(dim=1)[:, 0, 1:]
+    # Keys times query, not query times keys, which as a product of one row is several times slower on CPUs.
+    weights = (keys @ query.transpose(2, 3) * attention.scale).float().softmax(dim=2)  # [B, H, 1 + N, 1]
+    return weights.mean(dim=1)[:, 1:, 0]
 
 
 def probe_attention(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -200,6 +201,7 @@ class TokenPruner(nn.Module):
             self.question_center = ZeroEmbedding(1, width)
             self.question_projection = ZeroLinear(width, QUESTION_RANK, bias=False)
 
+        self.dynamic_budget = config.dynamic_budget
         self.complexity = ZeroLinear(features, 1) if config.dynamic_budget else None
 
     def score(
@@ -223,23 +225,26 @@ class TokenPruner(nn.Module):
             side = torch.arange(self.patches_per_side, device=features.device)
             places = self.row_score(side)[:, None] + self.column_score(side)[None]  # [side, side, 1]
             scores = scores + places.flatten().float()
-        if self.patch_projection is not None and questions is not None:
-            # Normalised, because neither features nor embeddings have a scale of their own; and what all questions
-            # have in common is left out: it says nothing about this one, and would be most of what there is to learn.
-            asked = questions - self.question_center.weight
-            asked = self.question_projection(nn.functional.layer_norm(asked, asked.shape[-1:]))  # [B, rank]
-            patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
-            places = (self.row_key.weight[:, None] + self.column_key.weight).flatten(0, 1) * QUESTION_RANK**0.5
-            scores = scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
-        return scores
+        return scores if questions is None else scores + self.score_by_question(features, questions)
 
-    @torch.no_grad()
-    def estimate_complexity(self, features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    def score_by_question(self, features: torch.Tensor, questions: torch.Tensor) -> torch.Tensor | float:
+        """The question's term of `score`, whose arguments these are; 0 where `config.score` has none."""
+        if self.patch_projection is None:
+            return 0.0
+        # Normalised, because neither features nor embeddings have a scale of their own; and what all questions have
+        # in common is left out: it says nothing about this one, and would be most of what there is to learn.
+        asked = questions - self.question_center.weight
+        asked = self.question_projection(nn.functional.layer_norm(asked, asked.shape[-1:]))  # [B, rank]
+        patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
+        places = (self.row_key.weight[:, None] + self.column_key.weight).flatten(0, 1) * QUESTION_RANK**0.5
+        return ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
+
+    def estimate_complexity(self, features: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Logarithm of the tokens that each image needs, as far as a linear layer on its pooled features can tell.
 
         Args:
             features: (batch, patches, dim) of the vision encoder.
-            prior: (batch, patches), the encoder's attention.
+            scores: (batch, patches) of `score`, whatever the question.
 
         Returns:
             (batch,) in float32.
@@ -252,8 +257,28 @@ class TokenPruner(nn.Module):
                 'num_image_tokens="dynamic": this checkpoint cannot tell how many tokens an image needs. Give a '
                 "number, or fit an estimator with training/budget.py."
             )
-        pooled = pool_important(features, self.score(features, prior))
+        pooled = pool_important(features, scores)
         return nn.functional.linear(pooled, self.complexity.weight.float(), self.complexity.bias.float())[:, 0]
+
+    def allot(
+        self, features: torch.Tensor, scores: torch.Tensor, budgets: list[int], means: list[int] | torch.Tensor
+    ) -> list[int]:
+        """K of each image by what it needs, where a mean is asked for. Waits for the GPU: K shapes all that follows.
+
+        Args:
+            features: as in `estimate_complexity`, and so are scores.
+            scores: (batch, patches).
+            budgets: the largest K of each image, or, where its mean is 0, its K.
+            means: (batch,), or one number for all.
+        """
+        complexity, means = self.estimate_complexity(features, scores).cpu(), torch.as_tensor(means).cpu()
+        means = means.expand(len(features))
+        is_dynamic = means > 0
+        needs = iter(allot_budgets(complexity[is_dynamic], means[is_dynamic], self.dynamic_budget).tolist())
+        return [
+            min(next(needs), budget) if dynamic else budget
+            for budget, dynamic in zip(budgets, is_dynamic.tolist(), strict=True)
+        ]
 
     @torch.no_grad()  # indices have no gradient
     def forward(
@@ -262,6 +287,7 @@ class TokenPruner(nn.Module):
         prior: torch.Tensor,
         budgets: list[int],
         questions: torch.Tensor | None = None,
+        means: list[int] | torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Keep K patches of each image.
 
@@ -270,14 +296,20 @@ class TokenPruner(nn.Module):
             prior: (batch, patches).
             budgets: K of each image, 1 to patches.
             questions: (batch, hidden).
+            means: as in `allot`; None where no budget is dynamic.
 
         Returns:
             (K,) indices of the kept patches of each image, in raster order.
         """
         patches = features.shape[1]
-        if min(budgets) == patches:
+        if means is None and min(budgets) == patches:
             return [torch.arange(patches, device=features.device) for _ in budgets]
-        order = self.select(self.score(features, prior, questions), features, max(budgets))  # [B, largest K]
+        scores = self.score(features, prior)
+        if means is not None:
+            budgets = self.allot(features, scores, budgets, means)
+        if questions is not None:
+            scores = scores + self.score_by_question(features, questions)
+        order = self.select(scores, features, max(budgets))  # [B, largest K]
         if min(budgets) < max(budgets):
             ranks = torch.arange(max(budgets), device=order.device)
             is_surplus = ranks >= torch.tensor(budgets).to(order.device, non_blocking=True)[:, None]
