@@ -108,7 +108,7 @@ def stages_of(model: LightVLM) -> list[tuple]:
         (modeling_lightvlm, "probe_attention", SCORING),
         (modeling_lightvlm, "received_attention", SCORING),
         (backbone.pruner, "score", SCORING),
-        (backbone.pruner, "score_by_question", SCORING),
+        (backbone.pruner, "add_question", SCORING),
         (backbone.pruner, "allot", SCORING),
         (backbone.pruner, "select", SELECTION),
         (backbone, "prune", PROJECTOR),

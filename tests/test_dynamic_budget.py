@@ -115,6 +115,7 @@ def test_patches_are_scored_once_for_both_budget_and_choice(question):
     calls.clear()
     kept = model.get_image_features(**images_of(batch)).kept_indices
     assert calls == [pruner.scorer, *([pruner.question_projection] if question else [])]
+    assert [len(indices) for indices in kept] == budgets_of(model, mixed_batch(processor, "dynamic:8"))
     expected = model.get_image_features(**images_of(static)).kept_indices
     assert all(torch.equal(*pair) for pair in zip(kept, expected, strict=True))
 

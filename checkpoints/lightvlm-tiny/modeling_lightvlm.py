@@ -271,9 +271,9 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         Args:
             features: (images, patches, dim) of `encode`.
             prior: (images, patches) of the same.
-            budgets: K of each image.
-            question_ids: as in `get_image_features`, and so is mean_image_tokens.
-            mean_image_tokens: (images,), or one number for all.
+            budgets: K of each image, the largest where it is dynamic.
+            question_ids: as in `get_image_features`.
+            mean_image_tokens: as in `get_image_features`, or (1,) for all images.
 
         Raises:
             ValueError: where there are more or fewer questions than images.

@@ -28,8 +28,8 @@ def cls_attention(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
     query = attention.q_proj(states[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1, d]
     keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + N, d]
     # Keys times query, not query times keys, which as a product of one row is several times slower on CPUs.
-    weights = (keys @ query.transpose(2, 3) * attention.scale).float().softmax(dim=2)  # [B, H, 1 + N, 1]
-    return weights.mean(dim=1)[:, 1:, 0]
+    similarity = (keys @ query.transpose(2, 3)).squeeze(-1)  # [B, H, 1 + N]
+    return (similarity * attention.scale).float().softmax(dim=-1).mean(dim=1)[:, 1:]
 
 
 def probe_attention(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -225,19 +225,21 @@ class TokenPruner(nn.Module):
             side = torch.arange(self.patches_per_side, device=features.device)
             places = self.row_score(side)[:, None] + self.column_score(side)[None]  # [side, side, 1]
             scores = scores + places.flatten().float()
-        return scores if questions is None else scores + self.score_by_question(features, questions)
+        return self.add_question(scores, features, questions)
 
-    def score_by_question(self, features: torch.Tensor, questions: torch.Tensor) -> torch.Tensor | float:
-        """The question's term of `score`, whose arguments these are; 0 where `config.score` has none."""
-        if self.patch_projection is None:
-            return 0.0
+    def add_question(
+        self, scores: torch.Tensor, features: torch.Tensor, questions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What `score` returns, of the scores that it returns without a question; its arguments are these."""
+        if questions is None or self.patch_projection is None:
+            return scores
         # Normalised, because neither features nor embeddings have a scale of their own; and what all questions have
         # in common is left out: it says nothing about this one, and would be most of what there is to learn.
         asked = questions - self.question_center.weight
         asked = self.question_projection(nn.functional.layer_norm(asked, asked.shape[-1:]))  # [B, rank]
         patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
         places = (self.row_key.weight[:, None] + self.column_key.weight).flatten(0, 1) * QUESTION_RANK**0.5
-        return ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
+        return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
     def estimate_complexity(self, features: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Logarithm of the tokens that each image needs, as far as a linear layer on its pooled features can tell.
@@ -269,10 +271,16 @@ class TokenPruner(nn.Module):
             features: as in `estimate_complexity`, and so are scores.
             scores: (batch, patches).
             budgets: the largest K of each image, or, where its mean is 0, its K.
-            means: (batch,), or one number for all.
+            means: (batch,), or (1,) for all.
+
+        Returns:
+            K of each image.
+
+        Raises:
+            ValueError: where the checkpoint has no estimator, or was not calibrated for a mean.
         """
-        complexity, means = self.estimate_complexity(features, scores).cpu(), torch.as_tensor(means).cpu()
-        means = means.expand(len(features))
+        complexity = self.estimate_complexity(features, scores).cpu()
+        means = torch.as_tensor(means).cpu().expand(len(features))
         is_dynamic = means > 0
         needs = iter(allot_budgets(complexity[is_dynamic], means[is_dynamic], self.dynamic_budget).tolist())
         return [
@@ -294,7 +302,7 @@ class TokenPruner(nn.Module):
         Args:
             features: as in `score`, and so are prior and questions.
             prior: (batch, patches).
-            budgets: K of each image, 1 to patches.
+            budgets: K of each image, 1 to patches; with means as in `allot`.
             questions: (batch, hidden).
             means: as in `allot`; None where no budget is dynamic.
 
@@ -307,8 +315,7 @@ class TokenPruner(nn.Module):
         scores = self.score(features, prior)
         if means is not None:
             budgets = self.allot(features, scores, budgets, means)
-        if questions is not None:
-            scores = scores + self.score_by_question(features, questions)
+        scores = self.add_question(scores, features, questions)
         order = self.select(scores, features, max(budgets))  # [B, largest K]
         if min(budgets) < max(budgets):
             ranks = torch.arange(max(budgets), device=order.device)
