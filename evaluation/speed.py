@@ -22,7 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from lightvlm import LightVLM, modeling_lightvlm
-from lightvlm.processing.processing_lightvlm import to_rgb
+from lightvlm.processing.processing_lightvlm import shrink, to_rgb
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -375,7 +375,7 @@ class Trial:
 
         self.synchronize()
         start = time.perf_counter()
-        images = [to_rgb(image) for image in self.images]
+        images = [shrink(to_rgb(image), self.image_processor) for image in self.images]
         pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
         preprocessed = time.perf_counter()
         with self.stopwatch.stage(ENCODER):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightvlm import LightVLMProcessor
-from lightvlm.processing.processing_lightvlm import to_rgb
+from lightvlm.processing.processing_lightvlm import shrink, to_rgb
 from PIL import Image
 from tiny import make_image, make_processor
 
@@ -128,6 +128,59 @@ def test_exif_rotation_is_applied():
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", exif=exif)
     assert to_rgb(Image.open(buffer)).size == (2, 4)
+
+
+@pytest.mark.parametrize("size", [(84, 84), (85, 84), (640, 480), (333, 1000), (3, 5)])
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_shrunk_images_have_the_pixels_of_the_image_processors_own_resizing(vision, size):
+    processor, image = make_processor(vision), make_image(size=size)
+    expected = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(images=image, text="<image>", return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_the_image_processor_never_sees_all_of_a_photograph(vision, monkeypatch):
+    processor, seen = make_processor(vision), []
+    process = processor.image_processor.preprocess
+    monkeypatch.setattr(
+        processor.image_processor,
+        "preprocess",
+        lambda images, **options: seen.extend(images) or process(images, **options),
+    )
+    processor(images=make_image(size=(640, 480)), text="<image>", return_tensors="pt")
+    assert [image.size for image in seen] == [(112, 84) if vision == "clip" else (84, 84)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"size": {"shortest_edge": 90}}, {"resample": 0}, {"do_resize": False}],
+    ids=lambda options: [*options][0],
+)
+def test_resizing_as_a_call_asks_for_it_is_left_to_the_image_processor(processor, options):
+    image = make_image(size=(200, 100))
+    expected = processor.image_processor(image, return_tensors="pt", **options)["pixel_values"]
+    inputs = processor(images=image, text="<image>", return_tensors="pt", **options)
+    assert torch.equal(inputs["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("do_resize", False),
+        ("resample", None),
+        ("size", {"max_height": 9, "max_width": 9}),
+        ("size", {"shortest_edge": 9, "longest_edge": 12}),
+    ],
+)
+def test_other_ways_to_resize_are_left_to_the_image_processor(processor, name, value):
+    image, image_processor = make_image(size=(200, 100)), make_processor().image_processor
+    setattr(image_processor, name, value)
+    assert shrink(image, image_processor) is image
+
+
+def test_upright_rgb_is_not_copied():
+    image = make_image()
+    assert to_rgb(image) is image
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "P"])

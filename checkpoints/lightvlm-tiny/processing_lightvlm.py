@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
@@ -49,7 +49,8 @@ def open_files(images):
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright 8-bit RGB of an image of any mode: EXIF-rotated, 16-bit, transparent (on white), palette, grey, CMYK."""
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # which copies upright images too
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image).astype(np.float32)
         # 16-bit modes say their range; 32-bit ones do not, so the brightest pixel tells.
@@ -59,7 +60,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def shrink(image: Image.Image, image_processor) -> Image.Image:
+    """An image resized as its image processor would, which before that copies all of a photograph several times.
+
+    That is, as a Pillow image processor with a size such as CLIP's or SigLIP's would; for others, the image as it is.
+    """
+    size, resample = image_processor.size, image_processor.resample
+    if image_processor.backend != "pil" or not image_processor.do_resize or not isinstance(resample, int):
+        return image
+    if size.get("height") and size.get("width"):
+        return image.resize((size["width"], size["height"]), resample)
+    if size.get("shortest_edge") and not size.get("longest_edge"):
+        short = min(image.size)
+        return image.resize([side * size["shortest_edge"] // short for side in image.size], resample)
+    return image
 
 
 class LightVLMProcessor(ProcessorMixin):
@@ -185,6 +202,10 @@ class LightVLMProcessor(ProcessorMixin):
                     f"ratio of at most {MAX_ASPECT_RATIO}."
                 )
         images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
+        if not kwargs.keys() & {"do_resize", "resample", "size"}:
+            images = [
+                shrink(image, self.image_processor) if isinstance(image, Image.Image) else image for image in images
+            ]
         processed = self.image_processor(images, **kwargs)
         processed["num_image_tokens"] = budgets
         if any(means):
