@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test test-lmms test-vllm eval eval-easy_vqa eval-budgets $(EVALS) bench lint checkpoint
+.PHONY: run test test-lmms test-vllm eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu lint checkpoint
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -36,10 +36,11 @@ $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 		--selectors $(SELECTORS) \
 		--output evaluation/results/mosaics_$*.json --plot evaluation/results/mosaics_$*.png
 
-# README's speed tables, of Phi-2's size on a CPU; half an hour, in which nothing else should run.
+# README's speed table. Nothing else should run meanwhile: for an hour or two on a CPU, for minutes on a GPU.
 SPEED := $(BIN)/lightvlm bench --preset phi2-clip-l-336
-SPEED_RESULTS = evaluation/results/speed_$(MACHINE)_$(shell date +%F)
 MACHINE ?= cpu
+SPEED_RESULTS := evaluation/results/speed_$(MACHINE)_$(shell date +%F)
+SPEED_PAGE := $(BIN)/python -m lightvlm.evaluation.speed_report evaluation/results > evaluation/results/speed.md
 
 bench: .venv/ready
 	$(SPEED) --dtype bfloat16 --batch-sizes 1 --methods published,lightvlm,dynamic,compiled --repetitions 7 \
@@ -51,6 +52,16 @@ bench: .venv/ready
 		--output $(SPEED_RESULTS)_growth.json --growth $(SPEED_RESULTS)_growth.png
 	$(SPEED) --layers 4 --dtype bfloat16 --batch-sizes 4,16 --repetitions 3 --warmup 1 --new-tokens 2 \
 		--output $(SPEED_RESULTS)_batches.json --plot $(SPEED_RESULTS)_batches.png
+	$(SPEED_PAGE)
+
+bench-gpu: .venv/ready
+	$(SPEED) --dtype bfloat16 --batch-sizes 1,4,16 --repetitions 15 --new-tokens 8 \
+		--output $(SPEED_RESULTS)_bf16.json --plot $(SPEED_RESULTS)_bf16.png
+	$(SPEED) --dtype bfloat16 --batch-sizes 1 --methods lightvlm,compiled --compile-mode reduce-overhead \
+		--repetitions 15 --new-tokens 8 --output $(SPEED_RESULTS)_graphs.json --plot $(SPEED_RESULTS)_graphs.png
+	$(BIN)/lightvlm bench --preset llava-1.5-7b --dtype bfloat16 --batch-sizes 1,4,16 --repetitions 15 \
+		--new-tokens 8 --output $(SPEED_RESULTS)_llava.json --plot $(SPEED_RESULTS)_llava.png
+	$(SPEED_PAGE)
 
 # The lmms-eval adapter, in an environment of its own; the same questions must have the same answers in both.
 # Only what lmms-eval imports for it is installed, not all that it requires; its errors about the rest are expected.

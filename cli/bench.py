@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
     import transformers
     from lightvlm.evaluation.presets import image_processor, preset_config, random_model
-    from lightvlm.evaluation.speed import growth_plot, measure, plot, table
+    from lightvlm.evaluation.speed import measure
+    from lightvlm.evaluation.speed_report import growth_plot, plot, table
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here.")
@@ -119,6 +120,8 @@ def run(args: argparse.Namespace) -> None:
     report = {
         "command": shlex.join(["lightvlm", *args.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": args.preset or args.model_path,
+        "layers": args.layers,
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "dtype": str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else ""),
         "attention": args.attention,

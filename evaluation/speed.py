@@ -9,9 +9,7 @@ import copy
 import ctypes
 import gc
 import itertools
-import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +36,8 @@ PREPROCESSING, ENCODER, SCORING, SELECTION, PROJECTOR, PREFILL = STAGES = (
     "LLM prefill",
 )
 QUEUED, TTFT = "LLM prefill, queued", "TTFT"
+LLAVA, PUBLISHED, LLAVA_COMPILED = "Llava", "Llava, output_attentions", "Llava, compiled"
+LIGHTVLM, DYNAMIC, COMPILED = "LightVLM", "LightVLM, dynamic", "LightVLM, compiled"
 IMAGE_SIZE = (640, 480)  # a photograph in COCO, most often
 QUEUE_MS = 50  # longer than the host takes to fill a GPU's queue, which holds about a thousand launches
 
@@ -239,17 +239,17 @@ def configurations(
         budget = {"num_image_tokens": counts(full, pixel_values), "mean_image_tokens": counts(mean, pixel_values)}
         return model(**text, pixel_values=pixel_values, **budget)
 
-    found = [Configuration("Llava", full, llava, llava, stages, full)]
+    found = [Configuration(LLAVA, full, llava, llava, stages, full)]
     if "published" in methods:
         for budget in every[1:]:
             run = partial(published, budget)
-            found.append(Configuration("Llava, output_attentions", budget, llava, run, stages, budget, "eager"))
+            found.append(Configuration(PUBLISHED, budget, llava, run, stages, budget, "eager"))
     if "lightvlm" in methods:
         for budget in every:
-            found.append(Configuration("LightVLM", budget, model, partial(ours, model, budget), stages, budget))
+            found.append(Configuration(LIGHTVLM, budget, model, partial(ours, model, budget), stages, budget))
     if "dynamic" in methods:
         for mean in every[1:]:
-            found.append(Configuration("LightVLM, dynamic", mean, model, partial(dynamic, mean), stages, full))
+            found.append(Configuration(DYNAMIC, mean, model, partial(dynamic, mean), stages, full))
     if "compiled" in methods:
         encode, prefill = (
             torch.compile(each, mode=compile_mode) for each in (llava.get_image_features, llava.forward)
@@ -262,12 +262,12 @@ def configurations(
             image = BaseModelOutputWithPooling(pooler_output=tokens)
             return prefill(**text, mm_encoder_outputs={"image": image})
 
-        found.append(Configuration("Llava, compiled", full, llava, compiled_llava, [], full))
+        found.append(Configuration(LLAVA_COMPILED, full, llava, compiled_llava, [], full))
         twin = another(model, LightVLM, copy.deepcopy(model.config)).compile_for_inference(mode=compile_mode)
         stages = [(twin.model, "encode_and_prune", ENCODER)]
         for budget in every:
             run = partial(ours, twin, budget)
-            found.append(Configuration("LightVLM, compiled", budget, twin, run, stages, budget))
+            found.append(Configuration(COMPILED, budget, twin, run, stages, budget))
     return found
 
 
@@ -513,121 +513,3 @@ def measure(
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
         yield {"batch_size": batch_size, "images": count, "rows": rows}
-
-
-def milliseconds(time: dict[str, float]) -> str:
-    """Median (95th percentile), to three digits or more."""
-    return "{} ({})".format(*(f"{value:.{2 if value < 10 else 1}f}" for value in (time["median"], time["p95"])))
-
-
-def table(result: dict) -> str:
-    """Markdown: a line for each configuration of one batch size, times as median (95th percentile)."""
-    on_gpu = any(QUEUED in row.get("times_ms", {}) for row in result["rows"])
-    times = [*STAGES, *([QUEUED] if on_gpu else []), "sum of stages", TTFT]
-    ratios = [PREFILL, *([QUEUED] if on_gpu else []), TTFT]
-    heads = ["method", "tokens", *times, "ceiling", *(f"{name} ×" for name in ratios)]
-    heads += ["decode, tokens/s", "KV cache, MB", "peak memory, MB"]
-    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
-    for row in result["rows"]:
-        cells = [row["method"], str(row["num_image_tokens"])]
-        if "error" in row:
-            cells += [row["error"]] + ["–"] * (len(heads) - 3)
-        else:
-            cells += [milliseconds(row["times_ms"][name]) for name in times]
-            cells.append(f"{row['prefill_ceiling']:.2f}×")
-            cells += [f"{row['speedup'][name]:.2f}×" if "speedup" in row else "–" for name in ratios]
-            cells.append(f"{row['decode_tokens_per_second']:.1f}")
-            cells.append(f"{row['kv_cache_bytes'] / 1e6:.1f}")
-            cells.append(f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "not measured")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def summary(report: dict) -> str:
-    """Markdown: medians of a whole report of `lightvlm bench`, for README."""
-    heads = ["batch × images", "method", "tokens", "encoder, ms", "scoring", "selection", "prefill", "TTFT"]
-    heads += ["prefill ×", "ceiling", "TTFT ×", "decode, tokens/s", "KV cache, MB", "peak memory, MB"]
-    lines = [f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
-    for result in report["results"]:
-        for row in result["rows"]:
-            cells = [f"{result['batch_size']} × {result['images']}", row["method"], str(row["num_image_tokens"])]
-            if "error" in row:
-                cells += [row["error"]] + ["–"] * (len(heads) - 4)
-            else:
-                medians = {name: time["median"] for name, time in row["times_ms"].items()}
-                is_split = not row["method"].endswith("compiled")  # else the encoder's time has these stages in it
-                cells.append(f"{medians[ENCODER]:.1f}")
-                cells += [f"{medians[name]:.2f}" if is_split else "" for name in (SCORING, SELECTION)]
-                cells += [f"{medians[PREFILL]:.1f}", f"{medians[TTFT]:.1f}"]
-                ratio = {name: f"{ratio:.2f}×" for name, ratio in row.get("speedup", {}).items()}
-                cells += [ratio.get(PREFILL, "–"), f"{row['prefill_ceiling']:.2f}×", ratio.get(TTFT, "–")]
-                cells += [f"{row['decode_tokens_per_second']:.1f}", f"{row['kv_cache_bytes'] / 1e6:.1f}"]
-                cells.append(f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "–")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def growth_plot(results: list[dict], title: str, path: str | Path) -> None:
-    """Draw how time to first token, peak memory and KV cache grow with the images of a prompt.
-
-    Args:
-        results: of `measure` with several numbers of images, and one batch size.
-        title: above the panels.
-        path: of the picture, in any of matplotlib's formats.
-    """
-    from matplotlib.figure import Figure
-
-    panels = {
-        "time to first token, s": lambda row: row["times_ms"][TTFT]["median"] / 1000,
-        "peak memory, GB": lambda row: row["peak_memory_bytes"] / 1e9 if "peak_memory_bytes" in row else np.nan,
-        "KV cache, MB": lambda row: row["kv_cache_bytes"] / 1e6,
-    }
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    figure.suptitle(title, fontsize="small")
-    for axes, (label, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        lines = {}
-        for result in results:
-            for row in result["rows"]:
-                if "error" not in row:
-                    name = f"{row['method']}, {row['num_image_tokens']}"
-                    lines.setdefault(name, []).append((result["images"], value(row)))
-        for name, points in lines.items():
-            axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
-        axes.set(xlabel="images in the prompt", ylabel=label, xlim=0, ylim=0)
-        axes.set_xticks([result["images"] for result in results])
-        axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=120)
-
-
-def plot(results: list[dict], title: str, path: str | Path) -> None:
-    """Draw the stages of each configuration as a stacked bar, a panel for each batch size and number of images.
-
-    Args:
-        results: of `measure`.
-        title: above the panels.
-        path: of the picture, in any of matplotlib's formats.
-    """
-    from matplotlib.figure import Figure
-
-    rows = sum(len(result["rows"]) for result in results)
-    figure = Figure(figsize=(10, 0.6 + 0.9 * len(results) + 0.28 * rows), layout="constrained")
-    figure.suptitle(title, fontsize="small")
-    for axes, result in zip(figure.subplots(len(results), squeeze=False)[:, 0], results, strict=True):
-        rows = [row for row in result["rows"] if "error" not in row]
-        labels = [f"{row['method']}, {row['num_image_tokens']}" for row in rows]
-        left = np.zeros(len(rows))
-        for stage in STAGES:
-            widths = np.array([row["times_ms"][stage]["median"] for row in rows])
-            axes.barh(labels, widths, left=left, label=stage)
-            left += widths
-        axes.invert_yaxis()
-        axes.set(xlabel="ms, medians", title=f"batch size {result['batch_size']}, images in a row: {result['images']}")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(STAGES))
-    figure.savefig(path, dpi=120)
-
-
-if __name__ == "__main__":  # README's table of a results file
-    print(summary(json.loads(Path(sys.argv[1]).read_text())))

@@ -4,11 +4,9 @@ Speed itself is never asserted. What it rests on is counted: positions, encoder 
 """
 
 import contextlib
-import json
 import sys
 import weakref
 from itertools import count
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,15 +24,11 @@ from lightvlm.evaluation.speed import (
     compare,
     configurations,
     encoder_attention,
-    growth_plot,
     measure,
     peak_memory_bytes,
-    plot,
     reset_peak_memory,
     stages_of,
     summarise,
-    summary,
-    table,
     watched,
 )
 from tiny import NUM_PATCHES, make_image, make_model, make_processor, vision_config
@@ -43,8 +37,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
-README = Path(__file__).parents[1] / "README.md"
-RESULTS = README.parent / "evaluation" / "results"
 
 
 def trial(model, processor, batch_size=1, images=1, prompt_tokens=6) -> Trial:
@@ -246,9 +238,8 @@ class HostTensors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("select", ["topk", "diverse"])
-@pytest.mark.parametrize("budget", [9, NUM_PATCHES])
-def test_at_a_static_k_no_tensor_is_on_the_host_where_a_cuda_graph_could_not_have_it(monkeypatch, select, budget):
+@pytest.mark.parametrize(("select", "budget"), [("topk", 9), ("diverse", 9), ("diverse", NUM_PATCHES)])
+def test_at_one_static_k_no_tensor_is_on_the_host_where_a_cuda_graph_could_not_have_it(monkeypatch, select, budget):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # the meta device has none
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     backbone = make_model(select=select, score="question").to("meta").model
@@ -312,7 +303,7 @@ def test_medians_percentiles_and_ratios():
     assert rows[1]["decode_tokens_per_second"] == pytest.approx(800)
 
 
-def test_a_full_gpu_costs_its_own_row_only(monkeypatch, tmp_path):
+def test_a_full_gpu_costs_its_own_row_only(monkeypatch):
     run = Trial.run
 
     def crowded(self, configuration):
@@ -323,16 +314,7 @@ def test_a_full_gpu_costs_its_own_row_only(monkeypatch, tmp_path):
     monkeypatch.setattr(Trial, "run", crowded)
     results = list(measure(make_model(), make_processor().image_processor, [1, 2], [9], 6, 2, 1, 1))
     assert [["error" in row for row in result["rows"]] for result in results] == [[False] * 4, [True] + [False] * 3]
-    assert "out of memory" in table(results[1]) and "speedup" not in results[1]["rows"][3]
-    assert summary({"results": results}).count("out of memory") == 1
-    plot(results, "tiny", tmp_path / "stages.png")
-    growth_plot(results, "tiny", tmp_path / "growth.png")
-    assert all((tmp_path / name).stat().st_size > 1000 for name in ("stages.png", "growth.png"))
-
-
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("speed_*.json")), ids=lambda path: path.stem)
-def test_readmes_tables_are_those_of_the_results(path):
-    assert summary(json.loads(path.read_text())) in README.read_text()
+    assert "out of memory" in results[1]["rows"][0]["error"] and "speedup" not in results[1]["rows"][3]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
