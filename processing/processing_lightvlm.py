@@ -5,7 +5,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    ProcessorMixin,
+    SiglipImageProcessorPil,
+)
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 from transformers.utils import logging
@@ -66,10 +73,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def shrink(image: Image.Image, image_processor) -> Image.Image:
     """An image resized as its image processor would, which before that copies all of a photograph several times.
 
-    That is, as a Pillow image processor with a size such as CLIP's or SigLIP's would; for others, the image as it is.
+    For image processors other than CLIP's and SigLIP's with Pillow, which might pad or cut first, the image as it is.
     """
     size, resample = image_processor.size, image_processor.resample
-    if image_processor.backend != "pil" or not image_processor.do_resize or not isinstance(resample, int):
+    resizes_first = type(image_processor) in (CLIPImageProcessorPil, SiglipImageProcessorPil)
+    if not resizes_first or not image_processor.do_resize or not isinstance(resample, int):
         return image
     if size.get("height") and size.get("width"):
         return image.resize((size["width"], size["height"]), resample)

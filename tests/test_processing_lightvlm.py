@@ -9,6 +9,7 @@ from lightvlm import LightVLMProcessor
 from lightvlm.processing.processing_lightvlm import shrink, to_rgb
 from PIL import Image
 from tiny import make_image, make_processor
+from transformers import LlavaImageProcessorPil
 
 
 def placeholders(processor, inputs) -> list[int]:
@@ -175,6 +176,11 @@ def test_resizing_as_a_call_asks_for_it_is_left_to_the_image_processor(processor
 def test_other_ways_to_resize_are_left_to_the_image_processor(processor, name, value):
     image, image_processor = make_image(size=(200, 100)), make_processor().image_processor
     setattr(image_processor, name, value)
+    assert shrink(image, image_processor) is image
+
+
+def test_an_image_processor_that_pads_first_sees_all_of_the_image():
+    image, image_processor = make_image(size=(200, 100)), LlavaImageProcessorPil(do_pad=True)
     assert shrink(image, image_processor) is image
 
 
