@@ -113,14 +113,14 @@ def gains(result: dict) -> list[list[str]]:
 def headline(reports: list[dict]) -> str:
     """Markdown: what LightVLM gains over LLaVA, of reports of `lightvlm bench`, for README.
 
-    A line for each batch size and K of each report, but for reports on several images in a prompt, and for batches
-    that LLaVA has no memory for.
+    A line for each batch size and K of each report, whole models first, but for reports on several images in a prompt,
+    and for batches that LLaVA has no memory for.
     """
     heads = ["model and device", "batch", "tokens", "prefill ×", "ceiling", "TTFT ×"]
     heads += [f"TTFT ×, {other}" for other in ("as published", "dynamic", "both compiled")]
     heads += ["decode ×", "KV cache, MB", "scoring + selection, % of encoder"]
     lines = []
-    for report in reports:
+    for report in sorted(reports, key=lambda report: report["layers"] or 0):
         if any(result["images"] > 1 for result in report["results"]):
             continue
         layers = f", {report['layers']} layers" if report["layers"] else ""

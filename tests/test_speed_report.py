@@ -47,6 +47,11 @@ def test_readmes_table_has_a_line_for_each_k_and_other_methods_beside_it():
     ]
 
 
+def test_readmes_table_has_whole_models_before_slices():
+    lines = headline([report(result(), layers=4), report(result())]).splitlines()
+    assert ["4 layers" in line for line in lines] == [False] * 4 + [True, False]
+
+
 def test_readmes_table_leaves_out_several_images_and_what_llava_had_no_memory_for():
     assert len(headline([report(result(), result(images=2))]).splitlines()) == 2
     assert len(headline([report(result(), result(out_of_memory=["Llava"]))]).splitlines()) == 2 + 2
