@@ -39,7 +39,7 @@ $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 # README's speed table. Nothing else should run meanwhile: for an hour or two on a CPU, for minutes on a GPU.
 SPEED := $(BIN)/lightvlm bench --preset phi2-clip-l-336
 MACHINE ?= cpu
-SPEED_RESULTS := evaluation/results/speed_$(MACHINE)_$(shell date +%F)
+SPEED_RESULTS = evaluation/results/speed_$(MACHINE)_$(shell date +%F)
 SPEED_PAGE := $(BIN)/python -m lightvlm.evaluation.speed_report evaluation/results > evaluation/results/speed.md
 
 bench: .venv/ready

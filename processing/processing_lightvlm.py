@@ -209,11 +209,9 @@ class LightVLMProcessor(ProcessorMixin):
                     f"An image of {image.width} x {image.height} pixels is too long and thin: crop it to an aspect "
                     f"ratio of at most {MAX_ASPECT_RATIO}."
                 )
-        images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
-        if not kwargs.keys() & {"do_resize", "resample", "size"}:
-            images = [
-                shrink(image, self.image_processor) if isinstance(image, Image.Image) else image for image in images
-            ]
+        resizes_differently = kwargs.keys() & {"do_resize", "resample", "size"}
+        prepare = to_rgb if resizes_differently else lambda image: shrink(to_rgb(image), self.image_processor)
+        images = [prepare(image) if isinstance(image, Image.Image) else image for image in images]
         processed = self.image_processor(images, **kwargs)
         processed["num_image_tokens"] = budgets
         if any(means):
