@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     import transformers
     from lightvlm.evaluation.presets import image_processor, preset_config, random_model
     from lightvlm.evaluation.speed import measure
-    from lightvlm.evaluation.speed_report import growth_plot, plot, table
+    from lightvlm.evaluation.speed_report import describe, growth_plot, plot, table
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here.")
@@ -135,8 +135,7 @@ def run(args: argparse.Namespace) -> None:
         "warmup": args.warmup,
         "results": [],
     }
-    about = f"{report['device']}, {report['dtype']}, torch {report['torch']}, transformers {report['transformers']}"
-    print(f"{report['command']}\n{report['date']}: {about}", flush=True)
+    print(f"{report['command']}\n{report['date']}: {describe(report)}", flush=True)
     for result in measure(
         model,
         images,
@@ -156,6 +155,6 @@ def run(args: argparse.Namespace) -> None:
         if args.output:  # after every batch size, lest a later one lose what is measured
             args.output.write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
-        plot(report["results"], f"{args.preset or args.model_path}: {about}", args.plot)
+        plot(report["results"], describe(report), args.plot)
     if args.growth:
-        growth_plot(report["results"], f"{args.preset or args.model_path}: {about}", args.growth)
+        growth_plot(report["results"], describe(report), args.growth)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import downsample, mixing_weights, project, prune_in_language_model
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
@@ -206,8 +207,8 @@ def is_dynamic(result: dict) -> bool:
 def table(results: list[dict]) -> str:
     """Markdown: a line for each file, selector and budget."""
     others = [kind for kind in ("precision", "recall", "f1", "yes_rate") if kind in results[0]]
-    titles = ["tokens", "accuracy", "95 % interval", "of full", *others, "questions", "prefill", "selection"]
-    lines = [f"| data | selector | {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * len(titles)}"]
+    heads = ["data", "selector", "tokens", "accuracy", "95 % interval", "of full", *others]
+    lines = []
     for row in results:
         cells = [
             row["data"],
@@ -221,5 +222,5 @@ def table(results: list[dict]) -> str:
             f"{row['prefill_ms']:.2f} ms",
             "in prefill" if row["selector"] == "fastv" else f"{row['selection_ms']:.2f} ms",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table([*heads, "questions", "prefill", "selection"], lines, text_columns=2)

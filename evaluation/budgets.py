@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.cli.common import SHIPPED, load
+from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.pruning_lightvlm import allot_budgets
 from lightvlm.training.budget import find_kappa
@@ -192,12 +193,12 @@ def compare(encoded: list[Encoded], config, means: list[int], delta: float) -> l
 
 def table(results: list[dict]) -> str:
     """Markdown: a line for each way and mean."""
-    lines = ["| budget | mean asked for | mean | accuracy | ahead of static |", "| --- |" + " ---: |" * 4]
+    lines = []
     for row in results:
         ahead = f"{100 * row['difference']:+.2f} ± {100 * row['margin']:.2f}" if "difference" in row else ""
-        mean = row["mean"] or ""
-        lines.append(f"| {row['budget']} | {mean} | {row['tokens']:.1f} | {row['accuracy']:.2%} | {ahead} |")
-    return "\n".join(lines)
+        mean = str(row["mean"] or "")
+        lines.append([row["budget"], mean, f"{row['tokens']:.1f}", f"{row['accuracy']:.2%}", ahead])
+    return markdown_table(["budget", "mean asked for", "mean", "accuracy", "ahead of static"], lines)
 
 
 def budgets_by_objects(results: list[dict], images: list[dict]) -> dict[int, dict[int, float]]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.speed import (
     COMPILED,
     DYNAMIC,
@@ -32,10 +33,15 @@ number of tokens alone would give. Compiled rows have scoring, selection and pro
 compiled" is LightVLM compiled over Llava compiled."""
 
 
-def markdown_table(heads: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
-    """A Markdown table; columns after the first `text_columns` are numbers, aligned right."""
-    rules = ["---"] * text_columns + ["---:"] * (len(heads) - text_columns)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rules, *rows])
+def describe_model(report: dict) -> str:
+    """What was measured, and how much of it."""
+    return report["model"] + (f", {report['layers']} layers" if report["layers"] else "")
+
+
+def describe(report: dict) -> str:
+    """What was measured, and on what."""
+    on = f"{report['device']}, {report['dtype']}, torch {report['torch']}, transformers {report['transformers']}"
+    return f"{describe_model(report)}: {on}"
 
 
 def milliseconds(time: dict[str, float]) -> str:
@@ -78,8 +84,8 @@ def summary(report: dict) -> str:
                 cells += [row["error"]] + ["–"] * (len(heads) - 4)
             else:
                 medians = {name: time["median"] for name, time in row["times_ms"].items()}
-                is_split = "compiled" not in row["method"]  # else the encoder's time has these stages in it
                 cells.append(f"{medians[ENCODER]:.1f}")
+                is_split = row["method"] not in (LLAVA_COMPILED, COMPILED)  # whose encoder's time has these stages
                 cells += [f"{medians[name]:.2f}" if is_split else "" for name in (SCORING, SELECTION)]
                 cells += [f"{medians[PREFILL]:.1f}", f"{medians[TTFT]:.1f}"]
                 ratio = {name: f"{ratio:.2f}×" for name, ratio in row.get("speedup", {}).items()}
@@ -101,7 +107,8 @@ def gains(result: dict) -> list[list[str]]:
         published, dynamic, compiled = (rows.get((other, tokens)) for other in (PUBLISHED, DYNAMIC, COMPILED))
         ratios = [row["speedup"][PREFILL], row["prefill_ceiling"], row["speedup"][TTFT]]
         ratios += [other and other["speedup"][TTFT] for other in (published, dynamic)]
-        ratios.append(compiled and compiled["speedup"][TTFT] / compiled_llava["speedup"][TTFT])
+        are_compiled = compiled and compiled_llava  # neither was left out, nor without memory
+        ratios.append(are_compiled and compiled["speedup"][TTFT] / compiled_llava["speedup"][TTFT])
         ratios.append(row["decode_tokens_per_second"] / llava["decode_tokens_per_second"])
         medians = {name: time["median"] for name, time in row["times_ms"].items()}
         shares = [f"{100 * medians[name] / medians[ENCODER]:.1f}" for name in (SCORING, SELECTION)]
@@ -123,8 +130,7 @@ def headline(reports: list[dict]) -> str:
     for report in sorted(reports, key=lambda report: report["layers"] or 0):
         if any(result["images"] > 1 for result in report["results"]):
             continue
-        layers = f", {report['layers']} layers" if report["layers"] else ""
-        device = f"{report['model']}{layers}: {report['device'].partition(' (')[0]}, {report['dtype']}"
+        device = f"{describe_model(report)}: {report['device'].partition(' (')[0]}, {report['dtype']}"
         numbers = [cells for result in report["results"] for cells in gains(result)]
         lines += [[device if index == 0 else "", *cells] for index, cells in enumerate(numbers)]
     return markdown_table(heads, lines)
@@ -136,9 +142,9 @@ def page(folder: Path) -> str:
     reports = [json.loads(path.read_text()) for path in paths]
     parts = ["# Speed", INTRODUCTION, headline(reports)]
     for path, report in zip(paths, reports, strict=True):
-        about = f"{report['device']}, {report['date']}, torch {report['torch']}, transformers {report['transformers']}"
         parts += [f"## {path.stem}", f"    {report['command']}"]
-        parts += [f"{about}; medians of {report['repetitions']} repetitions.", summary(report)]
+        about = f"{describe(report)}, {report['date']}; medians of {report['repetitions']} repetitions."
+        parts += [about, summary(report)]
         if path.with_suffix(".png").exists():
             parts.append(f"![{path.stem}]({path.stem}.png)")
     return "\n\n".join(parts)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from lightvlm.evaluation.speed import ENCODER, PREFILL, SCORING, SELECTION, STAGES, TTFT, compare, summarise
-from lightvlm.evaluation.speed_report import growth_plot, headline, page, plot, summary, table
+from lightvlm.evaluation.speed_report import describe, growth_plot, headline, page, plot, summary, table
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = README.parent / "evaluation" / "results"
@@ -47,6 +47,11 @@ def test_readmes_table_has_a_line_for_each_k_and_other_methods_beside_it():
     ]
 
 
+def test_a_slice_of_a_model_is_called_one_in_titles():
+    titles = [describe(report(result(), layers=layers)) for layers in (4, None)]
+    assert titles == [f"phi{layers}: CPU (2), bfloat16, torch x, transformers x" for layers in (", 4 layers", "")]
+
+
 def test_readmes_table_has_whole_models_before_slices():
     lines = headline([report(result(), layers=4), report(result())]).splitlines()
     assert ["4 layers" in line for line in lines] == [False] * 4 + [True, False]
@@ -55,6 +60,11 @@ def test_readmes_table_has_whole_models_before_slices():
 def test_readmes_table_leaves_out_several_images_and_what_llava_had_no_memory_for():
     assert len(headline([report(result(), result(images=2))]).splitlines()) == 2
     assert len(headline([report(result(), result(out_of_memory=["Llava"]))]).splitlines()) == 2 + 2
+
+
+def test_both_compiled_are_compared_only_where_both_had_memory():
+    line = headline([report(result(out_of_memory=["Llava, compiled"]))]).splitlines()[-1]
+    assert line == "|  | 1 | 64 | 4.00 | 5.00 | 2.50 | 2.00 | 5.00 |  | 2.00 | 64 | 2.0 + 4.0 |"
 
 
 @pytest.mark.parametrize("write", [table, lambda result: summary(report(result))], ids=["table", "summary"])
