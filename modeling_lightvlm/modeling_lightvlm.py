@@ -153,6 +153,106 @@ def compact(
     return {**inputs, "attention_mask": mask, "position_ids": positions.clamp_min(0)}, source, stays
 
 
+def follow_cache(
+    past_key_values, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, position_ids
+) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
+    """Mask and positions that go on from a KV cache from which surplus placeholders were dropped.
+
+    Args:
+        past_key_values: the cache.
+        input_ids: (batch, length) of what is not in it yet.
+        attention_mask: None; (batch, cached and new positions), as the cache or as the whole sequence has them; or of
+            four dimensions, which stays as it is.
+        position_ids: None, or (batch, length), numbered as the mask is.
+
+    Raises:
+        ValueError: where the mask has another length.
+    """
+    cached, length = int(past_key_values.get_seq_length()), input_ids.shape[1]
+    seen, whole = ShortPrompt.of(past_key_values, input_ids)
+    if not cached or (attention_mask is not None and attention_mask.dim() != 2):
+        return attention_mask, position_ids
+    if attention_mask is None:
+        if not seen.length:
+            return None, position_ids
+        attention_mask = torch.ones(len(input_ids), whole + length, dtype=torch.long, device=input_ids.device)
+    elif attention_mask.shape[1] == cached + length:
+        return attention_mask, position_ids
+    if attention_mask.shape[1] != whole + length:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} positions: give one of {whole + length}, for the {whole} "
+            f"before past_key_values ends and the {length} of input_ids."
+        )
+    attention_mask = seen.shorten(attention_mask, 0)
+    return attention_mask, (attention_mask.cumsum(dim=1) - 1)[:, -length:].clamp_min(0)
+
+
+@dataclass
+class ShortPrompt:
+    """What a KV cache holds of a prompt whose surplus placeholders were dropped; kept on the cache, for its next use.
+
+    Args:
+        source: (batch, short length), where each position of the cache stood in the whole prompt.
+        stays: (batch, short length), whether it is one of the prompt's, or padding.
+        length: of the whole prompt.
+    """
+
+    source: torch.LongTensor
+    stays: torch.BoolTensor
+    length: int
+
+    def whole_length(self, cached: int) -> int:
+        """How many positions of the whole sequence a cache of so many positions stands for."""
+        return cached + self.length - self.source.shape[1]
+
+    def shorten(self, whole: torch.Tensor, fill: int) -> torch.Tensor:
+        """Ids or a mask of the whole sequence, (batch, prompt and what follows), as the cache has them."""
+        head = whole.gather(1, self.source).masked_fill(~self.stays, fill)
+        return torch.cat([head, whole[:, self.length :]], dim=1)
+
+    def followed_by(self, start: int, source: torch.LongTensor, stays: torch.BoolTensor, length: int) -> "ShortPrompt":
+        """The same with later positions: all up to `start`, then those of another prompt of `length` positions."""
+        between = torch.arange(self.length, start, device=source.device).expand(len(source), -1)
+        return ShortPrompt(
+            torch.cat([self.source, between, source + start], dim=1),
+            torch.cat([self.stays, torch.ones_like(between, dtype=torch.bool), stays], dim=1),
+            start + length,
+        )
+
+    def repeat(self, copies: int) -> "ShortPrompt":
+        """The same for each of several sequences a row."""
+        return ShortPrompt(
+            self.source.repeat_interleave(copies, dim=0), self.stays.repeat_interleave(copies, dim=0), self.length
+        )
+
+    @classmethod
+    def of(cls, past_key_values, like: torch.Tensor) -> tuple["ShortPrompt", int]:
+        """What a cache, or None, remembers; and how many positions of the whole sequence it stands for."""
+        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        nothing = torch.zeros(len(like), 0, dtype=torch.long, device=like.device)
+        short = getattr(past_key_values, "short_prompt", None) if cached else None
+        short = short or cls(nothing, nothing.bool(), 0)
+        return short, short.whole_length(cached)
+
+
+def infer_attention_mask(input_ids: torch.LongTensor, settings, pad_token_id: int | None = None) -> torch.Tensor:
+    """The mask, (batch, length), that `generate` takes where none is given: padding is 0, unless it ends texts too."""
+    pad = settings.pad_token_id if pad_token_id is None else pad_token_id
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
+
+
+def refuse_cached_images(input_ids: torch.LongTensor, image_token_id: int, num_placeholders: int | None) -> None:
+    """ValueError where images come with a KV cache, and the positions behind it have no, or other, placeholders."""
+    count = int((input_ids == image_token_id).sum())
+    if count == 0 or num_placeholders not in (None, count):
+        raise ValueError(
+            f"The positions that are not in past_key_values yet have {count} image placeholders. The images of the "
+            "others are in the cache: leave out their pixel_values, num_image_tokens and mean_image_tokens, and give "
+            "those of new images alone."
+        )
+
+
 class LightVLMPreTrainedModel(LlavaPreTrainedModel):
     """LLaVA's base class, and how a new pruner starts."""
 
@@ -233,7 +333,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             ValueError: where the budgets do not fit the images, or are not among the calibrated ones.
         """
         if num_image_tokens is None and self.config.num_image_tokens == "dynamic":
-            mean_image_tokens = [self.config.mean_image_tokens]
+            num_image_tokens, mean_image_tokens = self.default_budgets(len(pixel_values))
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
         if mean_image_tokens is None:
             return self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
@@ -333,9 +433,14 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         With dynamic budgets the language model runs on fewer positions than `input_ids` has. Its last hidden states
         are put back where they belong, with zeros at what was dropped, so that they stay aligned with labels.
         """
-        if pixel_values is None or mm_encoder_outputs is not None:
-            mean_image_tokens = None
-        else:
+        past = kwargs.get("past_key_values")
+        if past is not None and input_ids is not None:
+            if pixel_values is not None and past.get_seq_length():
+                refuse_cached_images(input_ids, self.config.image_token_id, None)
+            attention_mask, position_ids = follow_cache(past, input_ids, attention_mask, position_ids)
+        if pixel_values is not None and mm_encoder_outputs is None:
+            if num_image_tokens is None and self.config.num_image_tokens == "dynamic":
+                num_image_tokens, mean_image_tokens = self.default_budgets(len(pixel_values))
             features = self.get_image_features(
                 pixel_values,
                 kwargs.pop("vision_feature_layer", None),
@@ -344,24 +449,50 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
                 question_ids=question_ids,
             )
             pixel_values, mm_encoder_outputs = None, {"image": features}
-        if mean_image_tokens is None:
-            run = self.prefill if mm_encoder_outputs else super().forward
-            return run(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                mm_encoder_outputs=mm_encoder_outputs,
-                **kwargs,
-            )
-        is_surplus = self.mark_surplus(input_ids, num_image_tokens, features.pooler_output)
+        else:
+            mean_image_tokens = None
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        if mean_image_tokens is not None:
+            is_surplus = self.mark_surplus(input_ids, num_image_tokens, features.pooler_output)
+            return self.forward_short(**inputs, is_surplus=is_surplus, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+        run = self.prefill if mm_encoder_outputs else super().forward
+        return run(**inputs, pixel_values=pixel_values, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+
+    def forward_short(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        is_surplus: torch.BoolTensor,
+        return_dict: bool | None = None,
+        **kwargs,
+    ):
+        """`forward` on the positions that are no surplus, with hidden states where the whole prompt has them."""
+        past, length = kwargs.get("past_key_values"), input_ids.shape[1]
+        seen, start = ShortPrompt.of(past, input_ids)
+        before = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            before, attention_mask = attention_mask[:, :-length], attention_mask[:, -length:]
         padding = self.config.text_config.pad_token_id or 0
         short, source, stays = compact(input_ids, attention_mask, position_ids, is_surplus, padding)
-        outputs = self.prefill(**short, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+        if start:
+            if before is None:
+                raise ValueError("With past_key_values, a dynamic budget takes an attention_mask of two dimensions.")
+            if position_ids is None:
+                short["position_ids"] += before.sum(dim=1, keepdim=True)
+            short["attention_mask"] = torch.cat([before.to(short["attention_mask"]), short["attention_mask"]], dim=1)
+        outputs = self.prefill(**short, return_dict=True, **kwargs)
+        if outputs.past_key_values is not None:
+            outputs.past_key_values.short_prompt = seen.followed_by(start, source, stays, length)
         states = outputs[0].masked_fill(~stays[..., None], 0)  # [B, short length, hidden]
         whole = states.new_zeros(*input_ids.shape, states.shape[-1])
         outputs["last_hidden_state"] = whole.scatter(1, source[..., None].expand_as(states), states)
-        return outputs
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if wants_dict else outputs.to_tuple()
+
+    def default_budgets(self, num_images: int) -> tuple[list[int], list[int]]:
+        """Placeholders of each image, and the means, of a checkpoint whose default is "dynamic"."""
+        return [self.config.num_patches] * num_images, [self.config.mean_image_tokens] * num_images
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -427,41 +558,99 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         )
 
     @torch.no_grad()
-    def generate(self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs):
+    def generate(self, inputs: torch.LongTensor | None = None, generation_config=None, *args, **kwargs):
         """As `GenerationMixin.generate`, and on the short prompt where budgets are dynamic.
 
         Returned sequences begin with the prompt as it was given, and lengths are counted with it. Streamers, logits
         processors and stopping criteria see the short one. `<image>` is never generated: it would be taken for an
-        image whenever the sequence is read again.
+        image whenever the sequence is read again. A returned KV cache continues with the returned sequences and what
+        is appended to them; it remembers which placeholders were dropped.
+
+        Raises:
+            ValueError: where images come again that are in `past_key_values` already.
         """
         settings = generation_config or self.generation_config
         suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
         kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
-        mean_image_tokens = kwargs.pop("mean_image_tokens", None)
-        if mean_image_tokens is None:
-            return super().generate(inputs, generation_config, **kwargs)
-
-        asked = {name: kwargs.pop(name, None) for name in ("num_image_tokens", "question_ids")}
-        features = self.model.get_image_features(
-            kwargs.pop("pixel_values"), mean_image_tokens=mean_image_tokens, **asked
-        )
         prompt = kwargs.pop("input_ids", inputs)
-        is_surplus = self.model.mark_surplus(prompt, asked["num_image_tokens"], features.pooler_output)
-        padding = settings.pad_token_id or self.config.text_config.pad_token_id or 0
-        told = (kwargs.pop(name, None) for name in ("attention_mask", "position_ids"))
-        short, _, _ = compact(prompt, *told, is_surplus, padding)
+        past, images = kwargs.get("past_key_values"), kwargs.get("pixel_values")
+        if images is None:
+            kwargs.pop("mean_image_tokens", None)
+        elif kwargs.get("num_image_tokens") is None and self.config.num_image_tokens == "dynamic":
+            kwargs["num_image_tokens"], kwargs["mean_image_tokens"] = self.model.default_budgets(len(images))
+        if prompt is None:
+            if kwargs.get("mean_image_tokens") is not None:
+                raise ValueError("Dynamic budgets need input_ids: inputs_embeds do not tell where placeholders are.")
+            return super().generate(None, generation_config, *args, **kwargs)
+        seen, start = ShortPrompt.of(past, prompt)
+        if images is not None and start:
+            budgets = self.model.resolve_budgets(kwargs.get("num_image_tokens"), len(images))
+            refuse_cached_images(prompt[:, start:], self.config.image_token_id, sum(budgets))
+        if kwargs.get("mean_image_tokens") is None and not seen.length:
+            output = super().generate(prompt, generation_config, *args, **kwargs)
+            if getattr(getattr(output, "past_key_values", None), "short_prompt", None):
+                output.past_key_values.short_prompt = None  # of an earlier call: static caches are used again
+            return output
+        short, held = self.shorten(prompt, seen, start, settings, kwargs)
         length = short["input_ids"].shape[1]
         for name in ("max_length", "min_length"):
             if total := kwargs.get(name) or getattr(settings, name):
                 kwargs[name] = max(0, total - prompt.shape[1] + length)
-        output = super().generate(None, generation_config, **short, mm_encoder_outputs={"image": features}, **kwargs)
+        output = super().generate(None, generation_config, *args, **short, **kwargs)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
-        prompt = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0)
-        sequences = torch.cat([prompt, sequences[:, length:]], dim=1)
+        copies = len(sequences) // len(prompt)
+        for cache in (past, getattr(output, "past_key_values", None)):
+            if cache is not None:
+                cache.short_prompt = held.repeat(copies)
+        sequences = torch.cat([prompt.repeat_interleave(copies, dim=0), sequences[:, length:]], dim=1)
         if not isinstance(output, ModelOutput):
             return sequences
         output.sequences = sequences
         return output
+
+    def shorten(
+        self, prompt: torch.LongTensor, seen: ShortPrompt, start: int, settings, kwargs: dict
+    ) -> tuple[dict, ShortPrompt]:
+        """The prompt without surplus placeholders, as arguments for `generate`; what it replaces leaves `kwargs`.
+
+        Args:
+            prompt: (batch, length), the whole.
+            seen: what the cache remembers.
+            start: how many positions of the prompt are in the cache.
+            settings: generation configuration.
+            kwargs: of `generate`.
+        """
+        pad = next(
+            (
+                token
+                for token in (kwargs.get("pad_token_id"), settings.pad_token_id, self.config.text_config.pad_token_id)
+                if token is not None
+            ),
+            0,
+        )
+        mask, position_ids = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
+        if mask is None:
+            mask = infer_attention_mask(prompt, settings, kwargs.get("pad_token_id"))
+        head = {"input_ids": seen.shorten(prompt[:, :start], pad), "attention_mask": seen.shorten(mask[:, :start], 0)}
+        new, new_mask = prompt[:, start:], mask[:, start:]
+        if kwargs.get("mean_image_tokens") is None:
+            tail, held = {"input_ids": new, "attention_mask": new_mask}, seen
+        else:
+            asked = {
+                name: kwargs.pop(name, None)
+                for name in ("pixel_values", "num_image_tokens", "mean_image_tokens", "question_ids")
+            }
+            features = self.model.get_image_features(**asked)
+            kwargs["mm_encoder_outputs"] = {"image": features}
+            is_surplus = self.model.mark_surplus(new, asked["num_image_tokens"], features.pooler_output)
+            positions = None if start or position_ids is None else position_ids
+            tail, source, stays = compact(new, new_mask, positions, is_surplus, pad)
+            held = seen.followed_by(start, source, stays, new.shape[1])
+            if start:
+                del tail["position_ids"]  # generate counts them, by the mask
+        if not start:
+            return tail, held
+        return {name: torch.cat([head[name], tail[name].to(head[name])], dim=1) for name in head}, held
 
     @torch.no_grad()
     def chat(

@@ -245,18 +245,18 @@ def test_a_question_is_tokenised_for_each_image(processor):
         processor(images=images[1], text=text[1], question=["what?", "why?"])
 
 
-def test_where_placeholders_are_placed_beforehand_as_in_vllm_a_dynamic_budget_is_its_mean():
+def test_where_placeholders_are_counted_beforehand_as_in_vllm_a_dynamic_budget_is_refused():
+    processor = make_processor(num_image_tokens="dynamic")
+    assert processor._get_num_multimodal_tokens([(84, 84)] * 2, num_image_tokens=9)["num_image_tokens"] == [9, 9]
+    for budget, mean in ((None, processor.mean_image_tokens), ("dynamic:4", 4), (["dynamic:4", 9], 4)):
+        sizes = [(84, 84)] * (2 if isinstance(budget, list) else 1)
+        with pytest.raises(ValueError, match=f'"num_image_tokens": {mean}}}'):
+            processor._get_num_multimodal_tokens(sizes, num_image_tokens=budget)
+
+
+def test_budgets_stay_dynamic_where_offsets_of_placeholders_are_asked_for_as_assistant_masks_do():
     processor = make_processor(num_image_tokens="dynamic")
     mark = processor.image_token
-
-    def placed(images, **options):
-        return processor(images=images, text=mark * len(images), return_text_replacement_offsets=True, **options)
-
-    one, two = [make_image()], [make_image(), make_image(1)]
-    for budget, count in ((None, processor.mean_image_tokens), ("dynamic:4", 4), (9, 9)):
-        inputs = placed(one, num_image_tokens=budget)
-        assert inputs["num_image_tokens"] == [count] and "mean_image_tokens" not in inputs
-        assert inputs["text_replacement_offsets"][0][0]["replacement"] == mark * count
-        assert processor._get_num_multimodal_tokens([(84, 84)], num_image_tokens=budget)["num_image_tokens"] == [count]
-    assert placed(two, num_image_tokens=["dynamic:4", 9])["num_image_tokens"] == [4, 9]
-    assert processor(images=one, text=mark)["mean_image_tokens"] == [processor.mean_image_tokens]
+    inputs = processor(images=[make_image()], text=mark, return_text_replacement_offsets=True)
+    assert inputs["mean_image_tokens"] == [processor.mean_image_tokens]
+    assert inputs["text_replacement_offsets"][0][0]["replacement"] == mark * processor.num_patches

@@ -15,9 +15,6 @@ from transformers import (
 )
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before its centre is cut out
 
@@ -156,24 +153,6 @@ class LightVLMProcessor(ProcessorMixin):
             means.append(mean)
         return budgets, means
 
-    def fix_budgets(self, num_image_tokens: int | str | list[int | str] | None) -> int | list[int]:
-        """K in place of "dynamic", for vLLM, which places an image's tokens before it has seen the image: the mean."""
-        wanted = self.num_image_tokens if num_image_tokens is None else num_image_tokens
-        is_list = isinstance(wanted, (list, tuple))
-        budgets, means = self.resolve_budgets(wanted, len(wanted) if is_list else 1)
-        if any(means):
-            logger.warning_once(f"{wanted!r}: vLLM gives every image the same tokens, as many as the mean.")
-        fixed = [mean or budget for budget, mean in zip(budgets, means, strict=True)]
-        return fixed if is_list else fixed[0]
-
-    def _merge_kwargs(self, *args, **kwargs):
-        """As in `ProcessorMixin`; only vLLM asks for the offsets of placeholders."""
-        merged = super()._merge_kwargs(*args, **kwargs)
-        if merged["text_kwargs"].get("return_text_replacement_offsets"):
-            images = merged["images_kwargs"]
-            images["num_image_tokens"] = self.fix_budgets(images.get("num_image_tokens"))
-        return merged
-
     def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs):
         """As in `ProcessorMixin`, but files are opened here, where 16 bits and transparency survive."""
         images = open_files(images)
@@ -234,10 +213,15 @@ class LightVLMProcessor(ProcessorMixin):
         return self.image_token * image_inputs["num_image_tokens"][image_idx]
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
-        """Placeholders of images of these sizes; vLLM plans its memory by it."""
+        """Placeholders of images of these sizes, by which vLLM plans; ValueError where they would be dynamic."""
         if image_sizes is None:
             return MultiModalData()
-        budgets, _ = self.resolve_budgets(self.fix_budgets(kwargs.get("num_image_tokens")), len(image_sizes))
+        budgets, means = self.resolve_budgets(kwargs.get("num_image_tokens"), len(image_sizes))
+        if any(means):
+            raise ValueError(
+                f"vLLM places an image's tokens before it has seen the image, so no budget can be dynamic: give "
+                f'a number, such as mm_processor_kwargs={{"num_image_tokens": {max(means)}}}.'
+            )
         return MultiModalData(num_image_tokens=budgets, num_image_patches=[1] * len(image_sizes))
 
     @classmethod
