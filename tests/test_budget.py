@@ -1,6 +1,7 @@
 """The estimator learns what images need, and every mean that is asked for is met."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -20,6 +21,18 @@ def test_ridge_regression_finds_a_linear_need_and_shrinks_with_its_penalty():
     torch.testing.assert_close(weights, wanted, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(bias, torch.tensor(5.0), atol=1e-2, rtol=1e-2)
     assert budget.fit_ridge(inputs, inputs @ wanted, 1.0)[0].norm() < 0.6 * wanted.norm()
+
+
+def test_noise_explains_nothing_and_a_signal_nearly_all():
+    inputs, noise, penalties = torch.randn(1000, 1024), torch.randn(1000), budget.BudgetArguments("", "", [], "").ridge
+
+    def held_out(inputs, targets):
+        penalty = budget.choose_penalty(inputs[:500], targets[:500], penalties)
+        weights, bias = budget.fit_ridge(inputs[:500], targets[:500], penalty)
+        return budget.explained_variance(inputs[500:] @ weights + bias, targets[500:])
+
+    assert held_out(inputs, noise) == pytest.approx(0, abs=0.03)
+    assert held_out(inputs[:, :8], inputs[:, 0] + 0.1 * noise) > 0.95
 
 
 @pytest.mark.parametrize("mean", [2, 5, 8, 20])
@@ -77,7 +90,7 @@ def test_the_checkpoint_has_estimator_calibration_and_a_line_on_its_card(data, m
     kept = model.get_image_features(**inputs).kept_indices
     assert sum(map(len, kept)) / 8 == pytest.approx(9, abs=0.5)
     card = (data / "out/README.md").read_text()
-    assert card.startswith("# a card") and "- before\n- dynamic budget: fitted on 8 images of data.json" in card
+    assert card.startswith("# a card") and "- before\n- dynamic budget: fitted on 4 images of data.json" in card
     before = LightVLM.from_pretrained(data / "model").state_dict()
     after = model.state_dict()
     assert {name for name in after if name not in before} == {
@@ -101,6 +114,28 @@ def test_the_need_is_the_smallest_budget_that_is_nearly_as_good_as_everything(mo
     assert need.tolist() == [NUM_PATCHES, NUM_PATCHES]
 
 
+def test_means_are_met_and_variance_is_explained_on_images_that_the_estimator_has_not_seen(data, monkeypatch, capsys):
+    rows = json.loads((data / "data.json").read_text())
+    (data / "data.json").write_text(json.dumps(rows * 12))
+    noise = iter(torch.randn(96, 32).split(32))  # features that say nothing of the need
+    needs = iter(torch.randn(96).mul(0.7).add(2).exp().split(32))
+    monkeypatch.setattr(budget, "pool_important", lambda *args: next(noise))
+    monkeypatch.setattr(budget, "needed_tokens", lambda *args: next(needs))
+    run(data, monkeypatch)
+    explained = re.search(r"fitted on 48 .* on 48 others .* held out, it explains (-?\d+)%", capsys.readouterr().out)
+    assert int(explained[1]) == pytest.approx(0, abs=10)
+    model = LightVLM.from_pretrained(data / "out")
+    complexity = model.model.pruner.complexity(torch.randn(5000, 32))[:, 0]
+    for mean in (4, 9, 20):
+        budgets = allot_budgets(complexity, torch.full((5000,), mean), model.config.dynamic_budget)
+        assert budgets.float().mean() == pytest.approx(mean, rel=0.04)
+
+
+def test_too_few_images_are_refused(data, monkeypatch):
+    with pytest.raises(ValueError, match="7 images: give 8 or more"):
+        run(data, monkeypatch, max_images=7)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -108,6 +143,7 @@ def test_the_need_is_the_smallest_budget_that_is_nearly_as_good_as_everything(mo
         ({"sweep": "4 36"}, "from 1 to 35"),
         ({"means": "2 9", "sweep": "4 9"}, "no image gets fewer tokens than 4"),
         ({"delta": 0}, "more than 0"),
+        ({"ridge": "0.1 0"}, "more than 0"),
     ],
 )
 def test_impossible_arguments_are_refused(data, monkeypatch, options, message):

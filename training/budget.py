@@ -3,10 +3,10 @@
     python training/budget.py --model_name_or_path build/trained --output_dir build/dynamic \\
         --data_path data/easy-vqa/mosaics_calibration.json --image_folder data/easy-vqa/images
 
-An image needs the smallest K with which its answers are nearly as likely as with all tokens. Ridge regression of the
-logarithm of that need on the image's pooled features is the estimator, one linear layer, written into the checkpoint.
-Then kappa of K = clip(round(kappa * need^exponent)) is found for each of several means, by bisection on the same
-images: whoever asks for a mean within their range gets it, on images like these.
+An image needs the smallest K with which its answers are nearly as likely as with all tokens. The estimator is one
+linear layer, written into the checkpoint: ridge regression of the logarithm of that need on the pooled features of one
+half of the images. Then kappa of K = clip(round(kappa * need^exponent)) is found for each of several means, by
+bisection on the other half: whoever asks for a mean within their range gets it, on images like these.
 """
 
 from dataclasses import dataclass, field
@@ -19,6 +19,8 @@ from lightvlm.training.collator import pack_turns
 from lightvlm.training.pruner import PolicyGradient, encode_rows, extend_card, load_rows
 from tqdm import tqdm
 from trl import TrlParser
+
+FOLDS = 4  # of the cross-validation that chooses the penalty
 
 
 @dataclass
@@ -38,7 +40,10 @@ class BudgetArguments:
         metadata={"help": "the K that are tried, rising; whoever needs more needs all tokens"},
     )
     delta: float = field(default=0.1, metadata={"help": "nats by which an answer's token may be less likely"})
-    ridge: float = field(default=0.125, metadata={"help": "penalty of the regression for each image"})
+    ridge: list[float] = field(
+        default_factory=lambda: [2.0**power for power in range(-5, 6, 2)],
+        metadata={"help": "penalties of the regression for each image, of which cross-validation chooses"},
+    )
     exponent: float = field(default=1.0, metadata={"help": "of the need in K; smaller ones even budgets out"})
     means: list[int] = field(
         default_factory=lambda: [8, 12, 16, 24, 36, 48, 64, 96, 128, 160, 192],
@@ -57,8 +62,8 @@ def check(args: BudgetArguments, num_patches: int) -> None:
             raise ValueError(f"{name}={budgets}: give two or more rising numbers from 1 to {num_patches - 1}.")
     if args.means[0] < args.sweep[0]:
         raise ValueError(f"means={args.means}: no image gets fewer tokens than {args.sweep[0]}, the first of sweep.")
-    if not (args.delta > 0 and args.ridge > 0 and args.exponent > 0):
-        raise ValueError("delta, ridge and exponent must be more than 0.")
+    if not (args.ridge and min(args.delta, args.exponent, *args.ridge) > 0):
+        raise ValueError("delta, exponent and each ridge must be more than 0.")
 
 
 @torch.no_grad()
@@ -113,6 +118,27 @@ def fit_ridge(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> tu
     return weights.float(), (targets.mean() - weights @ mean).float()
 
 
+def choose_penalty(inputs: torch.Tensor, targets: torch.Tensor, penalties: list[float]) -> float:
+    """The penalty of `fit_ridge` with the least squared error on rows that were held out, by cross-validation."""
+    fold = torch.arange(len(inputs), device=inputs.device) % FOLDS
+
+    def held_out_error(penalty: float) -> float:
+        error = 0.0
+        for number in range(FOLDS):
+            is_held_out = fold == number
+            weights, bias = fit_ridge(inputs[~is_held_out], targets[~is_held_out], penalty)
+            error += (inputs[is_held_out] @ weights + bias - targets[is_held_out]).square().sum().item()
+        return error
+
+    return min(penalties, key=held_out_error)
+
+
+def explained_variance(predictions: torch.Tensor, targets: torch.Tensor) -> float:
+    """Share of the variance of targets (rows,) that predictions of them explain; below 0 if their mean is better."""
+    left = (predictions - targets).square().mean()
+    return 1 - (left / targets.var(correction=0).clamp_min(1e-12)).item()
+
+
 def find_kappa(complexity: torch.Tensor, mean: int, dynamic_budget: dict) -> float:
     """The kappa that gives these images a mean budget, by bisection; their complexity is (images,)."""
     low, high = -20.0, 20.0  # of its logarithm
@@ -144,6 +170,8 @@ def main() -> None:
     )
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     rows = load_rows(args, args.seed)
+    if len(rows) < 2 * FOLDS:
+        raise ValueError(f"{len(rows)} images: give {2 * FOLDS} or more to fit and calibrate on, better thousands.")
     examples = encode_rows(model, processor, rows, args.num_workers)
 
     pruner, needs, pooled = model.model.pruner, [], []
@@ -157,12 +185,12 @@ def main() -> None:
         with torch.no_grad():
             pooled.append(pool_important(features, pruner.score(features, prior)))
     need, pooled = torch.cat(needs).log(), torch.cat(pooled)
-    dtype = config.dtype or torch.float32
-    weights, bias = (value.to(dtype).float() for value in fit_ridge(pooled, need, args.ridge))  # as they are saved
-    complexity = pooled @ weights + bias
+    half, dtype = len(examples) // 2, config.dtype or torch.float32  # rows are in random order
+    penalty = choose_penalty(pooled[:half], need[:half], args.ridge)
+    weights, bias = (value.to(dtype).float() for value in fit_ridge(pooled[:half], need[:half], penalty))  # as saved
     pruner.complexity.weight.data.copy_(weights)
     pruner.complexity.bias.data.copy_(bias)
-    explained = 1 - ((complexity - need) ** 2).mean().item() / need.var().item()
+    complexity = pooled[half:] @ weights + bias  # of images that the estimator has not seen
     model.config.dynamic_budget["kappas"] = [
         round(find_kappa(complexity, mean, dynamic_budget), 4) for mean in args.means
     ]
@@ -171,9 +199,10 @@ def main() -> None:
     model.to(dtype).save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     line = (
-        f"- dynamic budget: fitted on {len(examples):,} images of {', '.join(dynamic_budget['data'])}, means of "
-        f"{args.means[0]} to {args.means[-1]}, delta {args.delta}, exponent {args.exponent:g}; it explains "
-        f"{explained:.0%} of the variance of the logarithm of the tokens they need"
+        f"- dynamic budget: fitted on {half:,} images of {', '.join(dynamic_budget['data'])} (ridge {penalty:g}), "
+        f"calibrated on {len(complexity):,} others for means of {args.means[0]} to {args.means[-1]}, delta "
+        f"{args.delta}, exponent {args.exponent:g}; held out, it explains "
+        f"{explained_variance(complexity, need[half:]):.0%} of the variance of the logarithm of the tokens they need"
     )
     extend_card(args.model_name_or_path, args.output_dir, line)
     print(line.removeprefix("- "))
