@@ -1,5 +1,6 @@
 """Supervised fine-tuning learns, trains only what it should, resumes, and leaves a folder that loads."""
 
+import itertools
 import json
 import re
 from functools import partial
@@ -9,10 +10,12 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.data_loader import IterableDatasetShard
+from datasets import concatenate_datasets
 from launch import launch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.training import sft
-from lightvlm.training.collator import LightVLMCollator, StepSampler
+from lightvlm.training.collator import LightVLMCollator, StepSampler, StepStream
 from lightvlm.training.llava_data import load_llava
 from lightvlm.training.prepare_easy_vqa import llava_row
 from peft import PeftModel
@@ -20,6 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 from tokenizers.processors import TemplateProcessing
+from torch.utils.data import DataLoader
 from trl import SFTConfig, TrlParser
 
 TRAINING = Path(sft.__file__).parent
@@ -342,12 +346,44 @@ def test_dataloader_workers_and_accumulated_batches_change_nothing(data, monkeyp
     torch.testing.assert_close(losses, torch.tensor([loss for _, loss, _ in expected]), **TOLERANCE)
 
 
-def test_a_stream_draws_k_for_each_step(data, monkeypatch, logs):
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_a_stream_of_two_files_has_the_same_batches_whatever_reads_it(data, num_workers):
     rows = json.loads((data / "data.json").read_text())
-    (data / "data.json").write_text(json.dumps(rows[1:]))
-    train(data, monkeypatch, streaming=True, max_steps=4, min_image_tokens=4, per_device_train_batch_size=2)
-    kept = [kept for _, _, kept in curve(logs)]
-    assert len(kept) == 4 and len({*kept}) > 1 and all(each == int(each) for each in kept)
+    for name, some in (("first", rows[:4]), ("second", rows[4:])):
+        (data / f"{name}.json").write_text(json.dumps(some))
+    streams = [load_llava(data / f"{name}.json", data, streaming=True) for name in ("first", "second")]
+    draw = partial(sft.draw_budget, arguments())
+    stream = StepStream(concatenate_datasets(streams), rows_per_step=8, rows_per_batch=4, draw=draw, seed=0)
+    seen = []
+    for process in (0, 1):  # of two, as accelerate makes it of a stream
+        shard = IterableDatasetShard(stream, batch_size=2, num_processes=2, process_index=process)
+        loader = DataLoader(shard, batch_size=2, num_workers=num_workers, collate_fn=list)
+        seen.append([*itertools.islice(loader, 10)])
+    steps = [
+        [row for batches in seen for batch in batches[step : step + 2] for row in batch] for step in range(0, 10, 2)
+    ]
+    drawn = [{row["num_image_tokens"] for row in step} for step in steps]
+    assert all(len(budgets) == 1 for budgets in drawn) and len(set.union(*drawn)) > 2
+    numbers = [row["id"] for both in zip(*seen, strict=True) for batch in both for row in batch]
+    expected = [row["id"] for row in load_llava(data / "data.json", data)]
+    assert numbers == (expected * 5)[: len(numbers)]
+    assert all(image.size == (84, 84) for step in steps for row in step for image in row["images"])
+
+
+def test_k_changes_between_steps_of_a_stream_and_never_within_one(data, monkeypatch, logs):
+    rows = json.loads((data / "data.json").read_text())
+    (data / "more.json").write_text(json.dumps(rows[1:5]))
+    options = {"streaming": True, "data_path": [data / "data.json", data / "more.json"], "max_length": 2048}
+    options |= {"max_steps": 5, "min_image_tokens": 4, "per_device_train_batch_size": 2}
+    options |= {"gradient_accumulation_steps": 2, "include_num_input_tokens_seen": True}
+    runs = []
+    for num_workers in (0, 2):
+        train(data, monkeypatch, **options, dataloader_num_workers=num_workers)
+        runs.append(curve(logs))
+        logs.clear()
+    kept = [kept for _, _, kept in runs[0]]
+    assert len(kept) == 5 and len({*kept}) > 2 and all(each == int(each) for each in kept)
+    torch.testing.assert_close(*map(torch.tensor, runs), **TOLERANCE)
 
 
 # Logs
@@ -465,6 +501,8 @@ def test_two_processes_have_the_losses_gradients_and_k_of_one(data, monkeypatch,
     (data / "data.json").write_text(json.dumps(rows[:-1]))  # eight, the first without an image
     options = {"min_image_tokens": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 4}
     options |= {"independent_turns": setup == "ddp", "ddp_find_unused_parameters": False}
+    if setup == "ddp":
+        options |= {"streaming": True, "dataloader_num_workers": 2}
     model, _ = train(data, monkeypatch, "one", **options, per_device_train_batch_size=4)
     (data / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
     script = {"ddp": TRAINING / "sft.py", "fsdp": data / "fsdp_on_cpu.py"}[setup]

@@ -1,5 +1,6 @@
 """Batches for training: rows with the K of their optimizer step, and how they become tensors."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -60,19 +61,35 @@ class StepRows(torch.utils.data.Dataset):
 
 @dataclass(eq=False)
 class StepStream(torch.utils.data.IterableDataset):
-    """Rows of a stream, in the same order each epoch, with K as `num_image_tokens`. Arguments as of `StepSampler`."""
+    """Rows of a stream in its order, over and over, each with K of its optimizer step as `num_image_tokens`.
+
+    Every dataloader worker reads all rows, and opens the images of its own alone, which are one batch in so many: as
+    if there were one worker, steps follow each other row by row, through several files and past the end of the last.
+
+    Args:
+        rows: the stream.
+        rows_per_step: as of `StepSampler`, and so are draw and seed.
+        rows_per_batch: rows of a batch, of all processes together; accelerate gives each process its part.
+    """
 
     rows: IterableDataset
     rows_per_step: int
+    rows_per_batch: int
     draw: Callable[[torch.Generator], int]
     seed: int
 
     def __iter__(self) -> Iterator[dict]:
         generator = torch.Generator().manual_seed(self.seed)
-        for number, row in enumerate(self.rows):
+        info = torch.utils.data.get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        unopened = self.rows.decode(False)
+        # Batches of one, because iterating over rows as such gives each worker files of its own.
+        for number, batch in enumerate(batch for _ in itertools.count() for batch in unopened.iter(1)):
             if number % self.rows_per_step == 0:
                 budget = self.draw(generator)
-            yield {**row, "num_image_tokens": budget}
+            if number // self.rows_per_batch % num_workers == worker:
+                row = {name: column[0] for name, column in batch.items()}
+                yield {**self.rows.features.decode_example(row), "num_image_tokens": budget}
 
 
 class LightVLMCollator(DataCollatorForVisionLanguageModeling):

@@ -61,7 +61,8 @@ class LightVLMArguments:
     image_folder: str | None = field(default=None, metadata={"help": "folder that its image paths are relative to"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
     streaming: bool = field(
-        default=False, metadata={"help": "read rows as they are needed, in the files' order; needs max_steps"}
+        default=False,
+        metadata={"help": "read rows as they are needed, in the files' order, over and over; needs max_steps"},
     )
     eval_data_path: list[str] | None = field(default=None, metadata={"help": "LLaVA JSON files, for a loss at each K"})
     eval_image_tokens: list[int] | None = field(
@@ -202,7 +203,8 @@ class LightVLMTrainer(SFTTrainer):
         draw = partial(draw_budget, self.arguments)
         rows_per_step = self.get_total_train_batch_size(self.args)
         if isinstance(self.train_dataset, IterableDataset):
-            rows = StepStream(self.train_dataset, rows_per_step, draw, seed)
+            rows_per_batch = rows_per_step // self.args.gradient_accumulation_steps
+            rows = StepStream(self.train_dataset, rows_per_step, rows_per_batch, draw, seed)
         else:
             rows = StepRows(self.train_dataset)
 
