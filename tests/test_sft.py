@@ -239,6 +239,15 @@ def test_a_batch_has_k_of_its_rows_and_the_processor_keeps_its_own(data):
     assert collate([rows[1]])["num_image_tokens"].tolist() == [9] == [collate.processor.num_image_tokens]
 
 
+@pytest.mark.parametrize("independent_turns", [False, True])
+def test_an_error_within_a_batch_leaves_the_processor_its_own_k(data, independent_turns):
+    row = {**load_llava(data / "data.json", data)[1], "num_image_tokens": 7}
+    collate = collator(independent_turns=independent_turns)
+    with pytest.raises(ValueError, match="too long and thin"):
+        collate([row, {**row, "images": [make_image(size=(4000, 20))]}])
+    assert collate.processor.num_image_tokens == 9
+
+
 def test_images_travel_in_the_type_that_autocast_would_round_them_to(data):
     rows = load_llava(data / "data.json", data)
     exact, rounded = (collator(pixel_dtype=dtype)([rows[1]]) for dtype in (torch.float32, torch.bfloat16))

@@ -1,5 +1,6 @@
 """Batches for training: rows with the K of their optimizer step, and how they become tensors."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -114,13 +115,19 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
 
     def torch_call(self, examples: list[dict]) -> dict:
         """A batch whose images all have the same K."""
-        default = self.processor.num_image_tokens
-        self.processor.num_image_tokens = examples[0].get("num_image_tokens", default)
+        if "num_image_tokens" not in examples[0]:
+            return self.collate(examples)
+        of_this_k = copy.copy(self)
+        of_this_k.processor = copy.copy(self.processor)  # the given one is saved with each checkpoint
+        of_this_k.processor.num_image_tokens = examples[0]["num_image_tokens"]
+        return of_this_k.collate(examples)
+
+    def collate(self, examples: list[dict]) -> dict:
+        """A batch whose images have the processor's K."""
         batch = self.pack(examples) if self.independent_turns else self.begin(super().torch_call(examples))
         if "pixel_values" not in batch:
             batch = add_blank_image(batch, self.processor)
         batch["pixel_values"] = batch["pixel_values"].to(self.pixel_dtype)
-        self.processor.num_image_tokens = default  # the processor is saved with each checkpoint
         return batch
 
     def begin(self, batch: dict) -> dict:
