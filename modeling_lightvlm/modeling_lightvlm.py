@@ -31,6 +31,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
@@ -49,6 +50,7 @@ from .pruning_lightvlm import (
 IMAGE_TOKEN = "<image>"
 FULL_PRECISION = ["model.vision_tower", "model.pruner", "model.multi_modal_projector", "lm_head"]  # beside int8
 ENCODERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # and how each selects its features
+HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -510,6 +512,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
 class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditionalGeneration):
     """LightVLM with its language model head; also known as `LightVLM`."""
 
+    _hub_options = {}  # what `from_pretrained` was told about where the files are
+
     def __init__(self, config: LightVLMConfig):
         super(LlavaForConditionalGeneration, self).__init__(config)  # LLaVA's own would build a second backbone
         self.model = LightVLMModel(config)
@@ -730,14 +734,26 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         self.model.prefill = torch.compile(self.model.prefill, **options)
         return self
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; `chat` takes its processor from the same revision and place."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        return loaded
+
     def processor_beside_weights(self):
         """The processor of the folder or repository that this model was loaded from, loaded once."""
         if not hasattr(self, "_processor"):
-            if not self.config.name_or_path:
+            place = self.config.name_or_path
+            if not place:
                 raise ValueError("This model was not loaded from a checkpoint: give chat a processor.")
-            # Remote code may load its own sibling; an installed package needs no remote code.
-            remote = type(self).__module__.startswith("transformers_modules.")
-            self._processor = AutoProcessor.from_pretrained(self.config.name_or_path, trust_remote_code=remote)
+            source, module = AutoProcessor, type(self).__module__
+            if module.startswith("transformers_modules."):
+                # Trusted was the code of one commit, whose name the module has; a configuration of another is not run.
+                code = {"code_revision": module.split(".")[-2], **self._hub_options}
+                source = get_class_from_dynamic_module("processing_lightvlm.LightVLMProcessor", place, **code)
+            self._processor = source.from_pretrained(place, trust_remote_code=False, **self._hub_options)
             if type(self._processor).__name__ != "LightVLMProcessor":
                 raise ValueError("The processor beside the weights is not LightVLM's: `lightvlm build` makes one.")
             self._processor.num_image_tokens = self.config.num_image_tokens

@@ -1,6 +1,12 @@
 """`chat` answers with the processor beside the weights, keeps a history when given one, and streams."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
+from hub_server import TOKEN, HubServer
 from lightvlm import LightVLM
 from tiny import make_image, make_model, make_processor
 from transformers import GenerationConfig
@@ -103,3 +109,54 @@ def test_streaming_hands_over_every_token(model):
 def test_a_model_without_a_folder_asks_for_a_processor():
     with pytest.raises(ValueError, match="processor"):
         make_model().chat(make_image(), "what?")
+
+
+def save_with_processor(folder):
+    make_model().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_the_processor_comes_from_the_subfolder_of_the_weights(tmp_path):
+    save_with_processor(tmp_path / "small")
+    model, _ = LightVLM.from_pretrained(tmp_path, subfolder="small", output_loading_info=True)
+    assert isinstance(model.chat(make_image(), "what color?", max_new_tokens=1), str)
+
+
+LOAD_PINNED = """
+import json, sys
+from transformers import AutoModelForImageTextToText
+
+place = {"token": sys.argv[1], "cache_dir": sys.argv[2]}
+
+def load(**options):
+    model = AutoModelForImageTextToText.from_pretrained("me/toy", **options, **place)
+    processor = model.processor_beside_weights()
+    return type(model).__module__, type(processor).__module__, processor.chat_template
+
+loaded = [load(trust_remote_code=True, revision="v1"), load(trust_remote_code=True, code_revision="v1")]
+import lightvlm
+print(json.dumps([*loaded, load(revision="v1"), load()]))
+"""
+
+
+def test_the_processor_and_its_code_come_from_the_revision_token_and_cache_of_the_weights(tmp_path):
+    files = save_with_processor(tmp_path / "saved")
+    template = "{# of main #}"
+    later = files | {name: b"raise SystemExit('code of main')" for name in files if name.endswith(".py")}
+    later["chat_template.jinja"] = template.encode()
+    with HubServer() as hub:
+        hub.repos["me/toy"] = {"private": True, "refs": {"main": later, "v1": files}}
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", LOAD_PINNED, TOKEN, str(tmp_path / "cache")]
+        result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+        hub.shutdown()
+    assert result.returncode == 0, result.stderr
+    pinned, pinned_code, package, newest = json.loads(result.stdout)
+    for model, processor, _ in (pinned, pinned_code):
+        assert model.startswith("transformers_modules.me.toy.")
+        assert processor == model.replace("modeling", "processing")
+    assert package[:2] == newest[:2] == ["lightvlm.modeling_lightvlm", "lightvlm.processing.processing_lightvlm"]
+    assert pinned[2] == package[2] == files["chat_template.jinja"].decode()
+    assert pinned_code[2] == newest[2] == template
+    assert not list((tmp_path / "home").rglob("chat_template.jinja"))
