@@ -8,7 +8,8 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test test-lmms test-vllm eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu lint checkpoint
+.PHONY: run test test-wheel test-lmms test-vllm lint checkpoint
+.PHONY: eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -16,6 +17,16 @@ run: $(DATA)/test.json
 
 test: .venv/ready
 	$(BIN)/pytest
+
+# The wheel alone, away from the clone, answers from the checkpoint in it; all other packages are those of .venv.
+test-wheel: .venv/ready
+	rm -rf build/lib build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	$(BIN)/python -c "import sys; print(*(path for path in sys.path if 'site-packages' in path), sep='\n')" \
+		> $$(echo build/wheel/venv/lib/python*/site-packages)/others.pth
+	build/wheel/venv/bin/pip install --quiet --no-deps build/wheel/*.whl
+	cd build/wheel && venv/bin/lightvlm infer --image $(CURDIR)/demo/examples/flat_3x3_10.jpg --prompt "what is this?"
 
 # Each file on its own, so that `make -j2 eval` uses two cores, for hours.
 eval: eval-easy_vqa eval-budgets $(EVALS)
