@@ -1,6 +1,7 @@
 """The released folder answers in vLLM as it does in transformers, token by token. `make test-vllm` runs it.
 
-Test images, all in one batch, at the checkpoint's own K and at others; a dynamic budget is refused. Not a part of `make test`: vLLM wants a virtual environment of its own.
+Test images, all in one batch, at the checkpoint's own K and at others; a dynamic budget is refused. Not a part of
+`make test`: vLLM needs a virtual environment of its own.
 """
 
 import argparse
