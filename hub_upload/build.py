@@ -17,7 +17,10 @@ def build_from_parts(vision: str, text: str, output_dir: str | Path, **config) -
     """
     model = LightVLMForConditionalGeneration.from_vision_text_pretrained(vision, text, **config)
     processor = LightVLMProcessor.from_vision_text_pretrained(
-        vision, text, num_image_tokens=model.config.num_image_tokens
+        vision,
+        text,
+        num_image_tokens=model.config.num_image_tokens,
+        mean_image_tokens=model.config.mean_image_tokens,
     )
     return save(model, processor, output_dir)
 
@@ -41,6 +44,7 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
         chat_template=theirs.chat_template,
         num_patches=model.config.num_patches,
         num_image_tokens=model.config.num_image_tokens,
+        mean_image_tokens=model.config.mean_image_tokens,
         image_token=theirs.image_token,
     )
     return save(model, processor, output_dir)

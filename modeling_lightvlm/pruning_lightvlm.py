@@ -164,6 +164,13 @@ class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero."""
 
 
+class Float32Linear(ZeroLinear):
+    """The same, computed in float32 whatever its weights are."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(inputs.float(), self.weight.float(), self.bias.float())
+
+
 class ZeroEmbedding(nn.Embedding):
     """An embedding that starts at zero."""
 
@@ -202,7 +209,7 @@ class TokenPruner(nn.Module):
             self.question_projection = ZeroLinear(width, QUESTION_RANK, bias=False)
 
         self.dynamic_budget = config.dynamic_budget
-        self.complexity = ZeroLinear(features, 1) if config.dynamic_budget else None
+        self.complexity = Float32Linear(features, 1) if config.dynamic_budget else None
 
     def score(
         self, features: torch.Tensor, prior: torch.Tensor, questions: torch.Tensor | None = None
@@ -235,10 +242,12 @@ class TokenPruner(nn.Module):
             return scores
         # Normalised, because neither features nor embeddings have a scale of their own; and what all questions have
         # in common is left out: it says nothing about this one, and would be most of what there is to learn.
-        asked = questions - self.question_center.weight
+        # Embeddings are called, and their weights not read, because offloading and sharding load weights in calls.
+        side = torch.arange(self.patches_per_side, device=features.device)
+        asked = questions - self.question_center(side[:1])
         asked = self.question_projection(nn.functional.layer_norm(asked, asked.shape[-1:]))  # [B, rank]
         patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
-        places = (self.row_key.weight[:, None] + self.column_key.weight).flatten(0, 1) * QUESTION_RANK**0.5
+        places = (self.row_key(side)[:, None] + self.column_key(side)).flatten(0, 1) * QUESTION_RANK**0.5
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
     def estimate_complexity(self, features: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -259,8 +268,7 @@ class TokenPruner(nn.Module):
                 'num_image_tokens="dynamic": this checkpoint cannot tell how many tokens an image needs. Give a '
                 "number, or fit an estimator with training/budget.py."
             )
-        pooled = pool_important(features, scores)
-        return nn.functional.linear(pooled, self.complexity.weight.float(), self.complexity.bias.float())[:, 0]
+        return self.complexity(pool_important(features, scores))[:, 0]
 
     def allot(
         self, features: torch.Tensor, scores: torch.Tensor, budgets: list[int], means: list[int] | torch.Tensor

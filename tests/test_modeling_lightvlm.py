@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from lightvlm.modeling_lightvlm import encode_patches
 from lightvlm.pruning_lightvlm import select_topk
 from tiny import NUM_PATCHES, make_image, make_model, make_processor, text_config
@@ -314,3 +315,43 @@ def test_question_aware_rows_of_a_mixed_batch_equal_each_row_alone(processor, op
             images=IMAGES[row], text=TEXT[row], num_image_tokens=BUDGETS[row], question=questions, return_tensors="pt"
         )
         assert torch.equal(new_tokens(model, inputs, **options)[0], together[row])
+
+
+def test_image_features_keep_transformers_contract(tiny):
+    model, _ = tiny
+    model.set_attn_implementation("eager")
+    pixels, tower = torch.randn(2, 3, 84, 84), model.model.vision_tower
+    width, depth = tower.config.hidden_size, tower.config.num_hidden_layers
+    plain = model.get_image_features(pixels)
+    assert plain.last_hidden_state.shape == (2, NUM_PATCHES, width)
+    assert plain.hidden_states is None and plain.attentions is None
+    whole = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
+    assert len(whole.hidden_states) == depth + 1 and len(whole.attentions) == depth
+    expected = tower(pixels, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(whole.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(whole.attentions, expected.attentions)
+    torch.testing.assert_close(whole.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(whole.pooler_output, plain.pooler_output)
+    as_tuple = model.get_image_features(pixels, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], plain.last_hidden_state)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_every_part_may_be_offloaded(place, tmp_path, processor):
+    calibration = {"means": [2, 30], "kappas": [2.0, 30.0], "exponent": 1.0, "minimum": 1, "maximum": NUM_PATCHES}
+    model = make_model(score="question", dynamic_budget=calibration)
+    torch.nn.init.normal_(model.model.pruner.question_projection.weight)
+    torch.nn.init.normal_(model.model.pruner.complexity.weight)
+    asked = {"num_image_tokens": "dynamic:8", "question": "what color?"}
+    inputs = processor(images=make_image(), text="<image> what color?", return_tensors="pt", **asked)
+    expected = new_tokens(model, inputs)
+    if place == "cpu":
+        offloaded = cpu_offload(model, torch.device("cpu"))
+    else:
+        model.save_pretrained(tmp_path)
+        places = {"model.vision_tower": "disk", "model.pruner": "disk", "model.multi_modal_projector": "disk"}
+        places |= {"model.language_model": "cpu", "lm_head": "cpu"}
+        folder = tmp_path / "offload"
+        offloaded = type(model).from_pretrained(tmp_path, device_map=places, offload_folder=folder)
+    assert offloaded.model.pruner.row_key.weight.device.type == "meta"
+    assert torch.equal(new_tokens(offloaded, inputs), expected)

@@ -35,7 +35,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_lightvlm import LightVLMConfig
 from .pruning_lightvlm import (
@@ -59,6 +59,9 @@ class LightVLMImageFeatures(BaseModelOutputWithPooling):
 
     Args:
         pooler_output (`list[torch.Tensor]`): (K, hidden) of each image.
+        last_hidden_state (`torch.Tensor`): (images, patches, dim), the features that the pruner chose from; the vision
+            encoder's own where hidden states or attentions are asked for, for which all of its layers run.
+        hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, where they are asked for.
         kept_indices (`list[torch.Tensor]`): (K,) of each image, the patches they were, in raster order.
     """
 
@@ -308,6 +311,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         embeddings = self.get_input_embeddings()(question_ids.clamp_min(0)) * is_word
         return embeddings.sum(dim=1) / is_word.sum(dim=1).clamp_min(1)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -338,9 +342,17 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             num_image_tokens, mean_image_tokens = self.default_budgets(len(pixel_values))
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
         if mean_image_tokens is None:
-            return self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
-        encoded = self.encode(pixel_values, vision_feature_layer)
-        return self.prune(*encoded, budgets, question_ids, mean_image_tokens)
+            outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
+        else:
+            encoded = self.encode(pixel_values, vision_feature_layer)
+            outputs = self.prune(*encoded, budgets, question_ids, mean_image_tokens)
+        names = ("output_hidden_states", "output_attentions")
+        asked = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
+        if any(asked.values()):  # the pruner needs neither, so the layers run again
+            whole = self.vision_tower(pixel_values, return_dict=True, **asked)
+            outputs.last_hidden_state = whole.last_hidden_state
+            outputs.hidden_states, outputs.attentions = whole.hidden_states, whole.attentions
+        return outputs
 
     def encode_and_prune(
         self,
@@ -357,8 +369,9 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and prior of `encode_patches`, at the configuration's layers unless told otherwise."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
-        return encode_patches(self.vision_tower, pixel_values, layers, self.config.prior_layer)
+        tower = self.vision_tower
+        place = {} if tower.device.type == "meta" else {"device": tower.device}  # offloaded modules move their inputs
+        return encode_patches(tower, pixel_values.to(dtype=tower.dtype, **place), layers, self.config.prior_layer)
 
     def prune(
         self,
@@ -387,7 +400,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
         tokens = self.multi_modal_projector(patches)  # [sum of K, hidden]
         tokens = self.pruner.add_positions(tokens, torch.cat(kept))
-        return LightVLMImageFeatures(pooler_output=list(tokens.split([len(each) for each in kept])), kept_indices=kept)
+        tokens = list(tokens.split([len(each) for each in kept]))
+        return LightVLMImageFeatures(last_hidden_state=features, pooler_output=tokens, kept_indices=kept)
 
     def mark_surplus(
         self, input_ids: torch.LongTensor, num_image_tokens: list[int] | torch.Tensor, tokens: list[torch.Tensor]
@@ -725,9 +739,11 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         encode_and_prune = torch.compile(self.model.encode_and_prune, **options)
 
         def keep(*args) -> LightVLMImageFeatures:
-            tokens, kept = encode_and_prune(*args).to_tuple()  # which the next CUDA graph may overwrite
+            features, tokens, kept = encode_and_prune(*args).to_tuple()  # which the next CUDA graph may overwrite
             return LightVLMImageFeatures(
-                pooler_output=[each.clone() for each in tokens], kept_indices=[each.clone() for each in kept]
+                last_hidden_state=features.clone(),
+                pooler_output=[each.clone() for each in tokens],
+                kept_indices=[each.clone() for each in kept],
             )
 
         self.model.encode_and_prune = keep
