@@ -769,7 +769,9 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
                 # Trusted was the code of one commit, whose name the module has; a configuration of another is not run.
                 code = {"code_revision": module.split(".")[-2], **self._hub_options}
                 source = get_class_from_dynamic_module("processing_lightvlm.LightVLMProcessor", place, **code)
-            self._processor = source.from_pretrained(place, trust_remote_code=False, **self._hub_options)
+            self._processor = source.from_pretrained(
+                place, config=self.config, trust_remote_code=False, **self._hub_options
+            )
             if type(self._processor).__name__ != "LightVLMProcessor":
                 raise ValueError("The processor beside the weights is not LightVLM's: `lightvlm build` makes one.")
             self._processor.num_image_tokens = self.config.num_image_tokens

@@ -288,3 +288,22 @@ def test_with_the_package_no_remote_code_is_needed(hub_folder):
         "lightvlm.processing.processing_lightvlm",
         "lightvlm.modeling_lightvlm",
     ]
+
+
+OLD_TRANSFORMERS = """
+import importlib.metadata, sys
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+importlib.metadata.version = lambda name: "5.17.0"
+for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
+    try:
+        auto.from_pretrained(sys.argv[1], trust_remote_code=True)
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_transformers_that_are_too_old_for_the_code_are_told_so(hub_folder):
+    lines = run_fresh(OLD_TRANSFORMERS, hub_folder).splitlines()
+    assert len([line for line in lines if line.startswith("transformers>=5.18 is required")]) == 3
+    assert lines.count("LightVLM's code needs it: pip install --upgrade transformers") == 3

@@ -2,8 +2,13 @@
 
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig
+from transformers.utils.versions import require_version
+
+# Before anything that older versions lack; some of them would load the model and answer wrongly.
+require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import LlavaConfig  # noqa: E402
 
 
 @strict

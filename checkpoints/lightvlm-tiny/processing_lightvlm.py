@@ -5,7 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from transformers import (
+from transformers.utils.versions import require_version
+
+# As in `configuration_lightvlm.py`: a processor may be loaded alone.
+require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
+
+from transformers import (  # noqa: E402
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
@@ -13,8 +18,8 @@ from transformers import (
     ProcessorMixin,
     SiglipImageProcessorPil,
 )
-from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+from transformers.image_utils import ImageInput, make_flat_list_of_images  # noqa: E402
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs  # noqa: E402
 
 MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before its centre is cut out
 
