@@ -161,6 +161,18 @@ def test_only_the_named_parts_learn(data, monkeypatch):
         train(data, monkeypatch, train_parts=["projektor", "lm_head"])
 
 
+@pytest.mark.parametrize("feature_layer", [-2, -1, 1, [0, -2]])
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_all_that_requires_a_gradient_gets_one(data, vision, feature_layer):
+    model = make_model(vision, vision_feature_layer=feature_layer, score="question", prior_layer=-1)
+    sft.freeze_all_but(model, ["vision_tower", "multi_modal_projector", "pruner", "language_model", "lm_head"])
+    collate = LightVLMCollator(make_processor(vision), assistant_only_loss=True)
+    model(**collate([load_llava(data / "data.json", data)[1]])).loss.backward()
+    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert learning == {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert any("vision_tower.encoder.layers.0." in name for name in learning)
+
+
 def test_labels_are_the_assistants_words_alone(data):
     rows = load_llava(data / "data.json", data)
     batch = collator()([rows[index] for index in (0, 1, 2)])

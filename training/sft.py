@@ -159,9 +159,10 @@ def draw_budget(args: LightVLMArguments, generator: torch.Generator) -> int:
 
 
 def freeze_all_but(model: LightVLMForConditionalGeneration, parts: list[str]) -> None:
-    """Let only the named parts learn, and of the pruner only what gradients reach.
+    """Let only the named parts learn, and of these only what gradients reach: DDP waits for all that may learn.
 
-    Dropping tokens gives a scorer no gradient; the row and column embedding of kept tokens gets one.
+    Dropping tokens gives a scorer no gradient; the row and column embedding of kept tokens gets one. Of the vision
+    encoder, what comes behind the deepest feature layer serves the prior alone, which has none either.
     """
     names = {module for name, _ in model.named_parameters() for module in name.split(".")}
     if unknown := set(parts) - names:
@@ -170,6 +171,12 @@ def freeze_all_but(model: LightVLMForConditionalGeneration, parts: list[str]) ->
         modules = name.split(".")
         is_scorer = "pruner" in modules and not any("_embedding" in module for module in modules)
         parameter.requires_grad = not is_scorer and any(part in modules for part in parts)
+    tower, chosen = model.model.vision_tower, model.config.vision_feature_layer
+    layers = tower.encoder.layers
+    deepest = max(layer % (len(layers) + 1) for layer in ([chosen] if isinstance(chosen, int) else chosen))
+    behind = [module for name, module in tower.named_children() if name in ("post_layernorm", "head")]
+    for module in (*layers[deepest:], *behind):
+        module.requires_grad_(False)
 
 
 def make_lora_config(model: LightVLMForConditionalGeneration, args: LightVLMArguments) -> LoraConfig:
