@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test test-wheel test-lmms test-vllm lint checkpoint
+.PHONY: run test test-wheel test-lowest test-newest test-lmms test-vllm lint checkpoint
 .PHONY: eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu
 
 run: $(DATA)/test.json
@@ -27,6 +27,14 @@ test-wheel: .venv/ready
 		> $$(echo build/wheel/venv/lib/python*/site-packages)/others.pth
 	build/wheel/venv/bin/pip install --quiet --no-deps build/wheel/*.whl
 	cd build/wheel && venv/bin/lightvlm infer --image $(CURDIR)/demo/examples/flat_3x3_10.jpg --prompt "what is this?"
+
+# Both ends of what pyproject.toml allows of transformers and its trainers, each in an environment of its own.
+CORE := $(patsubst %,tests/test_%.py,modeling_lightvlm dynamic_budget processing_lightvlm pruning_lightvlm hub sft pruner)
+test-lowest: .venv-lowest/ready
+	.venv-lowest/bin/pytest $(CORE)
+
+test-newest: .venv-newest/ready
+	.venv-newest/bin/pytest $(CORE)
 
 # Each file on its own, so that `make -j2 eval` uses two cores, for hours.
 eval: eval-easy_vqa eval-budgets $(EVALS)
@@ -163,4 +171,14 @@ $(DATA)/mosaics_test_photo_3x3.json: $(DATA)/test.json
 	.venv-lmms/bin/pip install --quiet --constraint constraints.txt --editable ".[train,dev]" \
 		loguru pydantic pytablewriter pytz sacrebleu tenacity
 	.venv-lmms/bin/pip install --quiet --no-deps lmms-eval==0.7.3
+	touch $@
+
+.venv-lowest/ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable ".[train]" "pytest>=8.4"
+	touch $@
+
+.venv-newest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --editable ".[train]" "pytest>=8.4" torch==2.13.0
 	touch $@
