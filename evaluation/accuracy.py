@@ -12,7 +12,13 @@ from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.metrics import AnswerMetric
-from lightvlm.evaluation.selectors import downsample, mixing_weights, project, prune_in_language_model
+from lightvlm.evaluation.selectors import (
+    downsample,
+    encode_with_keys,
+    mixing_weights,
+    project,
+    prune_in_language_model,
+)
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.pruning_lightvlm import log_prior
 from tqdm import tqdm
@@ -97,7 +103,8 @@ class Batch:
         backbone = model.model
         self.model, self.questions, self.rows = model, questions, rows
         self.pixels, self.images = (values.to(model.device) for values in questions.pixels(rows))
-        self.features, self.prior = (values[self.images] for values in backbone.encode(self.pixels))
+        encoded = encode_with_keys(backbone, self.pixels)
+        self.features, self.prior, self.keys = (values[self.images] for values in encoded)
         self.scores = {"": backbone.pruner.score(self.features, self.prior), "cls": log_prior(self.prior)}
         if question_aware:
             asked = backbone.embed_questions(questions.question_ids(rows).to(model.device))
@@ -120,7 +127,10 @@ class Batch:
             (largest,), means = self.questions.processor.resolve_budgets(budget, 1)
             budgets = [largest] * len(self.rows)
             return backbone.prune(self.features, self.prior, budgets, mean_image_tokens=means).pooler_output
-        weights = mixing_weights(name, self.scores[score], self.features, budget)
+        compared = self.keys if name == "merge" else self.features
+        if name == "max-min":
+            compared = backbone.multi_modal_projector(self.features)
+        weights = mixing_weights(name, self.scores[score], compared, budget)
         if name == "downsample":
             features = downsample(backbone, self.pixels, budget)[self.images]
         else:

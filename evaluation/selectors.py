@@ -1,8 +1,9 @@
 """Every way of spending K image tokens that LightVLM is compared with, each a short function.
 
 A way is a matrix of weights, (batch, K, patches): how much of each patch is in each image token. Choosing patches is a
-matrix of zeros and ones, pooling and merging take means; places mix as features do. Two ways need more than features:
-`downsample` encodes a smaller image, and `prune_in_language_model` drops tokens inside the language model.
+matrix of zeros and ones, pooling takes means, merging adds means to chosen patches. Two ways need more than weights:
+`downsample` encodes a smaller image, and `prune_in_language_model` drops tokens inside the language model. How each
+differs from its authors' code is in docs/papers.md.
 """
 
 import math
@@ -43,8 +44,8 @@ def select_uniform(scores: torch.Tensor, features: torch.Tensor, count: int) -> 
 def select_max_min(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
     """The patch farthest from its nearest neighbour, then always the farthest from the chosen; scores do not count.
 
-    Max-min diversity with 1 - cosine as the distance: DivPrune (Alvar et al. 2025, arXiv 2503.02175). Shapes as in
-    `select_topk`.
+    Max-min diversity with 1 - cosine as the distance: DivPrune (Alvar et al. 2025, arXiv 2503.02175), which compares
+    projected patches, (batch, patches, hidden). Shapes as in `select_topk`.
     """
     distances = 1 - cosine_similarity(features)
     chosen = (distances + 3 * torch.eye(scores.shape[1], device=scores.device)).amin(dim=-1).argmax(-1, keepdim=True)
@@ -103,11 +104,11 @@ def select_deduplicated(
     """Half of the tokens by score; of the other patches, those that are left once duplicates are removed.
 
     Each round deals what is left into two parts, as in ToMe's matching (Bolya et al. 2023), and removes from the first
-    the half that is most alike to some patch of the second. After VisPruner (Zhang et al. 2025, arXiv 2412.01818);
-    the size of a round is ours. Shapes as in `select_topk`; not nested.
+    the half that is most alike to some patch of the second. After VisPruner (Zhang et al. 2025, arXiv 2412.01818),
+    which removes eight a round, in up to 64 rounds where this takes a few. Shapes as in `select_topk`; not nested.
     """
     order, similarity = select_topk(scores, features, scores.shape[1]), cosine_similarity(features)
-    important = round(important_share * count)
+    important = int(important_share * count)
     left, wanted = order[:, important:], count - important
     while left.shape[1] > wanted:
         first, second = left[:, ::2], left[:, 1::2]
@@ -126,22 +127,32 @@ def pool(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tens
     return (cells / cells.sum(dim=0)).T.to(features.dtype).expand(len(scores), -1, -1)
 
 
-def merge(scores: torch.Tensor, features: torch.Tensor, count: int, contextual_share: float = 10 / 64) -> torch.Tensor:
-    """The best patches as they are, and means of the others around targets spread evenly among them.
+def merge(scores: torch.Tensor, keys: torch.Tensor, count: int, contextual_share: float = 10 / 64) -> torch.Tensor:
+    """The best patches as they are, then targets spread evenly among the others, each plus the mean of what joins it.
 
-    Each of the other patches joins the target that it is most alike to. After VisionZip (Yang et al. 2024, arXiv
-    2412.04467), whose 54 + 10 dominant and contextual tokens this takes for every K; its similarity is that of the
-    encoder's keys, this one of its features. Weights (batch, K, patches), in raster order of patches and targets.
+    Each of the other patches joins the target that it is most alike to by the encoder's keys. VisionZip (Yang et al.
+    2024, arXiv 2412.04467), whose 54 + 10 dominant and contextual tokens this takes for every K; [CLS], one of their
+    dominant tokens, leaves its place to a patch.
+
+    Args:
+        scores: (batch, patches).
+        keys: (batch, patches, dim) of `encode_with_keys`.
+        count: K.
+        contextual_share: of the K tokens, how many are targets; at least one is.
+
+    Returns:
+        Weights (batch, K, patches), patches and targets each in raster order. The row of a target that any patch
+        joins sums to two.
     """
     contextual = max(1, round(contextual_share * count))
-    order = select_topk(scores, features, scores.shape[1])
-    dominant, others = order[:, : count - contextual], order[:, count - contextual :].sort(dim=-1).values
-    targets = others[:, torch.arange(contextual, device=scores.device) * others.shape[1] // contextual]
-    kept = torch.cat([dominant, targets], dim=1).sort(dim=-1).values
-    nearest = cosine_similarity(features).take_along_dim(targets[:, None], dim=2).argmax(dim=-1)  # [B, N]
-    joined = targets.take_along_dim(nearest, dim=1).scatter(1, kept, kept)  # the kept patch that each belongs to
-    weights = (kept[..., None] == joined[:, None]).float()
-    return (weights / weights.sum(dim=-1, keepdim=True)).to(features.dtype)
+    order = select_topk(scores, keys, scores.shape[1])
+    dominant, others = (part.sort(dim=-1).values for part in order.tensor_split([count - contextual], dim=1))
+    targets = others[:, :: others.shape[1] // contextual][:, :contextual]
+    weights = functional.one_hot(torch.cat([dominant, targets], dim=1), scores.shape[1]).float()
+    nearest = cosine_similarity(keys).take_along_dim(targets[:, None], dim=2).argmax(dim=-1)  # [B, N]
+    joined = functional.one_hot(nearest, contextual).transpose(1, 2) * (1 - weights.sum(dim=1, keepdim=True))
+    weights[:, -contextual:] += joined / joined.sum(dim=-1, keepdim=True).clamp_min(1)
+    return weights.to(keys.dtype)
 
 
 def everything(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
@@ -166,7 +177,11 @@ SCORED = ("topk", "diverse", "k-center", "determinantal", "dedup", "merge")  # t
 
 
 def mixing_weights(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """How much of each patch is in each image token: (batch, K, patches), rows that sum to one, in raster order."""
+    """How much of each patch is in each image token: (batch, K, patches), in raster order but for `merge`.
+
+    Rows sum to one, but for those of `merge`. `features` are what the selector compares: keys for `merge`, projected
+    patches for `max-min`.
+    """
     if selector in MIXERS:
         return MIXERS[selector](scores, features, count)
     kept = CHOOSERS[selector](scores, features, count).sort(dim=-1).values
@@ -179,7 +194,7 @@ def project(backbone: LightVLMModel, features: torch.Tensor, weights: torch.Tens
     Args:
         backbone: with the projector and the pruner's row and column embeddings.
         features: (batch, K, dim).
-        weights: (batch, K, patches).
+        weights: (batch, K, patches). A row that sums to two still is at one place, the mean by its weights.
 
     Returns:
         (batch, K, hidden); of chosen patches, what `LightVLMModel.prune` returns.
@@ -187,7 +202,30 @@ def project(backbone: LightVLMModel, features: torch.Tensor, weights: torch.Tens
     tokens = backbone.multi_modal_projector(features)
     patches = torch.arange(weights.shape[-1], device=tokens.device)
     places = backbone.pruner.add_positions(tokens.new_zeros(len(patches), tokens.shape[-1]), patches)
-    return tokens + weights @ places
+    return tokens + weights / weights.sum(dim=-1, keepdim=True) @ places
+
+
+def encode_with_keys(
+    backbone: LightVLMModel, pixel_values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features and prior of `LightVLMModel.encode`, and the patches' keys, from the same run of the encoder.
+
+    Args:
+        backbone: with the encoder.
+        pixel_values: (images, channels, height, width).
+
+    Returns:
+        Features (images, patches, dim), prior (images, patches), and keys (images, patches, head dim): of the layer
+        that makes the (deepest) features, averaged over its heads.
+    """
+    layers, wanted = backbone.vision_tower.encoder.layers, backbone.config.vision_feature_layer
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    attention = layers[max(layer % (len(layers) + 1) for layer in wanted) - 1].self_attn
+    seen = []
+    with attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(output)):
+        features, prior = backbone.encode(pixel_values)
+    keys = seen[0][:, -features.shape[1] :]  # without CLIP's [CLS]
+    return features, prior, keys.unflatten(-1, (attention.num_heads, -1)).mean(dim=2)
 
 
 def downsample(backbone: LightVLMModel, pixel_values: torch.Tensor, count: int) -> torch.Tensor:

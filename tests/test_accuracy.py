@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightvlm.evaluation.accuracy import Batch, Questions, accuracy, table, wilson_interval
 from lightvlm.evaluation.metrics import POPE, ExactMatch
-from lightvlm.evaluation.selectors import SELECTORS
+from lightvlm.evaluation.selectors import SELECTORS, encode_with_keys
 from lightvlm.training.llava_data import load_llava
 from tiny import make_image, make_model, make_processor
 
@@ -54,6 +54,27 @@ def test_a_selector_may_score_by_the_encoders_attention_alone(tmp_path):
         trained = Batch(model, questions, [0], question_aware=False).scores
     assert torch.equal(untrained["cls"], untrained[""]) and torch.equal(untrained["cls"], trained["cls"])
     assert not torch.equal(trained["cls"], trained[""])
+
+
+def test_merge_compares_keys_and_max_min_projected_patches(tmp_path, monkeypatch):
+    model, processor = make_model(), make_processor()
+    make_image(0).save(tmp_path / "0.png")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "no"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": 0, "image": "0.png", "conversations": turns}]))
+    compared = {}
+
+    def weigh(name, scores, features, count):
+        compared[name] = features
+        return scores.new_ones(1, count, 36)
+
+    monkeypatch.setattr("lightvlm.evaluation.accuracy.mixing_weights", weigh)
+    with torch.no_grad():
+        batch = Batch(model, Questions(load_llava(tmp_path / "data.json", tmp_path), processor), [0], False)
+        for selector in ("merge+cls", "max-min", "dedup+cls"):
+            batch.choose(selector, 4)
+        assert torch.equal(compared["merge"], encode_with_keys(model.model, batch.pixels)[2])
+        assert torch.equal(compared["max-min"], model.model.multi_modal_projector(batch.features))
+        assert torch.equal(compared["dedup"], batch.features)
 
 
 def test_images_are_encoded_once_for_all_settings(tmp_path, monkeypatch):

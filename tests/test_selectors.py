@@ -5,6 +5,7 @@ import torch
 from lightvlm.evaluation.selectors import (
     SELECTORS,
     downsample,
+    encode_with_keys,
     merge,
     mixing_weights,
     pool,
@@ -23,7 +24,10 @@ from tiny import make_model, make_processor, text_config
 def test_every_selector_makes_k_tokens_whose_weights_sum_to_one(selector, count):
     weights = mixing_weights(selector, torch.randn(2, 36), torch.randn(2, 36, 32), count)
     assert weights.shape == (2, 36 if selector == "fastv" else count, 36)
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:2]))
+    sums = weights.sum(dim=-1)
+    if selector == "merge":  # a target, and the mean of what joins it, if anything does
+        sums = sums / ((weights > 0).sum(dim=-1) > 1).add(1)
+    torch.testing.assert_close(sums, torch.ones(weights.shape[:2]))
     assert (weights.sum(dim=1) <= 1 + 1e-6).all()  # no patch twice
 
 
@@ -53,7 +57,8 @@ def test_chosen_patches_become_the_tokens_that_the_model_itself_makes(selector):
 
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_keeping_everything_is_the_identity(selector):
-    weights = mixing_weights(selector, torch.randn(1, 36), torch.randn(1, 36, 32), 36)
+    scores = torch.arange(36, 0, -1.0)[None]  # `merge` puts its targets, the last by score, behind the others
+    weights = mixing_weights(selector, scores, torch.randn(1, 36, 32), 36)
     torch.testing.assert_close(weights[0], torch.eye(36))
 
 
@@ -98,13 +103,49 @@ def test_deduplication_keeps_the_important_and_one_of_each_duplicate():
     assert sorted(features[0, kept[0]].argmax(dim=-1).tolist()) == [0, 1, 2, 3, 4, 5]
 
 
-def test_merge_keeps_the_best_and_averages_the_others_around_targets():
-    features = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0.1], [0, 0.1, 1], [0, 1, 0.2]]])
-    scores = torch.tensor([[9.0, 1, 1, 1, 1, 1]])
-    weights = merge(scores, features, 3, contextual_share=2 / 3)
-    # Patch 0 is kept; 1 and 3 are the targets, and what is nearest to them joins.
-    expected = [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0.25, 0.25, 0.25, 0.25]]
-    torch.testing.assert_close(weights[0], torch.tensor(expected))
+def test_of_an_odd_number_the_larger_half_is_left_by_deduplication():
+    features = torch.eye(8)[[0, 1, 2, 3, 3, 4, 5, 6]][None]  # patches 3 and 4 are the same
+    kept = select_deduplicated(torch.arange(8, 0, -1.0)[None], features, 7)
+    assert sorted(kept[0].tolist()) == [0, 1, 2, 4, 5, 6, 7]  # three by score; of 3, 5 and 7 one is alike to 4 or 6
+
+
+def test_merge_keeps_the_best_and_adds_the_mean_of_the_others_to_targets():
+    keys = torch.tensor(
+        [[1, 0, 0], [0.1, 1, 0], [0, 1, 0], [1, 0.1, 0], [1, 1, 1], [0, 0, 1], [0, 1, 0.1], [0, 1, 0.2]]
+    )
+    keys = torch.cat([keys, torch.tensor([[1, 0.2, 0]])])[None]
+    scores = torch.tensor([[1.0, 1, 1, 1, 9, 1, 1, 1, 1]])
+    weights = merge(scores, keys, 4, contextual_share=3 / 4)
+    # Patch 4 is kept; of the eight others every second is a target, three in all: 0, 2 and 5.
+    expected = torch.zeros(4, 9)
+    expected[0, 4] = expected[1, 0] = expected[2, 2] = expected[3, 5] = 1
+    expected[1, [3, 8]], expected[2, [1, 6, 7]] = 1 / 2, 1 / 3
+    torch.testing.assert_close(weights[0], expected)
+
+
+def test_a_token_that_is_a_sum_has_one_place():
+    model = make_model().model
+    torch.nn.init.normal_(model.pruner.row_embedding.weight)
+    features, weights = torch.ones(1, 1, 32), torch.zeros(1, 1, 36)
+    weights[0, 0, 0], weights[0, 0, [12, 24]] = 1.0, 0.5  # a target in row 0, and what joins it in rows 2 and 4
+    with torch.no_grad():
+        place = (project(model, features, weights) - model.multi_modal_projector(features))[0, 0]
+    rows = model.pruner.row_embedding.weight * 32**0.5
+    torch.testing.assert_close(place, rows[0] / 2 + (rows[2] + rows[4]) / 4, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize("prior_layer", [-1, -2])
+def test_keys_are_those_of_the_layer_that_makes_the_features(vision, prior_layer):
+    model = make_model(vision, prior_layer=prior_layer).model
+    pixels, layer = torch.randn(2, 3, 84, 84), model.vision_tower.encoder.layers[-2]
+    with torch.no_grad():
+        features, prior, keys = encode_with_keys(model, pixels)
+        states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        every = layer.self_attn.k_proj(layer.layer_norm1(states[-3]))[:, -36:]  # without CLIP's [CLS]
+        expected = model.encode(pixels)
+    torch.testing.assert_close(keys, every.unflatten(-1, (layer.self_attn.num_heads, -1)).mean(dim=2))
+    torch.testing.assert_close((features, prior), expected)
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
