@@ -23,7 +23,7 @@ def read_results(paths: list[str | Path]) -> list[dict]:
     for path in paths:
         try:
             report = json.loads(Path(path).read_text())
-            found = [{**row, "command": report["command"]} for row in report["results"]]
+            found = [{"command": report["command"], **row} for row in report["results"]]
             wrong = {name for row in found for name, kind in MEASURED.items() if not isinstance(row[name], kind)}
             if wrong or not found:
                 raise TypeError(f"wrong values of {', '.join(sorted(wrong))}" if wrong else "no results")

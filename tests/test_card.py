@@ -145,6 +145,12 @@ def test_files_that_eval_did_not_write(tmp_path, content):
         read_results([tmp_path / "b.json"])
 
 
+def test_a_row_may_have_a_command_of_its_own(tmp_path):
+    rows = [row(budget=4), {name: value for name, value in row(budget=9).items() if name != "command"}]
+    (tmp_path / "a.json").write_text(json.dumps({"command": "of the file", "results": rows}))
+    assert [each["command"] for each in read_results([tmp_path / "a.json"])] == ["eval a", "of the file"]
+
+
 def test_values_of_another_type_and_settings_measured_twice(tmp_path):
     def write(name, *rows):
         (tmp_path / name).write_text(json.dumps({"command": "x", "results": rows}))
