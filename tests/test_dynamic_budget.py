@@ -432,7 +432,10 @@ def test_the_sft_trainers_loss_is_that_of_each_row_alone(tmp_path):
         model, arguments, train_dataset=Dataset.from_list(rows), data_collator=collator, processing_class=processor
     )
     with torch.no_grad():
-        together = trainer.compute_loss(model.eval(), collator(copy.deepcopy(rows)))
+        batch = collator(copy.deepcopy(rows))
+        assert torch.as_tensor(batch["mean_image_tokens"]).tolist() == [8, 8]
+        assert len({*budgets_of(model.eval(), batch)}) == 2
+        together = trainer.compute_loss(model, batch)
         losses = []
         for row in rows:
             batch = collator([copy.deepcopy(row)])

@@ -161,6 +161,27 @@ def test_the_reward_rises_and_nothing_but_the_score_changes(data, monkeypatch):
     assert {file.name for file in (data / "out").iterdir()} == {file.name for file in (data / "model").iterdir()}
 
 
+def test_the_reward_is_logged_once_for_each_step_as_the_mean_over_its_batches(data, monkeypatch):
+    logs, rewards, forward = [], [], pruner.PolicyGradient.forward
+
+    def log(self, values, *rest):
+        if "reward" in values:
+            logs.append((self.state.global_step, values["reward"]))
+
+    def spy(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        rewards.append(outputs["reward"])
+        return outputs
+
+    monkeypatch.setattr(pruner.PrunerTrainer, "log", log)
+    monkeypatch.setattr(pruner.PolicyGradient, "forward", spy)
+    train(
+        data, monkeypatch, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=4, logging_steps=2
+    )
+    means = torch.stack(rewards).unflatten(0, (4, 3)).mean(dim=1)
+    assert logs == [(1, pytest.approx(means[1].item())), (3, pytest.approx(means[3].item()))]
+
+
 def test_what_all_questions_have_in_common_is_left_out_of_the_question():
     model, processor = make_model(score="question"), make_processor()
     texts = ("what color?", "what is in this image?")

@@ -267,12 +267,15 @@ def test_images_travel_in_the_type_that_autocast_would_round_them_to(data):
     assert torch.equal(rounded["pixel_values"], exact["pixel_values"].bfloat16())
 
 
+@pytest.mark.parametrize("budget", [7, "dynamic:7"])
 @pytest.mark.parametrize("independent_turns", [False, True])
-def test_a_batch_of_text_alone_runs_the_whole_model_and_has_the_same_loss(data, independent_turns):
+def test_a_batch_of_text_alone_runs_the_whole_model_and_has_the_same_loss(data, independent_turns, budget):
     rows = load_llava(data / "data.json", data)
     short = {**rows[0], "messages": [{**rows[0]["messages"][0], "content": "?"}, rows[0]["messages"][1]]}
-    batch = collator(independent_turns=independent_turns)([short, rows[0]])
-    assert batch["num_image_tokens"].tolist() == [9]
+    batch = collator(independent_turns=independent_turns)(
+        [{**row, "num_image_tokens": budget} for row in (short, rows[0])]
+    )
+    assert torch.as_tensor(batch["num_image_tokens"]).tolist() == [7] and "mean_image_tokens" not in batch
     model = make_model()
     loss = model(**batch).loss
     loss.backward()
@@ -280,10 +283,10 @@ def test_a_batch_of_text_alone_runs_the_whole_model_and_has_the_same_loss(data, 
     for name in ("pixel_values", "num_image_tokens"):
         batch.pop(name)
     for name in ("input_ids", "labels", "position_ids"):
-        batch[name] = batch[name][:, :-9] if name in batch else None
-    batch["attention_mask"] = batch["attention_mask"][..., :-9]
+        batch[name] = batch[name][:, :-7] if name in batch else None
+    batch["attention_mask"] = batch["attention_mask"][..., :-7]
     if independent_turns:
-        batch["attention_mask"] = batch["attention_mask"][..., :-9, :]
+        batch["attention_mask"] = batch["attention_mask"][..., :-7, :]
     torch.testing.assert_close(model(**batch).loss, loss)
 
 
@@ -419,6 +422,20 @@ def test_speed_and_kept_tokens_are_logged_to_tensorboard(data, monkeypatch):
         *accumulator.Tags()["scalars"]
     }
     assert [event.value for event in accumulator.Scalars("train/kept_image_tokens")] == [9.0, 9.0]
+
+
+def test_tokens_that_are_truly_kept_are_logged_where_budgets_are_dynamic(data, monkeypatch, logs):
+    calibration = {"means": [2, 30], "kappas": [2.0, 30.0], "exponent": 1.0, "minimum": 1, "maximum": NUM_PATCHES}
+    model = make_model(dynamic_budget=calibration)
+    torch.nn.init.normal_(model.model.pruner.complexity.weight, std=0.5)
+    model.save_pretrained(data / "model")
+    monkeypatch.setattr(sft, "draw_budget", lambda args, generator: "dynamic:8")
+    images = [row["images"][0] for row in load_llava(data / "data.json", data) if row["images"]]
+    inputs = make_processor()(images=images, num_image_tokens="dynamic:8", return_tensors="pt")
+    kept = [len(indices) for indices in model.get_image_features(**inputs).kept_indices]
+    assert len({*kept}) > 1
+    train(data, monkeypatch, independent_turns=True, max_steps=3, logging_steps=3, learning_rate=0)  # an epoch
+    assert curve(logs)[0][2] == pytest.approx(sum(kept) / len(kept))
 
 
 def test_the_loss_at_several_k_is_evaluated_while_training(data, monkeypatch, logs):

@@ -154,7 +154,8 @@ def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
     FSDP and ZeRO-3 gather each module's weights on all processes at once: one that skips the vision encoder, for want
     of an image, would leave the others waiting forever.
     """
-    (budget,), _ = processor.resolve_budgets(None, 1)
+    (placeholders,), (mean,) = processor.resolve_budgets(None, 1)
+    budget = mean or placeholders  # a dynamic one is its mean, so that the blank image costs what others do
     mask = batch["attention_mask"]
     blank = processor(images=[Image.new("RGB", (32, 32))], num_image_tokens=budget, return_tensors="pt")
     batch["attention_mask"] = pad(mask, (0, budget) if mask.dim() == 2 else (0, budget, 0, budget))

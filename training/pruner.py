@@ -154,12 +154,19 @@ class PolicyGradient(nn.Module):
 
 
 class PrunerTrainer(Trainer):
-    """Trainer that logs the reward."""
+    """Trainer that logs the reward, the mean over the batches of an optimizer step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rewards = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        if (self.state.global_step + 1) % self.state.logging_steps == 0:
-            self.log({"reward": outputs["reward"].item()})
+        self.rewards.append(outputs["reward"])
+        if self.accelerator.sync_gradients:  # the last batch of an optimizer step
+            if (self.state.global_step + 1) % self.state.logging_steps == 0:
+                self.log({"reward": torch.stack(self.rewards).mean().item()})
+            self.rewards.clear()
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 

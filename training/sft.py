@@ -203,6 +203,12 @@ class LightVLMTrainer(SFTTrainer):
     def __init__(self, arguments: LightVLMArguments, **kwargs):
         self.arguments = arguments
         super().__init__(**kwargs)
+        kwargs["model"].model.pruner.register_forward_hook(self.count_kept)
+
+    def count_kept(self, pruner: nn.Module, _inputs: tuple, kept: list[torch.Tensor]) -> None:
+        """Note for the logs how many tokens were kept of each image, which placeholders do not say if K is dynamic."""
+        mode = "train" if pruner.training else "eval"
+        self._metrics[mode]["kept_image_tokens"] += [len(indices) for indices in kept]
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's, with rows that know K of their optimizer step."""
@@ -234,12 +240,10 @@ class LightVLMTrainer(SFTTrainer):
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """As SFTTrainer's; logs K, too."""
+        """As SFTTrainer's, with FSDP as well."""
         head = self.model.get_output_embeddings()
         if isinstance(head, FSDPModule):
             head.unshard()  # SFTTrainer reads its weights uncalled: a process would learn from its own rows alone
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["kept_image_tokens"].append(inputs["num_image_tokens"].float().mean().item())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
