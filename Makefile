@@ -15,8 +15,16 @@ run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
 		--prompt "what shape is in the image?" "what color is the shape?" "is there a red shape?"
 
-test: .venv/ready
+test: .venv/ready build/transformers/tests
 	$(BIN)/pytest
+
+# transformers' own tests, of its source distribution, for tests/test_transformers_contract.py.
+build/transformers/tests: .venv/ready
+	rm -rf build/transformers && mkdir -p build/transformers
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest build/transformers \
+		transformers==$$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))")
+	tar -xzf build/transformers/*.tar.gz -C build/transformers --strip-components 1
+	touch $@
 
 # The wheel alone, away from the clone, answers from the checkpoint in it; all other packages are those of .venv.
 test-wheel: .venv/ready

@@ -129,6 +129,10 @@ class LightVLMProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "num_image_tokens"]
+
     def resolve_budgets(
         self, num_image_tokens: int | str | list[int | str] | None, num_images: int
     ) -> tuple[list[int], list[int]]:

@@ -41,7 +41,7 @@ class BudgetArguments:
     )
     delta: float = field(default=0.1, metadata={"help": "nats by which an answer's token may be less likely"})
     ridge: list[float] = field(
-        default_factory=lambda: [2.0**power for power in range(-5, 6, 2)],
+        default_factory=lambda: [2.0**power for power in range(-15, 6, 2)],
         metadata={"help": "penalties of the regression for each image, of which cross-validation chooses"},
     )
     exponent: float = field(default=1.0, metadata={"help": "of the need in K; smaller ones even budgets out"})

@@ -59,9 +59,9 @@ class LightVLMImageFeatures(BaseModelOutputWithPooling):
 
     Args:
         pooler_output (`list[torch.Tensor]`): (K, hidden) of each image.
-        last_hidden_state (`torch.Tensor`): (images, patches, dim), the features that the pruner chose from; the vision
-            encoder's own where hidden states or attentions are asked for, for which all of its layers run.
-        hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, where they are asked for.
+        last_hidden_state (`torch.Tensor`): (images, patches, dim), the features that the pruner chose from.
+        hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, where they are asked for, for which
+            all of its layers run once more.
         kept_indices (`list[torch.Tensor]`): (K,) of each image, the patches they were, in raster order.
     """
 
@@ -350,7 +350,6 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         asked = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
         if any(asked.values()):  # the pruner needs neither, so the layers run again
             whole = self.vision_tower(pixel_values, return_dict=True, **asked)
-            outputs.last_hidden_state = whole.last_hidden_state
             outputs.hidden_states, outputs.attentions = whole.hidden_states, whole.attentions
         return outputs
 
