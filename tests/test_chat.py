@@ -53,6 +53,8 @@ def test_an_overridden_default_budget_counts(model, tmp_path):
     expected = model.chat(make_image(), "what color?", num_image_tokens=4, max_new_tokens=4)
     overridden = LightVLM.from_pretrained(tmp_path, num_image_tokens=4).eval()
     assert overridden.chat(make_image(), "what color?", max_new_tokens=4) == expected
+    model.config.num_image_tokens = 4
+    assert model.chat(make_image(), "what color?", max_new_tokens=4) == expected
 
 
 def test_a_generation_config_is_obeyed(model):

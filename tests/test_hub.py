@@ -62,7 +62,7 @@ def save_parts(folder, vision="clip", text="phi", **text_overrides):
 @pytest.mark.parametrize("vision_kind, text_kind", [("clip", "phi"), ("siglip", "llama")])
 def test_parts_keep_their_weights(tmp_path, vision_kind, text_kind):
     vision, text = save_parts(tmp_path, vision_kind, text_kind)
-    build_from_parts(vision, text, tmp_path / "hub", num_image_tokens=4)
+    build_from_parts(vision, text, tmp_path / "hub", num_image_tokens=4, mean_image_tokens=7)
     model, processor = LightVLM.from_pretrained(tmp_path / "hub"), LightVLMProcessor.from_pretrained(tmp_path / "hub")
     tower, language_model = (
         type(model.model.vision_tower).from_pretrained(vision),
@@ -76,6 +76,7 @@ def test_parts_keep_their_weights(tmp_path, vision_kind, text_kind):
         assert torch.equal(weight, model.lm_head.state_dict()[name]), name
     assert (model.lm_head.bias is not None) == (text_kind == "phi")
     assert processor.num_image_tokens == model.config.num_image_tokens == 4
+    assert processor.mean_image_tokens == model.config.mean_image_tokens == 7
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
     assert isinstance(model.chat(make_image(), "what color?", max_new_tokens=3), str)
 
@@ -176,10 +177,13 @@ def test_llava_checkpoints_load_everything_but_the_pruner(tmp_path, layout):
 
 def test_a_llava_checkpoint_becomes_a_hub_folder(tmp_path):
     save_llava(tmp_path / "llava", "new")
-    build_from_llava(str(tmp_path / "llava"), tmp_path / "hub", num_image_tokens=4, scorer_hidden_size=16)
+    budgets = {"num_image_tokens": 4, "mean_image_tokens": 7}
+    build_from_llava(str(tmp_path / "llava"), tmp_path / "hub", **budgets, scorer_hidden_size=16)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hub")
+    processor = AutoProcessor.from_pretrained(tmp_path / "hub")
+    assert all(getattr(part, name) == budgets[name] for part in (model.config, processor) for name in budgets)
     assert isinstance(model, LightVLM)
-    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "hub"), LightVLMProcessor)
+    assert isinstance(processor, LightVLMProcessor)
     assert isinstance(model.chat(make_image(), "what?", max_new_tokens=3), str)
 
 

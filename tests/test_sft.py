@@ -206,6 +206,7 @@ def test_k_of_training_is_k_of_the_saved_checkpoint(data, monkeypatch, logs):
     model, processor = train(data, monkeypatch, num_image_tokens=5, max_steps=3)
     assert [kept for _, _, kept in curve(logs)] == [5, 5, 5]
     assert processor.num_image_tokens == model.config.num_image_tokens == 5
+    assert processor.mean_image_tokens == model.config.mean_image_tokens
     assert "5 by default" in (data / "out" / "README.md").read_text()
 
 

@@ -700,7 +700,11 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         """
         if generate_kwargs.get("return_dict_in_generate") or generate_kwargs.get("num_return_sequences", 1) > 1:
             raise ValueError("chat returns one answer, as text: call generate for more.")
-        processor = processor or self.processor_beside_weights()
+        if processor is None:
+            processor = self.processor_beside_weights()
+            if num_image_tokens is None:  # whose K is that of the file, whatever the configuration says by now
+                default, mean = self.config.num_image_tokens, self.config.mean_image_tokens
+                num_image_tokens = f"dynamic:{mean}" if default == "dynamic" else default
         images = [] if image is None else image if isinstance(image, list) else [image]
         content = [{"type": "image", "image": each} for each in images]
         asked = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
@@ -773,8 +777,6 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             )
             if type(self._processor).__name__ != "LightVLMProcessor":
                 raise ValueError("The processor beside the weights is not LightVLM's: `lightvlm build` makes one.")
-            self._processor.num_image_tokens = self.config.num_image_tokens
-            self._processor.mean_image_tokens = self.config.mean_image_tokens
         return self._processor
 
     @staticmethod
