@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from datasets import concatenate_datasets
 from launch import launch
 from lightvlm import LightVLM, LightVLMProcessor
@@ -23,7 +24,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 from tokenizers.processors import TemplateProcessing
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from trl import SFTConfig, TrlParser
 
 TRAINING = Path(sft.__file__).parent
@@ -241,6 +242,19 @@ def test_rows_of_a_step_share_k_and_each_epoch_has_its_own_order_and_draws():
     assert sorted(number for number, _ in first) == sorted(number for number, _ in second) == [*range(12)]
     assert all(len({budget for _, budget in first[start : start + 4]}) == 1 for start in (0, 4, 8))
     assert len({budget for _, budget in first + second}) > 2
+
+
+@pytest.mark.parametrize("num_rows", [12, 13, 15, 19, 3])
+def test_processes_share_k_in_the_last_step_too(num_rows):
+    sampler = StepSampler(num_rows, 8, partial(sft.draw_budget, arguments()), 0, lambda: 0, multiple=4)
+    first, second = (
+        [*BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False), num_processes=2, process_index=index)]
+        for index in range(2)
+    )
+    assert len(first) == len(second) == math.ceil(num_rows / 4)
+    rows = [pair for batches in zip(first, second, strict=True) for batch in batches for pair in batch]
+    assert rows == [*sampler] and {number for number, _ in rows} == {*range(num_rows)}
+    assert all(len({budget for _, budget in rows[start : start + 8]}) == 1 for start in range(0, len(rows), 8))
 
 
 def test_a_batch_has_k_of_its_rows_and_the_processor_keeps_its_own(data):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ class StepSampler(torch.utils.data.Sampler):
         draw: K of a step, drawn with a generator.
         seed: of order and K.
         epoch: gives the epoch that begins or is resumed.
+        multiple: the epoch's first rows follow its last until their number is divisible by this. accelerate would fill
+            the last batches of several processes with these rows too, but with K of the first step.
     """
 
     num_rows: int
@@ -33,17 +36,18 @@ class StepSampler(torch.utils.data.Sampler):
     draw: Callable[[torch.Generator], int]
     seed: int
     epoch: Callable[[], int]
+    multiple: int = 1
 
     def __len__(self) -> int:
-        return self.num_rows
+        return math.ceil(self.num_rows / self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         order = torch.randperm(self.num_rows, generator=generator).tolist()
-        for start in range(0, self.num_rows, self.rows_per_step):
-            budget = self.draw(generator)
-            for number in order[start : start + self.rows_per_step]:
-                yield number, budget
+        for index, number in enumerate(itertools.islice(itertools.cycle(order), len(self))):
+            if index % self.rows_per_step == 0:
+                budget = self.draw(generator)
+            yield number, budget
 
 
 @dataclass(eq=False)

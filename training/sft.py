@@ -215,14 +215,15 @@ class LightVLMTrainer(SFTTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         draw = partial(draw_budget, self.arguments)
         rows_per_step = self.get_total_train_batch_size(self.args)
+        rows_per_batch = rows_per_step // self.args.gradient_accumulation_steps  # of all processes
+        multiple = 1 if self.args.world_size == 1 else rows_per_batch
         if isinstance(self.train_dataset, IterableDataset):
-            rows_per_batch = rows_per_step // self.args.gradient_accumulation_steps
             rows = StepStream(self.train_dataset, rows_per_step, rows_per_batch, draw, seed)
         else:
             rows = StepRows(self.train_dataset)
 
         def sampler(rows: StepRows) -> StepSampler:
-            return StepSampler(len(rows), rows_per_step, draw, seed, epoch=lambda: int(self.state.epoch))
+            return StepSampler(len(rows), rows_per_step, draw, seed, lambda: int(self.state.epoch), multiple)
 
         return self._get_dataloader(rows, "Training", self._train_batch_size, sampler, is_training=True)
 
