@@ -1,6 +1,7 @@
 """The model is LLaVA at the full budget, runs on fewer positions below it, and generates in every way LLaVA does."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -224,6 +225,25 @@ def test_compiled_for_inference_answers_alike_and_compiles_once(tiny):
         assert counter.frame_count == 4
 
 
+@pytest.mark.parametrize(("kind", "mixes"), [("clip", False), ("siglip", True)])
+def test_one_to_sixteen_images_of_any_budget_run_in_at_most_six_graphs(kind, mixes):
+    torch.compiler.reset()
+    model, processor, draw = make_model(kind, score="question"), make_processor(kind), random.Random(0)
+    compiled, counter = copy.deepcopy(model), CompileCounter()
+    compiled.compile_for_inference(backend=counter)
+    for images in draw.sample(range(1, 17), 16):
+        inputs = processor(
+            images=[make_image(seed) for seed in range(images)],
+            text="<image> is" * images + " this" * draw.randrange(4),
+            num_image_tokens=[draw.randrange(1, NUM_PATCHES) for _ in range(images)] if mixes else 9,
+            question="what color?",
+            return_tensors="pt",
+        )
+        with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # no way out to eager
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+    assert 4 <= counter.frame_count <= 6
+
+
 def test_compiled_for_inference_takes_every_budget_and_no_image():
     model, processor = make_model(), make_processor()
     compiled = copy.deepcopy(model).compile_for_inference(backend="eager")
@@ -315,6 +335,13 @@ def test_question_aware_rows_of_a_mixed_batch_equal_each_row_alone(processor, op
             images=IMAGES[row], text=TEXT[row], num_image_tokens=BUDGETS[row], question=questions, return_tensors="pt"
         )
         assert torch.equal(new_tokens(model, inputs, **options)[0], together[row])
+
+
+def test_one_question_for_two_images_is_refused_compiled_or_not():
+    model, pixels = question_aware_model(), torch.randn(2, 3, 84, 84)
+    for each in (model, copy.deepcopy(model).compile_for_inference(backend="eager")):
+        with pytest.raises(ValueError, match="question_ids has 1 rows, but there are 2 images"):
+            each.model.get_image_features(pixels, question_ids=torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_image_features_keep_transformers_contract(tiny):

@@ -31,6 +31,7 @@ from lightvlm.evaluation.speed import (
     summarise,
     watched,
 )
+from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from tiny import NUM_PATCHES, make_image, make_model, make_processor, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -145,7 +146,7 @@ def test_what_is_compiled_shares_the_weights_and_leaves_the_model_alone(monkeypa
         torch, "compile", lambda function, mode: compiled.append((function.__name__, mode)) or function
     )
     llava, full, twin = configurations(model, [], Stopwatch(CPU), ("compiled",), "max-autotune")
-    names = ["get_image_features", "forward", "encode_and_prune", "prefill"]
+    names = ["get_image_features", "forward", "encode_and_rank", "prefill"]
     assert compiled == [(name, "max-autotune") for name in names]
     ours = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in twin.model.parameters()} == ours
@@ -247,10 +248,14 @@ def test_at_one_static_k_no_tensor_is_on_the_host_where_a_cuda_graph_could_not_h
     question_ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
     with HostTensors() as host, torch.no_grad():
         pixels = torch.randn(2, 3, 84, 84, device="meta")
-        features = backbone.encode_and_prune(pixels, None, [budget] * 2, question_ids)
-        attention_mask = torch.ones_like(input_ids)
+        count = None if budget == NUM_PATCHES else budget
+        _, tokens, _ = backbone.encode_and_rank(pixels, None, count, question_ids)
+        image = LightVLMImageFeatures(pooler_output=[tokens.flatten(0, 1)])
         backbone.prefill(
-            input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs={"image": features}, use_cache=True
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            mm_encoder_outputs={"image": image},
+            use_cache=True,
         )
     assert not host.found
 

@@ -336,8 +336,11 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
                 with `score="question"`.
 
         Raises:
-            ValueError: where the budgets do not fit the images, or are not among the calibrated ones.
+            ValueError: where the budgets do not fit the images, or are not among the calibrated ones; or where there
+                are more or fewer questions than images.
         """
+        if question_ids is not None and len(question_ids) != len(pixel_values):
+            raise ValueError(f"question_ids has {len(question_ids)} rows, but there are {len(pixel_values)} images.")
         if num_image_tokens is None and self.config.num_image_tokens == "dynamic":
             num_image_tokens, mean_image_tokens = self.default_budgets(len(pixel_values))
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
@@ -362,6 +365,33 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
     ) -> LightVLMImageFeatures:
         """`encode` and `prune` with budgets that are known beforehand: nothing in here waits for the host."""
         return self.prune(*self.encode(pixel_values, vision_feature_layer), budgets, question_ids)
+
+    def encode_and_rank(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None,
+        count: int | None,
+        question_ids: torch.LongTensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `encode_and_prune` needs, without a loop over images: one graph for any number of them.
+
+        Args:
+            pixel_values, vision_feature_layer, question_ids: as in `get_image_features`.
+            count: the largest K of the images; None for all patches of all of them, which takes no scores.
+
+        Returns:
+            Features (images, patches, dim); tokens (images, count, hidden), best first, of which an image keeps the
+            first K; and the patches (images, count) that they were.
+        """
+        features, prior = self.encode(pixel_values, vision_feature_layer)
+        if count is None:
+            order = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
+        else:
+            questions = None if question_ids is None else self.embed_questions(question_ids)
+            order = self.pruner.select(self.pruner.score(features, prior, questions), features, count)
+        # take_along_dim broadcasts, and so fixes the number of images in a compiled graph.
+        patches = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
+        return features, self.pruner.add_positions(self.multi_modal_projector(patches), order), order
 
     def encode(
         self, pixel_values: torch.Tensor, vision_feature_layer: int | list[int] | None = None
@@ -388,12 +418,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             budgets: K of each image, the largest where it is dynamic.
             question_ids: as in `get_image_features`.
             mean_image_tokens: as in `get_image_features`, or (1,) for all images.
-
-        Raises:
-            ValueError: where there are more or fewer questions than images.
         """
-        if question_ids is not None and len(question_ids) != len(features):
-            raise ValueError(f"question_ids has {len(question_ids)} rows, but there are {len(features)} images.")
         questions = None if question_ids is None else self.embed_questions(question_ids)
         kept = self.pruner(features, prior, budgets, questions, mean_image_tokens)
         patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
@@ -730,27 +755,35 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
     def compile_for_inference(self, **options) -> "LightVLMForConditionalGeneration":
         """Compile, in place, what a first token waits for: encoder and pruner at a static K, and prefill.
 
-        The first calls compile, for minutes where a model is large: once for a batch size, K and prompt length, and
-        once more for those that vary. Whether a prompt has as many placeholders as its images have tokens, which a
-        processor sees to, is not checked any more: the host would wait for it. Decoding is `generate`'s to compile,
-        with `cache_implementation="static"`.
+        The first calls compile, for minutes where a model is large: once for a number of images, K, batch size and
+        prompt length, and once more for those that vary. Images in any number and of any K then run in the same few
+        graphs, of which one image, one row, and all patches have their own. Whether a prompt has as many placeholders
+        as its images have tokens, which a processor sees to, is not checked any more: the host would wait for it.
+        Decoding is `generate`'s to compile, with `cache_implementation="static"`.
 
         Args:
-            options: of `torch.compile`. With `mode="reduce-overhead"`, CUDA graphs on a GPU, the KV cache of a prompt
-                is overwritten by the next one's, unless it is a static cache.
+            options: of `torch.compile`. With `mode="reduce-overhead"`, CUDA graphs on a GPU, recorded for each shape,
+                the KV cache of a prompt is overwritten by the next one's, unless it is a static cache.
         """
-        encode_and_prune = torch.compile(self.model.encode_and_prune, **options)
+        rank = torch.compile(self.model.encode_and_rank, **options)
+        prefill = torch.compile(self.model.prefill, **options)
 
-        def keep(*args) -> LightVLMImageFeatures:
-            features, tokens, kept = encode_and_prune(*args).to_tuple()  # which the next CUDA graph may overwrite
+        def encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids) -> LightVLMImageFeatures:
+            count = None if min(budgets) == self.config.num_patches else max(budgets)
+            features, tokens, order = rank(pixel_values, vision_feature_layer, count, question_ids)
+            raster = [row[:budget].sort() for row, budget in zip(order, budgets, strict=True)]
             return LightVLMImageFeatures(
-                last_hidden_state=features.clone(),
-                pooler_output=[each.clone() for each in tokens],
-                kept_indices=[each.clone() for each in kept],
+                last_hidden_state=features.clone(),  # which the next CUDA graph may overwrite
+                pooler_output=[row[places] for row, (_, places) in zip(tokens, raster, strict=True)],
+                kept_indices=[kept for kept, _ in raster],
             )
 
-        self.model.encode_and_prune = keep
-        self.model.prefill = torch.compile(self.model.prefill, **options)
+        def prefill_joined(mm_encoder_outputs, **inputs):
+            """`prefill` with one tensor for all images, so that its graph does not depend on their number."""
+            tokens = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
+            return prefill(mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[tokens])}, **inputs)
+
+        self.model.encode_and_prune, self.model.prefill = encode_and_prune, prefill_joined
         return self
 
     @classmethod
