@@ -13,7 +13,7 @@ from threading import Event
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.demo.pictures import draw_kept
-from lightvlm.processing.processing_lightvlm import open_image
+from lightvlm.processing.processing_lightvlm import open_image, reading
 from PIL import Image
 from transformers import TextIteratorStreamer
 
@@ -52,17 +52,11 @@ class Choice:
 
 def check_image(path: Path) -> Path:
     """The same path; ValueError where the file is no image or has more than `MAX_PIXELS`."""
-    try:
-        with Image.open(path) as image:  # reads no more than the header
-            width, height = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        width, height = 0, 0  # `open_image` says what is wrong
+    with reading(path.name), Image.open(path) as image:  # reads no more than the header
+        width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{path.name} has {width} x {height} pixels: make it smaller, {MAX_PIXELS:,} at most.")
-    try:
-        open_image(path)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from None
+    open_image(path, path.name)
     return path
 
 

@@ -1,6 +1,9 @@
 """The processor writes K placeholders per image, says how many, and takes any image that people have."""
 
 import io
+import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -88,6 +91,54 @@ def test_more_or_fewer_images_than_marks_are_refused(processor, text):
 def test_images_in_the_wrong_row_are_refused(processor):
     with pytest.raises(ValueError, match="Row 0 has 2 <image> marks and 1 images"):
         processor(images=[[make_image()], [make_image(), make_image()]], text=["<image><image>", "<image>"])
+
+
+@pytest.mark.parametrize("text", [["<image><image>", "none"], ["none", "<image> <image>"]])
+def test_flat_images_as_many_as_texts_are_one_for_each(processor, text):
+    with pytest.raises(
+        ValueError, match=r"Row 0 has [02] <image> marks and 1 images: give one mark for each image, and"
+    ):
+        processor(images=[make_image(), make_image(1)], text=text)
+    nested = [[make_image()] * sample.count("<image>") for sample in text]
+    assert sum(placeholders(processor, processor(images=nested, text=text, padding=True))) == 18
+
+
+def test_flat_images_of_another_number_than_the_texts_are_given_out_mark_by_mark(processor):
+    images = [make_image(seed) for seed in range(3)]
+    inputs = processor(images=images, text=["<image><image>", "<image>"], padding=True, return_tensors="pt")
+    assert placeholders(processor, inputs) == [18, 9]
+
+
+def say(role: str, text: str, *images) -> dict:
+    return {
+        "role": role,
+        "content": [*({"type": "image", "image": each} for each in images), {"type": "text", "text": text}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("messages", "images"),
+    [
+        ([say("user", "?", make_image(0)), say("assistant", "yes", make_image(1)), say("user", "and <image>?")], None),
+        ([{"role": "user", "content": "what is <image>?"}], [make_image()]),
+        ([[say("user", "what is <image>?", make_image())], [say("user", "?")]], None),
+    ],
+    ids=[
+        "swallows an image that the template leaves out",
+        "swallows an image given beside the messages",
+        "in a batch",
+    ],
+)
+def test_an_image_mark_that_a_user_typed_is_refused(processor, messages, images):
+    options = {"tokenize": True, "return_dict": True, "processor_kwargs": {"images": images, "padding": True}}
+    with pytest.raises(ValueError, match="A message has <image> in its text: take it out, .*sanitize_control_tokens"):
+        processor.apply_chat_template(messages, **options)
+
+
+def test_a_typed_image_mark_can_be_a_word_like_any_other(processor):
+    messages = [say("user", "what is <image>?", make_image())]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "sanitize_control_tokens": True}
+    assert placeholders(processor, processor.apply_chat_template(messages, **options)) == [9]
 
 
 def test_too_thin_images_are_refused(processor):
@@ -210,6 +261,109 @@ def test_numpy_and_tensor_images_work(processor):
     pixels = np.zeros((90, 90, 3), dtype=np.uint8)
     for image in (pixels, torch.from_numpy(pixels).permute(2, 0, 1)):
         assert processor(images=image, text="<image>", return_tensors="pt")["pixel_values"].shape == (1, 3, 84, 84)
+
+
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of 4 x 4 white pixels with chunks before its end, each with a valid checksum."""
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\xff" * 12) * 4)
+    parts = [(b"IHDR", header), (b"IDAT", rows), *chunks, (b"IEND", b"")]
+    sizes_and_sums = [(len(data), zlib.crc32(kind + data)) for kind, data in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", size) + kind + data + struct.pack(">I", checksum)
+        for (kind, data), (size, checksum) in zip(parts, sizes_and_sums, strict=True)
+    )
+
+
+def encode(format: str, **options) -> bytes:
+    file = io.BytesIO()
+    make_image().save(file, format, **options)
+    return file.getvalue()
+
+
+DDS = b"DDS " + struct.pack("<7I", 124, 0x1007, 4, 4, 0, 0, 0) + bytes(44) + struct.pack("<2I4s", 32, 4, b"????")
+BROKEN = {
+    "empty": b"",
+    "text": b"no image",
+    "unknown variant of DDS": DDS + bytes(200),
+    "gAMA chunk cut off": png((b"gAMA", b"\0")),
+    "tRNS chunk cut off": png((b"tRNS", b"\0")),
+    "zTXt chunk of unknown compression": png((b"zTXt", b"a\0\7")),
+    "PNG cut off": encode("PNG")[:-200],
+    "JPEG cut off": encode("JPEG")[:-300],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_one_clear_error_with_path_or_position(processor, tmp_path, name):
+    path = tmp_path / "broken"
+    path.write_bytes(BROKEN[name])
+    for image, called in [(path, str(path)), (BROKEN[name], "Image 1"), (io.BytesIO(BROKEN[name]), "Image 1")]:
+        with pytest.raises(ValueError, match=f"^{re.escape(called)} cannot be read as an image: ") as error:
+            processor(images=[[make_image()], [image]], text=["<image>"] * 2)
+        assert len(str(error.value)) < 400 and " at 0x" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["gAMA chunk cut off", "zTXt chunk of unknown compression", "PNG cut off", "JPEG cut off"]
+)
+def test_images_that_turn_out_broken_once_they_are_decoded_are_the_same_error(processor, name):
+    with pytest.raises(ValueError, match="^Image 1 cannot be read as an image: "):
+        processor(images=[make_image(), Image.open(io.BytesIO(BROKEN[name]))], text=["<image>"] * 2)
+
+
+def test_a_mode_that_cannot_be_converted_is_the_same_error(processor):
+    with pytest.raises(ValueError, match="^Image 0 cannot be read as an image: conversion from La"):
+        processor(images=Image.new("La", (9, 9)), text="<image>")
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nothing", b"Exif\0\0II*\0\x08"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_images_of_which_nothing_but_the_exif_is_broken_are_read_as_they_lie(processor, tmp_path, format, exif):
+    whole, broken = (encode(format, dpi=(72, 72), **options) for options in ({}, {"exif": exif}))
+    expected = processor(images=Image.open(io.BytesIO(whole)), text="<image>", return_tensors="pt")["pixel_values"]
+    (tmp_path / "broken").write_bytes(broken)
+    for image in (tmp_path / "broken", Image.open(io.BytesIO(broken))):
+        assert torch.equal(processor(images=image, text="<image>", return_tensors="pt")["pixel_values"], expected)
+
+
+def test_exif_written_as_broken_text_is_no_orientation():
+    image = Image.open(io.BytesIO(png((b"tEXt", b"Raw profile type exif\0\nexif\n4\nno hex"))))
+    assert [to_rgb(image).size, to_rgb(image).size] == [(4, 4)] * 2
+
+
+def test_bytes_file_objects_and_undecoded_rows_of_datasets_are_opened(processor, tmp_path):
+    data, path = encode("PNG"), tmp_path / "image.png"
+    path.write_bytes(data)
+    expected = processor(images=make_image(), text="<image>", return_tensors="pt")["pixel_values"]
+    rows = [{"bytes": data, "path": None}, {"bytes": data, "path": "gone.png"}, {"bytes": None, "path": str(path)}]
+    with path.open("rb") as file:
+        for image in (data, bytearray(data), io.BytesIO(data), file, *rows):
+            for images in (image, [[image]]):
+                inputs = processor(images=images, text="<image>", return_tensors="pt")
+                assert torch.equal(inputs["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("image", [None, 7, {"bytes": None, "path": None}, iter([])], ids=str)
+def test_what_is_no_image_is_refused_by_its_position(processor, image):
+    with pytest.raises(ValueError, match="^Image 1 is .*: give a PIL image, an array, a path"):
+        processor(images=[[make_image(), image]], text="<image><image>")
+
+
+@pytest.mark.parametrize("make", [np.zeros, torch.zeros])
+@pytest.mark.parametrize("shape", [(9,), (), (9, 8, 2), (0, 9, 3), (1, 1, 9, 9, 3)])
+def test_arrays_of_other_shapes_are_refused_by_one_sentence(processor, make, shape):
+    with pytest.raises(ValueError, match=re.escape(f"Image 1 has the shape {shape}: give (height, width, 3)")):
+        processor(images=[make_image(), make(shape)], text=["<image>"] * 2)
+
+
+@pytest.mark.parametrize("make", [np.ones, torch.ones])
+@pytest.mark.parametrize("shape", [(9, 8), (9, 8, 1), (1, 9, 8), (9, 8, 4), (2, 9, 8, 3), (2, 3, 9, 8)])
+def test_arrays_are_grey_or_transparent_or_several_images(processor, make, shape):
+    count = shape[0] if len(shape) == 4 else 1
+    for images in (make(shape), [make(shape)]):
+        inputs = processor(images=images, text="<image>" * count, return_tensors="pt")
+        assert inputs["pixel_values"].shape == (count, 3, 84, 84)
 
 
 def test_round_trip_is_a_fixed_point(tmp_path):

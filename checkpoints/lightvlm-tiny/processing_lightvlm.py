@@ -1,10 +1,14 @@
 """Processor of LightVLM: it decides each image's budget and writes that many placeholders, the model obeys."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from itertools import count
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.utils.versions import require_version
 
 # As in `configuration_lightvlm.py`: a processor may be loaded alone.
@@ -18,7 +22,7 @@ from transformers import (  # noqa: E402
     ProcessorMixin,
     SiglipImageProcessorPil,
 )
-from transformers.image_utils import ImageInput, make_flat_list_of_images  # noqa: E402
+from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images  # noqa: E402
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs  # noqa: E402
 
 MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before its centre is cut out
@@ -38,28 +42,73 @@ class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {}  # without which transformers 5.19 refuses every call
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """A decoded image; ValueError where the file is no image, broken, or larger than Pillow dares to decode."""
+@contextmanager
+def reading(name: str | Path):
+    """Whatever goes wrong with an image, and each of Pillow's formats has errors of its own, becomes a ValueError."""
     try:
-        image = Image.open(path)
+        yield
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # it says where the image is in memory
+            reason = "its format is unknown"
+        raise ValueError(f"{name} cannot be read as an image: {reason:.200}") from error
+
+
+def open_image(file, name: str | Path | None = None) -> Image.Image:
+    """The decoded image of a path or file object; ValueError, with path or `name`, where it is no image or broken."""
+    with reading(name or file):
+        image = Image.open(file)
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
     return image
 
 
-def open_files(images):
-    """Open the paths in a (nested) list of images, and leave images, arrays, URLs and base64 as they are."""
-    if isinstance(images, (list, tuple)):
-        return [open_files(image) for image in images]
-    is_file = isinstance(images, Path) or (isinstance(images, str) and os.path.isfile(images))
-    return open_image(images) if is_file else images
+def open_images(images, numbers: Iterator[int] | None = None):
+    """A (nested) list of images, with those opened that are paths, URLs, base64, bytes, files or rows of `datasets`.
+
+    Raises:
+        ValueError: with path or number, counted from 0, where an image is broken, or is neither one of these nor a PIL
+            image nor an array of one image or, in four dimensions, of several.
+    """
+    numbers = numbers or count()
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        return [open_images(image, numbers) for image in images]
+    image, name = images, f"Image {next(numbers)}"
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, (bytes, bytearray)):
+        image = BytesIO(image)
+    if hasattr(image, "read"):
+        return open_image(image, name)
+    if isinstance(image, Path) or (isinstance(image, str) and os.path.isfile(image)):
+        return open_image(image)
+    if isinstance(image, str):
+        with reading(name):
+            return load_image(image)
+    if not is_valid_image(image):
+        raise ValueError(
+            f"{name} is {image!r:.80}: give a PIL image, an array, a path, a URL, bytes or a file object."
+        )
+    if isinstance(image, Image.Image):
+        return image
+    image = image[..., None] if image.ndim == 2 else image
+    if image.ndim != 3 or 0 in image.shape or not {image.shape[0], image.shape[2]} & {1, 3, 4}:
+        raise ValueError(f"{name} has the shape {(*images.shape,)}: give (height, width, 3) or (3, height, width).")
+    return image
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """An image as its EXIF says it is to be held; as it is where the EXIF is broken."""
+    try:
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image if upright else ImageOps.exif_transpose(image)  # which copies upright images too
+    except Exception:  # as many kinds as in `reading`; the pixels are decoded, so it can only be the EXIF
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright 8-bit RGB of an image of any mode: EXIF-rotated, 16-bit, transparent (on white), palette, grey, CMYK."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)  # which copies upright images too
+    image.load()
+    image = turn_upright(image)
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image).astype(np.float32)
         # 16-bit modes say their range; 32-bit ones do not, so the brightest pixel tells.
@@ -164,22 +213,51 @@ class LightVLMProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs):
         """As in `ProcessorMixin`, but files are opened here, where 16 bits and transparency survive."""
-        images = open_files(images)
+        images = None if images is None else open_images(images)
         if isinstance(images, list) and all(isinstance(row, list) and not row for row in images):
             images = None
         return super().prepare_inputs_layout(images=images, **kwargs)
 
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
-        """As in `ProcessorMixin`, and row by row where images come in rows."""
+        """As in `ProcessorMixin`, and row by row where images come in rows, or are as many as the texts."""
         super().validate_inputs(images=images, text=text, **kwargs)
-        in_rows = isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images)
-        if text is not None and in_rows:
-            for index, (row, sample) in enumerate(zip(images, text, strict=True)):
-                if sample.count(self.image_token) != len(row):
-                    raise ValueError(
-                        f"Row {index} has {sample.count(self.image_token)} {self.image_token} marks and {len(row)} "
-                        "images: give one mark for each image."
-                    )
+        if text is None or not isinstance(images, (list, tuple)):
+            return
+        in_rows = any(isinstance(row, (list, tuple)) for row in images)
+        if not in_rows and len(images) != len(text):
+            return  # transformers gives out a flat list mark by mark
+        for index, (row, sample) in enumerate(zip(images, text, strict=True)):
+            marks, num_images = sample.count(self.image_token), len(row) if in_rows else 1
+            if marks != num_images:
+                raise ValueError(
+                    f"Row {index} has {marks} {self.image_token} marks and {num_images} images: give one mark for "
+                    "each image, and where a row has more or fewer than one image, a list of images for each row."
+                )
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in `ProcessorMixin`, but ValueError where a text has an image mark, which would take an image's place."""
+        if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
+            conversations = [conversation] if isinstance(conversation[0], dict) else conversation
+            contents = [message.get("content") or [] for messages in conversations for message in messages]
+            parts = [part for content in contents for part in ([content] if isinstance(content, str) else content)]
+            texts = [part if isinstance(part, str) else part.get("text") or "" for part in parts]
+            if any(self.image_token in text for text in texts):
+                raise ValueError(
+                    f"A message has {self.image_token} in its text: take it out, and give images as parts of type "
+                    '"image"; or let sanitize_control_tokens=True make it a word like any other.'
+                )
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def prepare_image(self, image: Image.Image, name: str, shrinks: bool = True) -> Image.Image:
+        """Upright RGB of an image, resized as the image processor would; ValueError where it is broken or too thin."""
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise ValueError(
+                f"{name} of {image.width} x {image.height} pixels is too long and thin: crop it to an aspect ratio of "
+                f"at most {MAX_ASPECT_RATIO}."
+            )
+        with reading(name):
+            image = to_rgb(image)
+            return shrink(image, self.image_processor) if shrinks else image
 
     def _process_images(
         self,
@@ -191,15 +269,11 @@ class LightVLMProcessor(ProcessorMixin):
         """Pixel values, budgets and questions of all images, and the placeholders of each."""
         images = make_flat_list_of_images(images)
         budgets, means = self.resolve_budgets(num_image_tokens, len(images))
-        for image in images:
-            if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-                raise ValueError(
-                    f"An image of {image.width} x {image.height} pixels is too long and thin: crop it to an aspect "
-                    f"ratio of at most {MAX_ASPECT_RATIO}."
-                )
-        resizes_differently = kwargs.keys() & {"do_resize", "resample", "size"}
-        prepare = to_rgb if resizes_differently else lambda image: shrink(to_rgb(image), self.image_processor)
-        images = [prepare(image) if isinstance(image, Image.Image) else image for image in images]
+        shrinks = not kwargs.keys() & {"do_resize", "resample", "size"}
+        images = [
+            self.prepare_image(image, f"Image {index}", shrinks) if isinstance(image, Image.Image) else image
+            for index, image in enumerate(images)
+        ]
         processed = self.image_processor(images, **kwargs)
         processed["num_image_tokens"] = budgets
         if any(means):
