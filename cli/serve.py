@@ -10,6 +10,7 @@ examples:
 import argparse
 import contextlib
 import socket
+from dataclasses import fields
 from pathlib import Path
 
 from lightvlm.cli.common import add_model_path, add_precision, load, positive
@@ -25,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-images", type=positive, default=8, help="of a request (8)")
     parser.add_argument("--max-pixels", type=positive, default=4096 * 4096, help="of an image (16777216)")
     parser.add_argument("--max-new-tokens", type=positive, default=1024, help="of an answer (1024)")
+    parser.add_argument("--max-messages", type=positive, default=256, help="of a request, counted by parts (256)")
+    parser.add_argument("--max-characters", type=positive, default=2**17, help="of a request's texts (131072)")
     parser.add_argument("--max-connections", type=positive, default=128, help="at a time; more get a 503 (128)")
 
 
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         model, processor = load(args.model_path, args.dtype, args.int8)
         model = model.to(args.device or model.device)
         name = Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path
-        limits = Limits(args.max_body_bytes, args.max_images, args.max_pixels, args.max_new_tokens)
+        limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in fields(Limits)})
         config = uvicorn.Config(
             build_app(name, model, processor, limits),
             limit_concurrency=args.max_connections,

@@ -14,14 +14,26 @@ import base64
 import json
 import re
 from dataclasses import dataclass
+from http import HTTPStatus
 from io import BytesIO
 from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from lightvlm.processing.processing_lightvlm import reading
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from transformers.cli.serving import Modality, ModelManager, build_server
@@ -31,23 +43,43 @@ from transformers.cli.serving.utils import GenerationState
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers are no business of strangers
 PREPARED = 4  # requests with decoded images at a time; the others wait as they came
+KEPT = 4096 * 4096  # pixels of a request's images together, once they have been resized
+SMALLEST = 1e-10  # temperature above 0, and top_p: logits divided by less do not fit in float32
+DEFAULTS = {  # what may be asked for of fields that are not done, because it is what happens anyway
+    "n": 1,
+    "response_format": {"type": "text"},
+    "logprobs": False,
+    "top_logprobs": 0,
+    "presence_penalty": 0,
+    "modalities": ["text"],
+    "store": False,
+}
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a request may ask for.
 
+    Memory is bounded, however many requests come at a time. Decoded images take at most 20 bytes a pixel for the one
+    that is being decoded, converted and resized, 4 for those that `PREPARED` requests keep resized, and 20 for those
+    of the one request that is being processed: `20 * (pixels + KEPT) + 4 * PREPARED * KEPT`, by default less than
+    1 GiB. Besides, a connection has its body, twice while it is parsed, and the tensors made of its images.
+
     Args:
         body_bytes: of a request as it is sent, base64 included.
         images: of a request, over all its messages.
         pixels: width times height of an image, read before it is decoded.
         new_tokens: of an answer; also what a request gets that asks for no number.
+        messages: of a request, counted by their parts, of which a bare text is one.
+        characters: of all texts of a request together, counted before they are tokenized.
     """
 
     body_bytes: int = 32 * 2**20
     images: int = 8
     pixels: int = 4096 * 4096
     new_tokens: int = 1024
+    messages: int = 256
+    characters: int = 2**17
 
 
 class Text(BaseModel):
@@ -74,7 +106,7 @@ class Message(BaseModel):
     """A message; a bare text stands for one text part."""
 
     role: Literal["system", "user", "assistant"]
-    content: list[Annotated[Text | ImagePart, Field(discriminator="type")]]
+    content: Annotated[list[Annotated[Text | ImagePart, Field(discriminator="type")]], FailFast()]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -83,45 +115,74 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """What is checked of a request; transformers refuses fields that OpenAI's format doesn't have."""
+    """What can be asked for; any other field is refused by its name, unless it is null or as in `DEFAULTS`."""
 
     model_config = ConfigDict(extra="allow")
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
+    model: str | None = None
+    stream: bool | None = None
     num_image_tokens: Any = None  # the processor's to judge
     max_completion_tokens: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=SMALLEST, le=1)
     frequency_penalty: float | None = Field(None, gt=-1, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    generation_config: None = None  # this and the next would lead around the limits
-    chat_template_kwargs: None = None
-    tools: None = None
-    logit_bias: None = None
-    stop: None = None  # transformers 5.23 looks for it with the processor in place of a tokenizer, and fails
+
+    @field_validator("temperature")
+    @classmethod
+    def refuse_what_overflows(cls, temperature):
+        if temperature and temperature < SMALLEST:
+            raise ValueError(f"give 0 or at least {SMALLEST}")
+        return temperature
+
+    @model_validator(mode="after")
+    def refuse_other_fields(self):
+        for name, value in self.model_extra.items():
+            if value is not None and (name not in DEFAULTS or value != DEFAULTS[name]):
+                instead = f"give {json.dumps(DEFAULTS[name])} or leave it out" if name in DEFAULTS else "leave it out"
+                raise ValueError(f"{name} is not supported: {instead}.")
+        return self
 
 
-def open_data_uri(url: str, max_pixels: int) -> Image.Image:
-    """The decoded image of a data URI.
+def describe(error: ValidationError | RequestValidationError) -> str:
+    """Where a request is wrong first, and how."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return (f"{where}: " if where else "") + first["msg"].removeprefix("Value error, ")
+
+
+def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Image:
+    """The image of a data URI as `prepare_image` of the processor makes it; errors call it `name`.
 
     Raises:
-        ValueError: where it is of another kind, or no image, or broken.
+        ValueError: where it is of another kind, or no image, or broken, or too thin.
         HTTPException: 413 where it has more than `max_pixels`.
     """
     head, _, data = url.partition(",")
     if not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
         raise ValueError('Images come as data URIs, "data:image/png;base64,...": no address or file is read.')
     try:
-        image = Image.open(BytesIO(base64.b64decode(data, validate=True)), formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise HTTPException(413, f"An image has too many pixels, {max_pixels:,} are allowed: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"An image is not whole base64 of a whole {' or '.join(FORMATS)}: {error}") from None
-    return image
+        with reading(name):
+            image = Image.open(BytesIO(base64.b64decode(data, validate=True)), formats=FORMATS)
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError
+    except ValueError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise HTTPException(413, f"{name} has too many pixels: at most {max_pixels:,}.") from None
+        raise
+    return processor.prepare_image(image, name)
+
+
+def open_images(urls: list[str], processor, limits: Limits) -> list[Image.Image]:
+    """The images of data URIs, opened one by one; raises as `open_data_uri`, and 413 beyond `KEPT`."""
+    images = []
+    for number, url in enumerate(urls):
+        images.append(open_data_uri(url, f"Image {number}", processor, limits.pixels))
+        if sum(image.width * image.height for image in images) > KEPT:
+            raise HTTPException(413, f"Image {number} and those before it have more than {KEPT:,} pixels, resized.")
+    return images
 
 
 def read_request(body: dict, model, processor, limits: Limits) -> dict:
@@ -129,24 +190,32 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
 
     Raises:
         ValueError: where it is at fault, budget and length included.
-        HTTPException: 413 where it has too many images or pixels.
+        HTTPException: 413 where it has too many images, pixels, messages or characters.
     """
     try:
+        json.dumps(body, ensure_ascii=False).encode()
         request = ChatRequest.model_validate(body)
+    except UnicodeEncodeError:
+        raise ValueError("A text has half a character, a lone surrogate: send all of it.") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    num_images = sum(part.type == "image_url" for message in request.messages for part in message.content)
-    if num_images > limits.images:
-        raise HTTPException(413, f"{num_images} images: at most {limits.images} in a request.")
-    budgets, means = processor.resolve_budgets(request.num_image_tokens, num_images)
+        raise ValueError(describe(error)) from None
+    parts = [part for message in request.messages for part in message.content]
+    urls = [part.image_url.url for part in parts if part.type == "image_url"]
+    counts = {
+        "images": len(urls),
+        "messages": sum(len(message.content) or 1 for message in request.messages),
+        "characters": sum(len(part.text) for part in parts if part.type == "text"),
+    }
+    for name, count in counts.items():
+        if count > getattr(limits, name):
+            raise HTTPException(413, f"{count:,} {name}: at most {getattr(limits, name):,} in a request.")
+    budgets, means = processor.resolve_budgets(request.num_image_tokens, len(urls))
+    images = iter(open_images(urls, processor, limits))
     messages = [
         {
             "role": message.role,
             "content": [
-                {"type": "text", "text": part.text}
-                if part.type == "text"
-                else {"type": "image", "image": open_data_uri(part.image_url.url, limits.pixels)}
+                part.model_dump() if part.type == "text" else {"type": "image", "image": next(images)}
                 for part in message.content
             ],
         }
@@ -154,7 +223,7 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
     ]
 
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    length = len(processor.tokenizer(prompt)["input_ids"]) - num_images
+    length = len(processor.tokenizer(prompt)["input_ids"]) - len(urls)
     length += sum(mean or budget for budget, mean in zip(budgets, means, strict=True))
     room = model.config.text_config.max_position_embeddings - length
     new_tokens = request.max_completion_tokens or request.max_tokens or max(1, min(limits.new_tokens, room))
@@ -163,8 +232,9 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
     if new_tokens > room:
         raise ValueError(f"{length} tokens and {new_tokens} new ones: {new_tokens - room} more than the model reads.")
 
-    body = body | {"messages": messages, "max_completion_tokens": new_tokens}
-    body["chat_template_kwargs"] = {"processor_kwargs": {"num_image_tokens": body.pop("num_image_tokens", None)}}
+    body = request.model_dump(exclude={"messages", "num_image_tokens", *request.model_extra}, exclude_none=True)
+    body |= {"messages": messages, "max_completion_tokens": new_tokens}
+    body["chat_template_kwargs"] = {"processor_kwargs": {"num_image_tokens": request.num_image_tokens}}
     if request.temperature:  # transformers alone would go on being greedy
         body["generation_config"] = json.dumps(model.generation_config.to_dict() | {"do_sample": True})
     return body
@@ -202,11 +272,13 @@ class ChatHandler(ChatCompletionHandler):
         super().__init__(models, state)
         self.limits = limits
         self.places = asyncio.Semaphore(PREPARED)
+        self.decoding = asyncio.Lock()
 
     async def handle_request(self, body: dict, request_id: str):
         async with self.places:
             try:
-                body = await asyncio.to_thread(read_request, body, *self.model_manager.served, self.limits)
+                async with self.decoding:
+                    body = await asyncio.to_thread(read_request, body, *self.model_manager.served, self.limits)
                 return await super().handle_request(body, request_id)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error
@@ -214,6 +286,12 @@ class ChatHandler(ChatCompletionHandler):
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict], modality: Modality) -> list[dict]:
         return messages  # read_request has made them what the processor takes
+
+
+def refusal(status: int, message: str, headers: dict | None = None) -> JSONResponse:
+    """A response in OpenAI's format of errors."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status, headers)
 
 
 def build_app(name: str, model, processor, limits: Limits) -> FastAPI:
@@ -231,10 +309,23 @@ def build_app(name: str, model, processor, limits: Limits) -> FastAPI:
     app.router.routes[:] = [route for route in app.router.routes if route.path in ROUTES]
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.body_bytes)
 
+    @app.middleware("http")
+    async def refuse_as_openai(request, call_next):
+        response = await call_next(request)
+        is_plain = response.headers.get("content-type", "").startswith("text/plain")  # of the limit to the body
+        return refusal(response.status_code, HTTPStatus(response.status_code).phrase) if is_plain else response
+
     @app.exception_handler(HTTPException)
     async def refuse(request, error):
-        reason = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
-        return JSONResponse({"error": reason}, error.status_code)
+        return refusal(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request, error):
+        return refusal(422, describe(error))
+
+    @app.exception_handler(Exception)
+    async def fail(request, error):
+        return refusal(500, "The server failed at this request; its log says why.")
 
     return app
 

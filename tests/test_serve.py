@@ -1,5 +1,6 @@
 """`lightvlm serve` answers OpenAI clients as `chat` does, and refuses what is too much or not its business."""
 
+import asyncio
 import base64
 import http.client
 import io
@@ -7,10 +8,13 @@ import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -18,11 +22,26 @@ import torch
 import uvicorn
 from lightvlm.cli.common import SHIPPED, load
 from lightvlm.cli.main import main
-from lightvlm.serving.server import Limits, build_app
+from lightvlm.serving.server import KEPT, PREPARED, Limits, build_app
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from PIL import Image, ImageDraw
 from tiny import make_model, make_processor
 
-LIMITS = Limits(body_bytes=2**20, images=3, pixels=200 * 200, new_tokens=32)
+LIMITS = Limits(body_bytes=2**20, images=3, pixels=200 * 200, new_tokens=32, messages=40, characters=50_000)
+DONE = {
+    "messages",
+    "model",
+    "stream",
+    "max_completion_tokens",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "frequency_penalty",
+    "seed",
+}
+OTHERS = sorted(
+    (CompletionCreateParamsStreaming.__required_keys__ | CompletionCreateParamsStreaming.__optional_keys__) - DONE
+)
 COLORS = ["red", "blue", "green", "yellow", "black", "gray", "brown", "teal"]
 QUESTIONS = [
     "what color is the shape?",
@@ -88,11 +107,24 @@ def stream(client, messages: list[dict], **options) -> list[str]:
     return [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
 
 
-def post(client, path: str, body) -> tuple[int, dict]:
+def post(client, path: str, body, method: str = "POST") -> tuple[int, dict]:
     connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
-    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    connection.request(method, path, body, {"Content-Type": "application/json"})
     with connection.getresponse() as answer:
         return answer.status, json.loads(answer.read())
+
+
+def post_fields(client, **fields) -> tuple[int, str]:
+    """Status of a good request with these fields besides, and the message, in OpenAI's format, where it is refused."""
+    body = {"model": "lightvlm-tiny", "messages": [user("what color?", draw(1))], "max_tokens": 4} | fields
+    status, answer = post(client, "/v1/chat/completions", json.dumps(body))
+    return status, "" if status == 200 else message_of(answer, status)
+
+
+def message_of(answer: dict, status: int) -> str:
+    assert set(answer) == {"error"} and set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    return answer["error"]["message"]
 
 
 def refusal(client, messages: list[dict], **options) -> tuple[int, str]:
@@ -257,6 +289,142 @@ def test_what_cannot_be_done_is_refused(client, field, value):
     body = {"model": "lightvlm-tiny", "messages": [user("what color?", draw(1))]} | {field: value}
     status, answer = post(client, "/v1/chat/completions", json.dumps(body))
     assert status in (400, 422) and answer["error"]["message"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_field_of_openais_that_is_not_done_is_refused_by_its_name_unless_it_is_null(client, name):
+    status, message = post_fields(client, **{name: "some"})
+    assert status == 400 and message.startswith(f"{name} is not supported: ")
+    assert post_fields(client, **{name: None}) == (200, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "other"),
+    [
+        ("n", 1, 2),
+        ("response_format", {"type": "text"}, {"type": "json_object"}),
+        ("logprobs", False, True),
+        ("top_logprobs", 0, 3),
+        ("presence_penalty", 0, 0.5),
+        ("modalities", ["text"], ["text", "audio"]),
+        ("store", False, True),
+    ],
+)
+def test_what_happens_anyway_may_be_asked_for(client, name, default, other):
+    assert post_fields(client, **{name: default}) == (200, "")
+    expected = f"{name} is not supported: give {json.dumps(default)} or leave it out."
+    assert post_fields(client, **{name: other}) == (400, expected)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+@pytest.mark.parametrize("value", [1e-50, 1e-38])
+def test_a_temperature_that_float32_cannot_divide_by_is_refused(client, name, value):
+    status, message = post_fields(client, **{"temperature": 1, name: value})
+    assert status == 400 and message.startswith(f"{name}: ")
+    assert post_fields(client, **{"temperature": 1, name: 1e-9}) == (200, "")
+
+
+@pytest.mark.parametrize("value", [5, ["lightvlm-tiny"], {"name": "lightvlm-tiny"}])
+def test_a_model_that_is_no_text_is_refused(client, value):
+    status, message = post_fields(client, model=value)
+    assert status == 400 and message.startswith("model: ")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": "what \ud83d?"}]},
+        {"messages": [user("what \ud83d?")]},
+        {"messages": [user("what?", "data:image/png;base64,\ud83d")]},
+        {"messages": [{"role": "\ud83d", "content": "what?"}]},
+        {"model": "\ud83d"},
+        {"num_image_tokens": "\ud83d"},
+        {"\ud83d": 1},
+        {"user": "\ud83d"},
+    ],
+    ids=["text", "part", "image", "role", "model", "budget", "name", "value"],
+)
+def test_half_an_emoji_is_refused_wherever_it_is(client, fields):
+    assert post_fields(client, **fields) == (400, "A text has half a character, a lone surrogate: send all of it.")
+
+
+def test_too_much_text_and_too_many_messages_are_refused_before_they_are_tokenized(client, monkeypatch):
+    monkeypatch.setattr("lightvlm.LightVLMProcessor.apply_chat_template", None)
+    texts = [user("a" * 25_000), {"role": "user", "content": "a" * 25_001}]
+    assert post_fields(client, messages=texts) == (413, "50,001 characters: at most 50,000 in a request.")
+    for messages in ([user("")] * 41, [{"role": "user", "content": [{"type": "text", "text": ""}] * 41}]):
+        assert post_fields(client, messages=messages) == (413, "41 messages: at most 40 in a request.")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/chat/completions", "[1]", 422),
+        ("POST", "/v1/chat/completions", "{", 422),
+        ("POST", "/v1/chat/completions", b"a" * (2**20 + 1), 413),
+        ("POST", "/v1/completions", "{}", 404),
+        ("GET", "/v1/chat/completions", None, 405),
+    ],
+)
+def test_errors_have_openais_format(client, method, path, body, status):
+    answered, answer = post(client, path, body, method)
+    assert answered == status and message_of(answer, status)
+
+
+def test_a_failure_of_the_server_has_openais_format_and_keeps_its_reason_to_itself(client, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("lightvlm.LightVLMProcessor.apply_chat_template", fail)
+    status, message = post_fields(client)
+    assert status == 500 and "secret" not in message
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("broken", [chunk(b"gAMA", b"\0"), chunk(b"tRNS", b"\0"), chunk(b"zTXt", b"a\0\7")])
+def test_an_image_broken_behind_its_pixels_is_the_requests_fault(client, broken):
+    whole = encode(draw(1))
+    status, message = post_fields(client, messages=[user("?", draw(2), data_uri(whole[:-12] + broken + whole[-12:]))])
+    assert status == 400 and message.startswith("Image 1 cannot be read as an image: ")
+
+
+def test_an_image_with_nothing_but_broken_exif_is_read(client, model):
+    file = io.BytesIO()
+    draw(1).save(file, "PNG", exif=b"Exif\0\0nothing")
+    assert ask(client, [user(QUESTIONS[3], data_uri(file.getvalue()))]) == model.chat(draw(1), QUESTIONS[3])
+
+
+def test_images_that_stay_large_when_resized_are_refused(client, monkeypatch):
+    monkeypatch.setattr("lightvlm.serving.server.KEPT", 250_000)
+    assert post_fields(client, messages=[user("?", draw(1), draw(2))])[0] == 200  # 336 x 336 each
+    status, message = post_fields(client, messages=[user("?", draw(1), draw(2), draw(3))])
+    assert status == 413 and message == "Image 2 and those before it have more than 250,000 pixels, resized."
+
+
+def test_one_image_is_decoded_at_a_time_and_kept_resized(model, monkeypatch):
+    side, images, alive, counts, begin = 800, 4, weakref.WeakValueDictionary(), [], Image.Image.__init__
+
+    def count(self):
+        begin(self)
+        alive[id(self)] = self
+        counts.append(sum(reference().width * reference().height for reference in alive.valuerefs() if reference()))
+
+    limits = Limits(pixels=side**2, new_tokens=2)
+    app = build_app("lightvlm-tiny", model, model.processor_beside_weights(), limits)
+    endpoint = next(route.endpoint for route in app.routes if route.path == "/v1/chat/completions")
+    body = {"messages": [user("what?", *[Image.new("RGBA", (side, side), "red")] * images)], "num_image_tokens": 4}
+    monkeypatch.setattr(Image.Image, "__init__", count)
+    request = SimpleNamespace(state=SimpleNamespace(request_id="any"))
+
+    async def ask_at_once():
+        return await asyncio.gather(*(endpoint(request, body) for _ in range(12)))
+
+    assert [answer.status_code for answer in asyncio.run(ask_at_once())] == [200] * 12
+    resized = images * 336**2
+    assert max(counts) <= 5 * side**2 + (PREPARED + 1) * resized and resized < KEPT
 
 
 @pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/responses", "/v1/completions", "/v1/systemone"])
