@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test test-wheel test-lowest test-newest test-lmms test-vllm lint checkpoint
+.PHONY: run test sync test-wheel test-lowest test-newest test-lmms test-vllm lint checkpoint
 .PHONY: eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu
 
 run: $(DATA)/test.json
@@ -113,6 +113,11 @@ test-vllm: .venv-vllm/ready $(DATA)/mosaics_test_photo_3x3.json
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The checkpoint's copies of the files that travel with it.
+sync:
+	cp modeling_lightvlm/*_lightvlm.py processing/processing_lightvlm.py processing/chat_template.jinja \
+		checkpoints/lightvlm-tiny/
 
 # A checkpoint like the shipped one, whose card has what was run for it; a folder of build/ for each stage. For a GPU.
 OPTIONS = --use-cpu $(shell $(BIN)/python -c "import torch; print(not torch.cuda.is_available())") \

@@ -16,7 +16,8 @@ import shlex
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, add_precision, load, positive, positive_list
+from lightvlm.cli.options import add_model_path, add_precision, positive, positive_list
+from lightvlm.common.checkpoint import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
     import transformers
+    from lightvlm.common.inference import int8_config
     from lightvlm.evaluation.presets import image_processor, preset_config, random_model
     from lightvlm.evaluation.speed import measure
     from lightvlm.evaluation.speed_report import describe, growth_plot, plot, table
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         model = random_model(preset_config(args.preset, args.layers), device, getattr(torch, args.dtype or "bfloat16"))
         images = image_processor(model.config)
         if args.int8:
-            int8 = model.int8_config().quant_type
+            int8 = int8_config().quant_type
             from torchao.quantization import quantize_
 
             quantize_(model.model.language_model, int8)

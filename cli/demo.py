@@ -8,7 +8,8 @@ examples:
 import argparse
 import importlib.util
 
-from lightvlm.cli.common import add_model_path, load
+from lightvlm.cli.options import add_model_path
+from lightvlm.common.checkpoint import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

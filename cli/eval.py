@@ -40,7 +40,8 @@ import json
 import shlex
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, add_precision, budget_list, check_question_aware, load, positive
+from lightvlm.cli.options import add_model_path, add_precision, budget_list, positive
+from lightvlm.common.checkpoint import check_question_aware, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("give either --data-path and --image-folder, or --benchmark and --data-dir")
 
     import torch
+    from lightvlm.common.llava_data import load_llava
     from lightvlm.evaluation.selectors import SCORED, SELECTORS
-    from lightvlm.training.llava_data import load_llava
 
     try:
         from lightvlm.evaluation.accuracy import Questions, accuracy, table

@@ -12,7 +12,8 @@ import json
 import statistics
 import time
 
-from lightvlm.cli.common import add_model_path, add_precision, budget_list, check_question_aware, load, positive
+from lightvlm.cli.options import add_model_path, add_precision, budget_list, positive
+from lightvlm.common.checkpoint import check_question_aware, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

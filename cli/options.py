@@ -1,11 +1,9 @@
-"""What the verbs share: options, and loading a checkpoint with errors that name the cure."""
+"""Options that the verbs share."""
 
 import argparse
 import re
-from pathlib import Path
 
-FLOAT32_ONLY = ("DEFAULT", "NO AVX", "AVX2")  # capabilities of CPUs
-SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "lightvlm-tiny"
+from lightvlm.common.checkpoint import SHIPPED
 
 
 def add_model_path(parser: argparse.ArgumentParser) -> None:
@@ -47,59 +45,3 @@ def positive(text: str) -> int:
 def positive_list(text: str) -> list[int]:
     """Parse "1,4,16"."""
     return [positive(number) for number in text.split(",")]
-
-
-def load(model_path: str, dtype: str | None = None, int8: bool = False):
-    """Model, in evaluation mode and on the GPU if there is one, and processor.
-
-    Args:
-        model_path: folder or Hub name of a checkpoint.
-        dtype: "float32", "bfloat16", "float16" or, for the checkpoint's own, "auto"; by default the checkpoint's, but
-            float32 on a CPU whose vector units know nothing else: PyTorch's bf16 products are many times slower there.
-        int8: weights of the language model's linear layers.
-
-    Raises:
-        ValueError: where there is no such checkpoint, it is of another kind or broken, its weights don't fit, or
-            torchao is missing.
-    """
-    import torch
-    from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
-    from transformers import AutoConfig
-
-    on_gpu = torch.cuda.is_available()
-    if dtype is None:
-        dtype = "float32" if not on_gpu and torch.backends.cpu.get_cpu_capability() in FLOAT32_ONLY else "auto"
-    options = {"dtype": dtype}
-    if int8:
-        options["quantization_config"] = LightVLMForConditionalGeneration.int8_config()
-    # Whatever goes wrong in here, and transformers raises of every kind, it is this checkpoint that is at fault.
-    try:
-        model_type = AutoConfig.from_pretrained(model_path).model_type
-        if model_type == "lightvlm":
-            model, report = LightVLMForConditionalGeneration.from_pretrained(
-                model_path, **options, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-            processor = LightVLMProcessor.from_pretrained(model_path)
-    except Exception as error:
-        raise ValueError(
-            f"{model_path} is not a folder or Hub repository with a whole checkpoint, config.json, *.safetensors and "
-            f"processor: {type(error).__name__}: {error}"
-        ) from error
-    if model_type != "lightvlm":
-        raise ValueError(f"{model_path} is a {model_type} checkpoint: turn it into LightVLM with `lightvlm build`.")
-    mismatched = [name for name, *_ in report["mismatched_keys"]]
-    if unfit := sorted({*report["missing_keys"], *report["unexpected_keys"], *mismatched}):
-        raise ValueError(
-            f"The weights of {model_path} do not fit its config.json: {', '.join(unfit[:5])} (of {len(unfit)}) are "
-            "missing, superfluous, or of another shape. Save the checkpoint again, or correct its config.json."
-        )
-    return model.eval().to("cuda" if on_gpu else "cpu"), processor
-
-
-def check_question_aware(option: str, model_path: str, model) -> None:
-    """ValueError where an option lets questions choose the tokens, but the pruner does not hear them."""
-    if model.config.score != "question":
-        raise ValueError(
-            f'{option} needs a pruner of score="question", and that of {model_path} has "{model.config.score}": '
-            "`training/pruner.py --question-aware true` teaches one."
-        )

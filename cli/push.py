@@ -13,7 +13,8 @@ examples:
 import argparse
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, load
+from lightvlm.cli.options import add_model_path
+from lightvlm.common.checkpoint import load
 
 
 def hub_dataset(text: str) -> tuple[str, str]:

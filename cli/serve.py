@@ -13,7 +13,8 @@ import socket
 from dataclasses import fields
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, add_precision, load, positive
+from lightvlm.cli.options import add_model_path, add_precision, positive
+from lightvlm.common.checkpoint import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,8 @@ examples:
 import argparse
 from pathlib import Path
 
-from lightvlm.cli.common import add_model_path, budget, check_question_aware, load
+from lightvlm.cli.options import add_model_path, budget
+from lightvlm.common.checkpoint import check_question_aware, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features
+from lightvlm.common.llava_data import FEATURES, attempt, find_image, report
 from lightvlm.evaluation.metrics import POPE, AnswerMetric, ExactMatch, ScienceQA, VQAAccuracy
-from lightvlm.training.llava_data import FEATURES, attempt, find_image, report
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

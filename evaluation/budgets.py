@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.cli.common import SHIPPED, load
+from lightvlm.common.budgets import find_kappa
+from lightvlm.common.checkpoint import SHIPPED, load
+from lightvlm.common.llava_data import load_llava
+from lightvlm.common.turns import pack_turns
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.pruning_lightvlm import allot_budgets
-from lightvlm.training.budget import find_kappa
-from lightvlm.training.collator import pack_turns
-from lightvlm.training.llava_data import load_llava
 from matplotlib.figure import Figure
 from tqdm import tqdm
 

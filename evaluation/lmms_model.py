@@ -5,7 +5,7 @@ lmms-eval --model lightvlm --model_args pretrained=FOLDER,num_image_tokens=64 --
 
 import torch
 from accelerate import Accelerator
-from lightvlm.cli.common import check_question_aware, load
+from lightvlm.common.checkpoint import check_question_aware, load
 from lightvlm.evaluation.answers import answer, batches
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from lightvlm import LightVLM, modeling_lightvlm
+from lightvlm.common.inference import compile_for_inference
 from lightvlm.processing.processing_lightvlm import shrink, to_rgb
 from PIL import Image
 from torch import nn
@@ -263,7 +264,7 @@ def configurations(
             return prefill(**text, mm_encoder_outputs={"image": image})
 
         found.append(Configuration(LLAVA_COMPILED, full, llava, compiled_llava, [], full))
-        twin = another(model, LightVLM, copy.deepcopy(model.config)).compile_for_inference(mode=compile_mode)
+        twin = compile_for_inference(another(model, LightVLM, copy.deepcopy(model.config)), mode=compile_mode)
         stages = [(twin.model, "encode_and_prune", ENCODER)]
         for budget in every:
             run = partial(ours, twin, budget)

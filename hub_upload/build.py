@@ -2,8 +2,21 @@
 
 from pathlib import Path
 
-from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
-from transformers import AutoConfig, AutoProcessor
+import torch
+from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.modeling_lightvlm import ENCODERS
+from lightvlm.processing import CHAT_TEMPLATE
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+IMAGE_TOKEN = "<image>"
 
 
 def build_from_parts(vision: str, text: str, output_dir: str | Path, **config) -> LightVLMForConditionalGeneration:
@@ -15,14 +28,75 @@ def build_from_parts(vision: str, text: str, output_dir: str | Path, **config) -
         output_dir: the Hub folder to write.
         config: for `LightVLMConfig`, such as `num_image_tokens` or `score`.
     """
-    model = LightVLMForConditionalGeneration.from_vision_text_pretrained(vision, text, **config)
-    processor = LightVLMProcessor.from_vision_text_pretrained(
-        vision,
-        text,
+    model = compose(vision, text, **config)
+    processor = LightVLMProcessor(
+        AutoImageProcessor.from_pretrained(vision),
+        load_tokenizer(text),
+        chat_template=CHAT_TEMPLATE.read_text(),
+        num_patches=model.config.num_patches,
         num_image_tokens=model.config.num_image_tokens,
         mean_image_tokens=model.config.mean_image_tokens,
     )
     return save(model, processor, output_dir)
+
+
+@torch.no_grad()
+def compose(
+    vision: str, text: str, dtype: torch.dtype | str = "auto", **config_kwargs
+) -> LightVLMForConditionalGeneration:
+    """A model of two pretrained parts; projector and pruner are new.
+
+    Args:
+        vision: folder or Hub name of a CLIP or SigLIP checkpoint, whole or vision part.
+        text: folder or Hub name of a causal language model with its tokenizer.
+        dtype: of all weights; by default the text model's.
+        config_kwargs: for `LightVLMConfig`, such as `num_image_tokens` or `score`.
+
+    Raises:
+        ValueError: where the vision encoder is of another type, or the language model does more than a linear
+            layer between its last hidden state and its logits.
+    """
+    vision_config = AutoConfig.from_pretrained(vision)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    if vision_config.model_type not in ENCODERS:
+        raise ValueError(f"{vision} is a {vision_config.model_type}, and no CLIP or SigLIP vision encoder.")
+    language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+    head = language_model.get_output_embeddings()
+    tokenizer = load_tokenizer(text)
+    probe = torch.arange(4)[None]
+    expected = head(language_model.base_model(input_ids=probe).last_hidden_state)
+    if not torch.allclose(language_model(input_ids=probe).logits, expected, atol=1e-2, rtol=1e-2):
+        raise ValueError(f"{text} changes its logits after the output layer, which LightVLM does not.")
+    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        head = language_model.get_output_embeddings()
+
+    config = LightVLMConfig(
+        vision_config=vision_config,
+        text_config=language_model.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        vision_feature_select_strategy=ENCODERS[vision_config.model_type],
+        lm_head_bias=head.bias is not None,
+        **config_kwargs,
+    )
+    with torch.device("meta"):  # the parts' weights are never in memory twice
+        model = LightVLMForConditionalGeneration(config)
+    model.model.vision_tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=language_model.dtype)
+    model.model.language_model = language_model.base_model
+    model.lm_head = head
+    for part in (model.model.multi_modal_projector, model.model.pruner):
+        part.to_empty(device="cpu").apply(model._init_weights).to(language_model.dtype)
+    model.generation_config = language_model.generation_config
+    return model.eval()
+
+
+def load_tokenizer(text: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model, with `<image>` and a token for padding."""
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMForConditionalGeneration:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from lightvlm.common.llava_data import load_llava
 from lightvlm.evaluation.accuracy import Batch, Questions, accuracy, table, wilson_interval
 from lightvlm.evaluation.metrics import POPE, ExactMatch
 from lightvlm.evaluation.selectors import SELECTORS, encode_with_keys
-from lightvlm.training.llava_data import load_llava
 from tiny import make_image, make_model, make_processor
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from lightvlm.cli.common import SHIPPED, load
+from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.evaluation import budgets
 from lightvlm.training.prepare_easy_vqa import llava_row
 from tiny import NUM_PATCHES, make_image, make_model, make_processor

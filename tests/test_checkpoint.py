@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from lightvlm import LightVLM
-from lightvlm.cli.common import SHIPPED, load
+from lightvlm.common.checkpoint import SHIPPED, load
+from lightvlm.common.llava_data import load_llava
 from lightvlm.evaluation.accuracy import Questions, accuracy
 from lightvlm.evaluation.metrics import ExactMatch
-from lightvlm.training.llava_data import load_llava
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +30,7 @@ def test_it_is_small_and_all_safetensors():
 )
 def test_its_code_is_this_code(source):
     shipped = SHIPPED / Path(source).name
-    assert shipped.read_text() == (ROOT / source).read_text(), f"cp {source} {shipped.parent.relative_to(ROOT)}"
+    assert shipped.read_text() == (ROOT / source).read_text(), "make sync"
 
 
 def test_it_answers_easy_vqa_at_every_budget(easy_vqa_folder):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from lightvlm.cli.common import SHIPPED, load
 from lightvlm.cli.main import VERBS, main
+from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
 from PIL import Image

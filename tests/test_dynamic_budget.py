@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from lightvlm.training.collator import LightVLMCollator, pack_turns
+from lightvlm.common.turns import pack_turns
+from lightvlm.training.collator import LightVLMCollator
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 from transformers import DynamicCache, GenerationConfig, StaticCache, pipeline
 from trl import SFTConfig, SFTTrainer

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.hub.build import build_from_llava, build_from_parts
+from lightvlm.hub.build import build_from_llava, build_from_parts, compose
 from safetensors.torch import save_file
 from test_modeling_lightvlm import as_llava
 from tiny import NUM_PATCHES, make_image, make_model, make_processor, make_tokenizer, text_config, vision_config
@@ -83,11 +83,11 @@ def test_parts_keep_their_weights(tmp_path, vision_kind, text_kind):
 
 def test_spare_embedding_rows_are_used_and_missing_ones_added(tmp_path):
     vision, text = save_parts(tmp_path / "spare")
-    spare = LightVLM.from_vision_text_pretrained(vision, text)
+    spare = compose(vision, text)
     assert spare.get_input_embeddings().num_embeddings == 512
     size = len(make_tokenizer())
     vision, text = save_parts(tmp_path / "full", vocab_size=size)
-    full = LightVLM.from_vision_text_pretrained(vision, text)
+    full = compose(vision, text)
     assert full.config.image_token_id == size
     assert (
         full.get_input_embeddings().num_embeddings == full.lm_head.out_features == full.config.text_config.vocab_size
@@ -105,7 +105,7 @@ def test_the_vision_part_of_a_whole_clip_checkpoint_is_taken(tmp_path):
     CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84}).save_pretrained(
         tmp_path / "clip"
     )
-    model = LightVLM.from_vision_text_pretrained(str(tmp_path / "clip"), text)
+    model = compose(str(tmp_path / "clip"), text)
     for name, weight in clip.vision_model.state_dict().items():
         assert torch.equal(weight, model.model.vision_tower.state_dict()[name]), name
 
@@ -128,7 +128,7 @@ def test_language_models_that_change_their_logits_are_refused(tmp_path):
     config = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=2, final_logit_softcapping=0.1)
     AutoModelForCausalLM.from_config(config).save_pretrained(text)
     with pytest.raises(ValueError, match="logits"):
-        LightVLM.from_vision_text_pretrained(vision, text)
+        compose(vision, text)
 
 
 def save_llava(folder, layout: str) -> LightVLMForConditionalGeneration:

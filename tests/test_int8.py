@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
-from lightvlm import LightVLM, LightVLMProcessor, modeling_lightvlm
-from lightvlm.cli.common import SHIPPED
+from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.cli.main import main
+from lightvlm.common.checkpoint import SHIPPED
+from lightvlm.common.inference import FULL_PRECISION, int8_config
 from PIL import Image
 from tiny import make_image, make_model, make_processor
 from transformers import AutoModelForImageTextToText
@@ -23,7 +24,7 @@ def folder(request, tmp_path_factory):
 
 
 def load_int8(folder, **options):
-    return LightVLM.from_pretrained(folder, quantization_config=LightVLM.int8_config(), **options).eval()
+    return LightVLM.from_pretrained(folder, quantization_config=int8_config(), **options).eval()
 
 
 def weight_kinds(model) -> dict:
@@ -67,13 +68,13 @@ def test_the_shipped_checkpoint_answers_with_int8_weights_from_the_command_line(
 
 
 def test_bitsandbytes_is_told_the_same_names():
-    assert LightVLM.int8_config("bitsandbytes").llm_int8_skip_modules == modeling_lightvlm.FULL_PRECISION
-    assert LightVLM.int8_config().modules_to_not_convert == modeling_lightvlm.FULL_PRECISION
+    assert int8_config("bitsandbytes").llm_int8_skip_modules == FULL_PRECISION
+    assert int8_config().modules_to_not_convert == FULL_PRECISION
 
 
 def test_an_unknown_backend_and_a_missing_one(monkeypatch):
     with pytest.raises(ValueError, match="choose torchao or bitsandbytes"):
-        LightVLM.int8_config("quanto")
+        int8_config("quanto")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ValueError, match="pip install torchao"):
-        LightVLM.int8_config()
+        int8_config()

@@ -7,8 +7,8 @@ import logging
 import PIL.Image
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from lightvlm.training import llava_data
-from lightvlm.training.llava_data import load_llava, read_list, to_messages
+from lightvlm.common import llava_data
+from lightvlm.common.llava_data import load_llava, read_list, to_messages
 from tiny import make_image, make_model, make_processor
 from trl import SFTConfig, SFTTrainer
 

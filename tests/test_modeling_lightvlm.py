@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from accelerate import cpu_offload
+from lightvlm.common.inference import compile_for_inference
 from lightvlm.modeling_lightvlm import encode_patches
 from lightvlm.pruning_lightvlm import select_topk
 from tiny import NUM_PATCHES, make_image, make_model, make_processor, text_config
@@ -211,7 +212,7 @@ def test_compiled_for_inference_answers_alike_and_compiles_once(tiny):
     torch.compiler.reset()  # of other models' graphs, which count as this one's
     model, processor = tiny
     compiled, counter = copy.deepcopy(model), CompileCounter()
-    assert compiled.compile_for_inference(backend=counter) is compiled
+    assert compile_for_inference(compiled, backend=counter) is compiled
     for first, second in ((0, 1), (2, 3)):
         images = [[make_image(first), make_image(second)], [make_image(first)]]
         text = ["<image> or <image>?", "<image> a"]
@@ -230,7 +231,7 @@ def test_one_to_sixteen_images_of_any_budget_run_in_at_most_six_graphs(kind, mix
     torch.compiler.reset()
     model, processor, draw = make_model(kind, score="question"), make_processor(kind), random.Random(0)
     compiled, counter = copy.deepcopy(model), CompileCounter()
-    compiled.compile_for_inference(backend=counter)
+    compile_for_inference(compiled, backend=counter)
     for images in draw.sample(range(1, 17), 16):
         inputs = processor(
             images=[make_image(seed) for seed in range(images)],
@@ -246,7 +247,7 @@ def test_one_to_sixteen_images_of_any_budget_run_in_at_most_six_graphs(kind, mix
 
 def test_compiled_for_inference_takes_every_budget_and_no_image():
     model, processor = make_model(), make_processor()
-    compiled = copy.deepcopy(model).compile_for_inference(backend="eager")
+    compiled = compile_for_inference(copy.deepcopy(model), backend="eager")
     for budgets in ([16, 9, 4], [9, 9, 9], [36, 36, 1]):
         inputs = processor(images=IMAGES, text=TEXT, num_image_tokens=budgets, padding=True, return_tensors="pt")
         assert torch.equal(new_tokens(compiled, inputs), new_tokens(model, inputs))
@@ -339,7 +340,7 @@ def test_question_aware_rows_of_a_mixed_batch_equal_each_row_alone(processor, op
 
 def test_one_question_for_two_images_is_refused_compiled_or_not():
     model, pixels = question_aware_model(), torch.randn(2, 3, 84, 84)
-    for each in (model, copy.deepcopy(model).compile_for_inference(backend="eager")):
+    for each in (model, compile_for_inference(copy.deepcopy(model), backend="eager")):
         with pytest.raises(ValueError, match="question_ids has 1 rows, but there are 2 images"):
             each.model.get_image_features(pixels, question_ids=torch.zeros(1, 3, dtype=torch.long))
 

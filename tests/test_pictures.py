@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from lightvlm.cli.common import SHIPPED
 from lightvlm.cli.main import main
+from lightvlm.common.checkpoint import SHIPPED
 from lightvlm.demo.pictures import as_seen, picture_kept
 from PIL import Image
 from tiny import make_image, make_model, make_processor

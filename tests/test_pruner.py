@@ -8,9 +8,9 @@ import pytest
 import torch
 from launch import launch
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
+from lightvlm.common.turns import pack_turns
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training import pruner
-from lightvlm.training.collator import pack_turns
 from lightvlm.training.prepare_easy_vqa import llava_row
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 from transformers import TrainingArguments

@@ -12,8 +12,9 @@ import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi
 from lightvlm import LightVLM
-from lightvlm.cli.common import SHIPPED
 from lightvlm.cli.main import main
+from lightvlm.common.checkpoint import SHIPPED
+from lightvlm.common.inference import int8_config
 from lightvlm.hub import push
 from lightvlm.hub.build import save
 from lightvlm.hub.push import upload, write_folder
@@ -148,7 +149,7 @@ def test_weights_that_are_no_numbers(hub, checkpoint, number, capsys):
 
 
 def test_weights_that_are_quantized(checkpoint, tmp_path, capsys):
-    model = LightVLM.from_pretrained(checkpoint, quantization_config=LightVLM.int8_config())
+    model = LightVLM.from_pretrained(checkpoint, quantization_config=int8_config())
     model.save_pretrained(checkpoint)
     assert run(checkpoint, "--dry-run", tmp_path / "out") == 2
     assert "push the checkpoint that they were made of" in capsys.readouterr().err

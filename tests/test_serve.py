@@ -20,8 +20,8 @@ import openai
 import pytest
 import torch
 import uvicorn
-from lightvlm.cli.common import SHIPPED, load
 from lightvlm.cli.main import main
+from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.serving.server import KEPT, PREPARED, Limits, build_app
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from PIL import Image, ImageDraw

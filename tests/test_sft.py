@@ -15,9 +15,9 @@ from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from datasets import concatenate_datasets
 from launch import launch
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.common.llava_data import load_llava
 from lightvlm.training import sft
 from lightvlm.training.collator import LightVLMCollator, StepSampler, StepStream
-from lightvlm.training.llava_data import load_llava
 from lightvlm.training.prepare_easy_vqa import llava_row
 from peft import PeftModel
 from PIL import Image

@@ -10,6 +10,7 @@ from itertools import count
 
 import pytest
 import torch
+from lightvlm.common.inference import encode_and_rank
 from lightvlm.evaluation import speed
 from lightvlm.evaluation.presets import PRESETS, image_processor, preset_config, random_model
 from lightvlm.evaluation.speed import (
@@ -249,7 +250,7 @@ def test_at_one_static_k_no_tensor_is_on_the_host_where_a_cuda_graph_could_not_h
     with HostTensors() as host, torch.no_grad():
         pixels = torch.randn(2, 3, 84, 84, device="meta")
         count = None if budget == NUM_PATCHES else budget
-        _, tokens, _ = backbone.encode_and_rank(pixels, None, count, question_ids)
+        _, tokens, _ = encode_and_rank(backbone, pixels, None, count, question_ids)
         image = LightVLMImageFeatures(pooler_output=[tokens.flatten(0, 1)])
         backbone.prefill(
             input_ids=input_ids,

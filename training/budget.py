@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.pruning_lightvlm import allot_budgets, pool_important
-from lightvlm.training.collator import pack_turns
+from lightvlm.common.budgets import find_kappa
+from lightvlm.common.turns import pack_turns
+from lightvlm.pruning_lightvlm import pool_important
 from lightvlm.training.pruner import PolicyGradient, encode_rows, extend_card, load_rows
 from tqdm import tqdm
 from trl import TrlParser
@@ -137,18 +138,6 @@ def explained_variance(predictions: torch.Tensor, targets: torch.Tensor) -> floa
     """Share of the variance of targets (rows,) that predictions of them explain; below 0 if their mean is better."""
     left = (predictions - targets).square().mean()
     return 1 - (left / targets.var(correction=0).clamp_min(1e-12)).item()
-
-
-def find_kappa(complexity: torch.Tensor, mean: int, dynamic_budget: dict) -> float:
-    """The kappa that gives these images a mean budget, by bisection; their complexity is (images,)."""
-    low, high = -20.0, 20.0  # of its logarithm
-    means = torch.full_like(complexity, mean)
-    for _ in range(60):
-        kappa = torch.tensor((low + high) / 2).exp().item()
-        flat = dynamic_budget | {"kappas": [kappa] * len(dynamic_budget["means"])}
-        too_few = allot_budgets(complexity, means, flat).float().mean() < mean
-        low, high = ((low + high) / 2, high) if too_few else (low, (low + high) / 2)
-    return kappa
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset, IterableDataset
 from lightvlm import LightVLMProcessor
+from lightvlm.common.turns import pack_turns
 from PIL import Image
 from torch.nn.functional import pad
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -171,72 +172,3 @@ def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
     batch["input_ids"] = pad(batch["input_ids"], (0, budget), value=processor.tokenizer.pad_token_id)
     batch["input_ids"][0, -budget:] = processor.image_token_id
     return {**batch, **blank}
-
-
-def pack_turns(
-    conversations: list[list[dict]],
-    processor: LightVLMProcessor,
-    num_image_tokens: int | list[int],
-    num_images: list[int] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Train every question about an image as if it were asked alone, while the image is encoded and prefilled once.
-
-    A row is the prompt up to the end of its images, then each question with its answer; these see the images and
-    themselves, not each other, and their positions start over behind the images. Labels are on the answers alone.
-
-    Args:
-        conversations: messages of each row, questions and answers by turns, as `load_llava` returns them.
-        processor: for chat template and tokenizer.
-        num_image_tokens: K of every image, or of the images of each row.
-        num_images: of each row; one each if None.
-
-    Returns:
-        `input_ids`, `labels` and `position_ids` (batch, length), `attention_mask` (batch, 1, length, length, bool).
-    """
-    tokenizer, image_token_id = processor.tokenizer, processor.image_token_id
-    first = tokenizer("")["input_ids"]  # <s> or the like, unless the chat template writes it
-    rows, counts = [], num_images or [1] * len(conversations)
-    budgets = [num_image_tokens] * len(conversations) if isinstance(num_image_tokens, int) else num_image_tokens
-    for messages, count, budget in zip(conversations, counts, budgets, strict=True):
-        prefix, blocks = [], []
-        for question, answer in zip(messages[::2], messages[1::2], strict=True):
-            content = [{"type": "image"}] * count + [{"type": "text", "text": question["content"]}]
-            asked = {**question, "content": content}
-            prompt = processor.apply_chat_template([asked], add_generation_prompt=True)
-            answered = processor.apply_chat_template([asked, answer]).removeprefix(prompt)
-            prompt_ids, answer_ids = (
-                tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answered)
-            )
-            prompt_ids = prompt_ids if prompt_ids[: len(first)] == first else first + prompt_ids
-            start = len(prompt_ids) - prompt_ids[::-1].index(image_token_id) if count else 0
-            prefix = []
-            for token in prompt_ids[:start]:
-                prefix += [token] * (budget if token == image_token_id else 1)
-            blocks.append((prompt_ids[start:], answer_ids))
-        rows.append((prefix, blocks))
-
-    length = max(len(prefix) + sum(len(q) + len(a) for q, a in blocks) for prefix, blocks in rows)
-    input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    labels, position_ids = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
-    block_ids = torch.full_like(input_ids, -1)  # 0: prefix, 1, 2, ...: turns, -1: padding
-    for row, (prefix, blocks) in enumerate(rows):
-        input_ids[row, : len(prefix)] = torch.tensor(prefix)
-        position_ids[row, : len(prefix)] = torch.arange(len(prefix))
-        block_ids[row, : len(prefix)] = 0
-        start = len(prefix)
-        for number, (question, answer) in enumerate(blocks, start=1):
-            end = start + len(question) + len(answer)
-            input_ids[row, start:end] = torch.tensor(question + answer)
-            labels[row, end - len(answer) : end] = torch.tensor(answer)
-            position_ids[row, start:end] = torch.arange(len(prefix), len(prefix) + end - start)
-            block_ids[row, start:end] = number
-            start = end
-    queries, keys = block_ids[:, :, None], block_ids[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    attention_mask = ((queries == keys) | (keys == 0)) & causal  # padding attends to padding, which nothing reads
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask[:, None],
-        "position_ids": position_ids,
-        "labels": labels,
-    }

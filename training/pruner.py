@@ -20,9 +20,9 @@ from statistics import fmean
 import torch
 from datasets import Dataset, concatenate_datasets
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.common.llava_data import load_llava
+from lightvlm.common.turns import pack_turns
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
-from lightvlm.training.collator import pack_turns
-from lightvlm.training.llava_data import load_llava
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm

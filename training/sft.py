@@ -18,8 +18,8 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from huggingface_hub import ModelCard, ModelCardData
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.common.llava_data import load_llava
 from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream
-from lightvlm.training.llava_data import load_llava
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule

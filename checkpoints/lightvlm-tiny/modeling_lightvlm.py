@@ -15,16 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoProcessor,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
-    TorchAoConfig,
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import (
@@ -365,33 +359,6 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
     ) -> LightVLMImageFeatures:
         """`encode` and `prune` with budgets that are known beforehand: nothing in here waits for the host."""
         return self.prune(*self.encode(pixel_values, vision_feature_layer), budgets, question_ids)
-
-    def encode_and_rank(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None,
-        count: int | None,
-        question_ids: torch.LongTensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `encode_and_prune` needs, without a loop over images: one graph for any number of them.
-
-        Args:
-            pixel_values, vision_feature_layer, question_ids: as in `get_image_features`.
-            count: the largest K of the images; None for all patches of all of them, which takes no scores.
-
-        Returns:
-            Features (images, patches, dim); tokens (images, count, hidden), best first, of which an image keeps the
-            first K; and the patches (images, count) that they were.
-        """
-        features, prior = self.encode(pixel_values, vision_feature_layer)
-        if count is None:
-            order = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
-        else:
-            questions = None if question_ids is None else self.embed_questions(question_ids)
-            order = self.pruner.select(self.pruner.score(features, prior, questions), features, count)
-        # take_along_dim broadcasts, and so fixes the number of images in a compiled graph.
-        patches = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-        return features, self.pruner.add_positions(self.multi_modal_projector(patches), order), order
 
     def encode(
         self, pixel_values: torch.Tensor, vision_feature_layer: int | list[int] | None = None
@@ -752,40 +719,6 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             history += [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return answer
 
-    def compile_for_inference(self, **options) -> "LightVLMForConditionalGeneration":
-        """Compile, in place, what a first token waits for: encoder and pruner at a static K, and prefill.
-
-        The first calls compile, for minutes where a model is large: once for a number of images, K, batch size and
-        prompt length, and once more for those that vary. Images in any number and of any K then run in the same few
-        graphs, of which one image, one row, and all patches have their own. Whether a prompt has as many placeholders
-        as its images have tokens, which a processor sees to, is not checked any more: the host would wait for it.
-        Decoding is `generate`'s to compile, with `cache_implementation="static"`.
-
-        Args:
-            options: of `torch.compile`. With `mode="reduce-overhead"`, CUDA graphs on a GPU, recorded for each shape,
-                the KV cache of a prompt is overwritten by the next one's, unless it is a static cache.
-        """
-        rank = torch.compile(self.model.encode_and_rank, **options)
-        prefill = torch.compile(self.model.prefill, **options)
-
-        def encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids) -> LightVLMImageFeatures:
-            count = None if min(budgets) == self.config.num_patches else max(budgets)
-            features, tokens, order = rank(pixel_values, vision_feature_layer, count, question_ids)
-            raster = [row[:budget].sort() for row, budget in zip(order, budgets, strict=True)]
-            return LightVLMImageFeatures(
-                last_hidden_state=features.clone(),  # which the next CUDA graph may overwrite
-                pooler_output=[row[places] for row, (_, places) in zip(tokens, raster, strict=True)],
-                kept_indices=[kept for kept, _ in raster],
-            )
-
-        def prefill_joined(mm_encoder_outputs, **inputs):
-            """`prefill` with one tensor for all images, so that its graph does not depend on their number."""
-            tokens = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
-            return prefill(mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[tokens])}, **inputs)
-
-        self.model.encode_and_prune, self.model.prefill = encode_and_prune, prefill_joined
-        return self
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As `PreTrainedModel.from_pretrained`; `chat` takes its processor from the same revision and place."""
@@ -811,83 +744,6 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             if type(self._processor).__name__ != "LightVLMProcessor":
                 raise ValueError("The processor beside the weights is not LightVLM's: `lightvlm build` makes one.")
         return self._processor
-
-    @staticmethod
-    def int8_config(backend: str = "torchao") -> TorchAoConfig | BitsAndBytesConfig:
-        """For `from_pretrained(…, quantization_config=…)`: the language model's linear layers with int8 weights.
-
-        Vision encoder, pruner, projector and output layer stay as they are. Their names are whole, because a part of
-        one would match other layers, or none.
-
-        Args:
-            backend: "torchao", on any device; or "bitsandbytes", LLM.int8 (Dettmers et al. 2022), made for CUDA.
-
-        Raises:
-            ValueError: where the backend is unknown, or torchao is not installed.
-        """
-        if backend == "bitsandbytes":
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=FULL_PRECISION)
-        if backend != "torchao":
-            raise ValueError(f"There is no int8 backend {backend!r}: choose torchao or bitsandbytes.")
-        try:
-            from torchao.quantization import Int8WeightOnlyConfig
-        except ImportError:
-            raise ValueError("int8 needs torchao: pip install torchao") from None
-        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=FULL_PRECISION)
-
-    @classmethod
-    @torch.no_grad()
-    def from_vision_text_pretrained(
-        cls, vision: str, text: str, dtype: torch.dtype | str = "auto", **config_kwargs
-    ) -> "LightVLMForConditionalGeneration":
-        """Compose a model of two pretrained parts; projector and pruner are new.
-
-        `LightVLMProcessor.from_vision_text_pretrained` with the same two names makes the processor.
-
-        Args:
-            vision: folder or Hub name of a CLIP or SigLIP checkpoint, whole or vision part.
-            text: folder or Hub name of a causal language model with its tokenizer.
-            dtype: of all weights; by default the text model's.
-            config_kwargs: for `LightVLMConfig`, such as `num_image_tokens` or `score`.
-
-        Raises:
-            ValueError: where the vision encoder is of another type, or the language model does more than a linear
-                layer between its last hidden state and its logits.
-        """
-        vision_config = AutoConfig.from_pretrained(vision)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        if vision_config.model_type not in ENCODERS:
-            raise ValueError(f"{vision} is a {vision_config.model_type}, and no CLIP or SigLIP vision encoder.")
-        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
-        head = language_model.get_output_embeddings()
-        tokenizer = AutoTokenizer.from_pretrained(text)
-        tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
-
-        probe = torch.arange(4)[None]
-        expected = head(language_model.base_model(input_ids=probe).last_hidden_state)
-        if not torch.allclose(language_model(input_ids=probe).logits, expected, atol=1e-2, rtol=1e-2):
-            raise ValueError(f"{text} changes its logits after the output layer, which LightVLM does not.")
-        if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-            language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-            head = language_model.get_output_embeddings()
-
-        config = cls.config_class(
-            vision_config=vision_config,
-            text_config=language_model.config,
-            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            vision_feature_select_strategy=ENCODERS[vision_config.model_type],
-            lm_head_bias=head.bias is not None,
-            **config_kwargs,
-        )
-        with torch.device("meta"):  # the parts' weights are never in memory twice
-            model = cls(config)
-        model.model.vision_tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=language_model.dtype)
-        model.model.language_model = language_model.base_model
-        model.lm_head = head
-        for part in (model.model.multi_modal_projector, model.model.pruner):
-            part.to_empty(device="cpu").apply(model._init_weights).to(language_model.dtype)
-        model.generation_config = language_model.generation_config
-        return model.eval()
 
 
 def register_llava_key_renames() -> None:

@@ -15,9 +15,6 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
 from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
     CLIPImageProcessorPil,
     ProcessorMixin,
     SiglipImageProcessorPil,
@@ -306,27 +303,6 @@ class LightVLMProcessor(ProcessorMixin):
                 f'a number, such as mm_processor_kwargs={{"num_image_tokens": {max(means)}}}.'
             )
         return MultiModalData(num_image_tokens=budgets, num_image_patches=[1] * len(image_sizes))
-
-    @classmethod
-    def from_vision_text_pretrained(cls, vision: str, text: str, **kwargs) -> "LightVLMProcessor":
-        """The processor for `LightVLMForConditionalGeneration.from_vision_text_pretrained(vision, text)`.
-
-        Args:
-            vision: folder or Hub name of a CLIP or SigLIP checkpoint.
-            text: folder or Hub name of a causal language model; `<image>` is added to its tokenizer.
-            kwargs: for the processor, such as `num_image_tokens` or `chat_template`.
-        """
-        config = AutoConfig.from_pretrained(vision)
-        config = getattr(config, "vision_config", config)
-        tokenizer = AutoTokenizer.from_pretrained(text)
-        tokenizer.add_tokens("<image>", special_tokens=True)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if "chat_template" not in kwargs:
-            kwargs["chat_template"] = Path(__file__).with_name("chat_template.jinja").read_text()
-        num_patches = (config.image_size // config.patch_size) ** 2
-        kwargs.setdefault("num_image_tokens", num_patches // 4)
-        return cls(AutoImageProcessor.from_pretrained(vision), tokenizer, num_patches=num_patches, **kwargs)
 
 
 LightVLMProcessor.register_for_auto_class()

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from lightvlm.cli.common import SHIPPED, budget_list, load
+from lightvlm.cli.options import budget_list
+from lightvlm.common.checkpoint import SHIPPED, load
+from lightvlm.common.llava_data import load_llava
 from lightvlm.evaluation.accuracy import Batch, Questions
-from lightvlm.training.llava_data import load_llava
 
 HERE = Path(__file__).parent
 DATA = Path("data/easy-vqa")

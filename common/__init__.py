@@ -1,0 +1,1 @@
+"""What training, evaluation, servers and the command line share: checkpoints, LLaVA data, packed turns, inference."""

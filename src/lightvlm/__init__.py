@@ -1,0 +1,1 @@
+../../modeling_lightvlm/__init__.py

@@ -1,0 +1,1 @@
+../../modeling_lightvlm/configuration_lightvlm.py

@@ -1,0 +1,1 @@
+../../modeling_lightvlm/modeling_lightvlm.py

@@ -1,0 +1,1 @@
+../../modeling_lightvlm/pruning_lightvlm.py

@@ -1,0 +1,42 @@
+"""Each folder imports from those below it, and `common` holds what two of one layer share."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = {"modeling_lightvlm", "processing"}
+BELOW = {
+    "modeling_lightvlm": {"processing"},  # whose classes lightvlm/__init__.py registers
+    "processing": set(),
+    "common": MODEL,
+    **dict.fromkeys(["training", "evaluation", "hub_upload", "demo", "serving"], MODEL | {"common"}),
+    "cli": MODEL | {"common", "training", "evaluation", "hub_upload", "demo", "serving"},
+}
+FOLDERS = {path.name: path.resolve().name for path in (ROOT / "src/lightvlm").iterdir() if path.is_dir()}
+
+
+def imported_folders(source: Path) -> set[str]:
+    """The top-level folders that a file imports from, of all its lines."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = f"lightvlm.{node.module}" if node.level else node.module
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    parts = [name.split(".") for name in names if name.split(".")[0] == "lightvlm"]
+    return {FOLDERS.get(part[1] if len(part) > 1 else "", "modeling_lightvlm") for part in parts}
+
+
+@pytest.mark.parametrize("folder", BELOW)
+def test_a_folder_imports_from_those_below_it_alone(folder):
+    sources = [*(ROOT / folder).glob("*.py")]
+    assert sources
+    for source in sources:
+        assert imported_folders(source) - {folder} <= BELOW[folder], source.name
+
+
+def test_every_folder_of_the_package_has_its_layer():
+    assert {*FOLDERS.values()} == {*BELOW} - {"modeling_lightvlm"} | {"checkpoints"}
