@@ -63,7 +63,7 @@ $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 		--selectors $(SELECTORS) \
 		--output evaluation/results/mosaics_$*.json --plot evaluation/results/mosaics_$*.png
 
-# README's speed table. Nothing else should run meanwhile: for an hour or two on a CPU, for minutes on a GPU.
+# The speed table of docs/measurements.md. Nothing else should run meanwhile: for an hour or two on a CPU, for minutes on a GPU.
 SPEED := $(BIN)/lightvlm bench --preset phi2-clip-l-336
 MACHINE ?= cpu
 SPEED_RESULTS = evaluation/results/speed_$(MACHINE)_$(shell date +%F)

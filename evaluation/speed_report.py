@@ -118,7 +118,7 @@ def gains(result: dict) -> list[list[str]]:
 
 
 def headline(reports: list[dict]) -> str:
-    """Markdown: what LightVLM gains over LLaVA, of reports of `lightvlm bench`, for README.
+    """Markdown: what LightVLM gains over LLaVA, of reports of `lightvlm bench`, for docs/measurements.md.
 
     A line for each batch size and K of each report, whole models first, but for reports on several images in a prompt,
     and for batches that LLaVA has no memory for.

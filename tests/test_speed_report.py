@@ -1,4 +1,4 @@
-"""What was measured stands in tables and pictures, and in README as in the results."""
+"""What was measured stands in tables and pictures, and in docs/measurements.md as in the results."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 from lightvlm.evaluation.speed import ENCODER, PREFILL, SCORING, SELECTION, STAGES, TTFT, compare, summarise
 from lightvlm.evaluation.speed_report import describe, growth_plot, headline, page, plot, summary, table
 
-README = Path(__file__).parents[1] / "README.md"
-RESULTS = README.parent / "evaluation" / "results"
+MEASUREMENTS = Path(__file__).parents[1] / "docs" / "measurements.md"
+RESULTS = MEASUREMENTS.parents[1] / "evaluation" / "results"
 MEASURED = {  # prefill and TTFT in ms, tokens decoded in a second
     ("Llava", 576): (100, 400, 10),
     ("Llava, output_attentions", 64): (30, 200, 11),
@@ -82,7 +82,7 @@ def test_pictures_leave_out_what_had_no_memory(tmp_path):
         assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_the_page_of_results_and_readmes_table_are_those_of_the_files():
+def test_the_page_of_results_and_the_table_of_measurements_are_those_of_the_files():
     text = (RESULTS / "speed.md").read_text()
     assert text == page(RESULTS) + "\n"
-    assert text[text.index("| model and device") : text.index("\n\n## ")] in README.read_text()
+    assert text[text.index("| model and device") : text.index("\n\n## ")] in MEASUREMENTS.read_text()

@@ -1,0 +1,109 @@
+"""What README and docs/ say can be followed: links, commands, Python, and figures as they were measured."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from lightvlm.cli.main import VERBS, main
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "evaluation" / "results"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MEASUREMENTS = (ROOT / "docs" / "measurements.md").read_text()
+SELECTORS = {
+    "learned score with the question, density peaks": "diverse+question",
+    "learned score with the question, top-K": "topk+question",
+    "**learned score, density peaks** (`diverse`, the default)": "diverse",
+    "learned score, weighted k-center": "k-center",
+    "learned score, determinantal kernel": "determinantal",
+    "learned score, top-K (`topk`)": "topk",
+    "FastV: inside the language model, after two of four layers": "fastv",
+    "[CLS] attention, density peaks": "diverse+cls",
+    "max-min diversity (DivPrune)": "max-min",
+    "importance, duplicates removed (VisPruner)": "dedup+cls",
+    "[CLS] attention, top-K (FasterVLM)": "topk+cls",
+    "dominant + contextual merge (VisionZip)": "merge+cls",
+    "uniform grid": "uniform",
+    "random patches": "random",
+    "smaller image": "downsample",
+    "average pooling": "pool",
+}
+BUDGETS = {
+    "the same K for each image": "static",
+    "**dynamic**": "dynamic",
+    "outliers of [CLS] attention (interquartile rule)": "outliers of attention",
+    "entropy of [CLS] attention": "entropy of attention",
+    "effective rank of the features": "effective rank",
+}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def row(label: str) -> list[str]:
+    """The cells beside a label in a table of docs/measurements.md."""
+    (line,) = re.findall(rf"^\| {re.escape(label)} \|(.+)\|$", MEASUREMENTS, flags=re.MULTILINE)
+    return [cell.strip() for cell in line.split("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', page.read_text())
+    for link in ("".join(pair) for pair in links):
+        if not link.startswith("http"):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_a_newcomer_reads_readme_in_minutes():
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_commands_have_the_options_that_pages_name(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    texts = [page.read_text().replace("\\\n", " ") for page in PAGES]
+    commands = [line for text in texts for line in re.findall(rf"^    lightvlm {verb} .+$", text, flags=re.MULTILINE)]
+    assert {word for command in commands for word in shlex.split(command) if word.startswith("--")} <= known
+
+
+def test_readmes_python_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    blocks = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        image = ROOT / "demo" / "examples" / "flat_3x3_10.jpg"
+        exec(block.replace("data/easy-vqa/images/test/0.png", str(image)), {})
+
+
+@pytest.mark.parametrize("label", SELECTORS)
+def test_accuracies_are_those_of_the_results(label):
+    expected = []
+    for ground in ("flat", "photo"):
+        results = json.loads((RESULTS / f"mosaics_{ground}_3x3.json").read_text())["results"]
+        accuracy = {(result["selector"], result["num_image_tokens"]): result["accuracy"] for result in results}
+        expected += [f"{100 * accuracy[SELECTORS[label], count]:.1f}" for count in (64, 36, 16)]
+    assert row(label) == expected
+
+
+@pytest.mark.parametrize("label", BUDGETS)
+def test_accuracies_of_budgets_are_those_of_the_results(label):
+    results = json.loads((RESULTS / "budgets.json").read_text())["results"]
+    expected = []
+    for mean in (64, 36, 16):
+        (result,) = [entry for entry in results if entry["budget"] == BUDGETS[label] and entry["mean"] == mean]
+        gain = ""
+        if label != "the same K for each image":
+            gain = f" ({100 * result['difference']:+.2f} ± {100 * result['margin']:.2f})"
+        expected.append(f"{100 * result['accuracy']:.2f}{gain}")
+    assert row(label) == expected
