@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
         report["results"].append(result)
         title = f"batch size {result['batch_size']}, images in a row: {result['images']}"
         print(f"\n{title}, ms: median (95th percentile)\n\n{table(result)}", flush=True)
-        if args.output:  # after every batch size, lest a later one lose what is measured
+        if args.output:  # after every batch size, so that a later failure loses nothing
             args.output.write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
         plot(report["results"], describe(report), args.plot)

@@ -1,6 +1,6 @@
 """Measure accuracy of selectors at several token budgets, side by side, on LLaVA JSON files or a benchmark.
 
-Answers are greedy. With LLaVA JSON, those count that equal the expected one but for case and a full stop.
+Answers are greedy. With LLaVA JSON, those count that equal the expected one except for case and a full stop.
 
 examples:
   lightvlm eval --data-path data/easy-vqa/test.json --image-folder data/easy-vqa/images
@@ -31,7 +31,7 @@ selectors:
                        dedup+cls were published
 
 "selection" is the time from scores to projected tokens; scoring itself is not in it. "dynamic:64" among the budgets
-gives each image as many tokens as it needs, 64 in the mean, chosen by the checkpoint's own selector.
+gives each image as many tokens as it needs, 64 on average, chosen by the checkpoint's own selector.
 """
 
 import argparse

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     results = read_results(args.results)
     if not args.dry_run:
         with hub_errors(args.repo_id):
-            api.whoami()  # a wrong token shall not wait for the end of what follows
+            api.whoami()  # a wrong token fails before the long part
     model, processor = load(args.model_path, dtype="auto")  # not as this machine likes it
     with tempfile.TemporaryDirectory() as work:
         folder, name = Path(work, "folder"), args.repo_id or str(args.dry_run)

@@ -134,20 +134,30 @@ def check_header(path: str) -> None:
         raise OSError(f"{path!r} cannot be opened ({type(error).__name__})") from None
 
 
+def split_errors(results: dict) -> tuple[dict, dict[int, Exception]]:
+    """Results of `attempt` by row number: those that succeeded, and the errors of the others."""
+    errors = {number: result for number, result in results.items() if isinstance(result, Exception)}
+    return {number: result for number, result in results.items() if number not in errors}, errors
+
+
 def check_rows(data_path: str | Path, image_folder: str | Path | None) -> Iterator[tuple[list[dict], dict]]:
     """Batch by batch, the usable rows, and the errors of the others by row number; a header is read once a file."""
     PIL.Image.init()  # or else threads that load plugins at the same time make `open` refuse good files
     numbered, headers = enumerate(read_rows(data_path)), {}
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := dict(islice(numbered, ROWS_PER_BATCH)):
-            results = pool.map(lambda item: attempt(to_row, *item, image_folder), batch.items())
-            rows = dict(zip(batch, results, strict=True))
-            errors = {number: row for number, row in rows.items() if isinstance(row, Exception)}
-            rows = {number: row for number, row in rows.items() if number not in errors}
+            parsed = pool.map(lambda item: attempt(to_row, *item, image_folder), batch.items())
+            rows, malformed = split_errors(dict(zip(batch, parsed, strict=True)))
             new = {path for row in rows.values() for path in row["images"]} - headers.keys()
             headers.update(zip(new, pool.map(partial(attempt, check_header), new), strict=True))
-            errors |= {n: headers[path] for n, row in rows.items() for path in row["images"] if headers[path]}
-            yield [row for number, row in rows.items() if number not in errors], errors
+            opened = {number: first_error(row, headers) or row for number, row in rows.items()}
+            rows, unreadable = split_errors(opened)
+            yield [*rows.values()], malformed | unreadable
+
+
+def first_error(row: dict, headers: dict[str, Exception | None]) -> Exception | None:
+    """What is wrong with the first bad image of a row, of the results of `check_header` by path."""
+    return next(filter(None, (headers[path] for path in row["images"])), None)
 
 
 def report(errors: dict[int, Exception], total: int, data_path: str | Path) -> str:
@@ -164,7 +174,7 @@ def report(errors: dict[int, Exception], total: int, data_path: str | Path) -> s
 
 
 def stream_rows(data_path: str | Path, image_folder: str | Path | None, bad: set[int]) -> Iterator[dict]:
-    """The rows but for the bad ones, parsed as they are asked for."""
+    """The rows without the bad ones, parsed as they are asked for."""
     for number, row in enumerate(read_rows(data_path)):
         if number not in bad:
             yield to_row(number, row, image_folder)
@@ -205,7 +215,9 @@ def load_llava(
     if not total:
         raise ValueError(f"{data_path} has no rows")
     if len(errors) == total or errors and not skip_bad_rows:
-        cure = "" if len(errors) == total else "\nMend them, or leave them out: --skip-bad-rows (skip_bad_rows=True)."
+        cure = (
+            "" if len(errors) == total else "\nCorrect them, or leave them out: --skip-bad-rows (skip_bad_rows=True)."
+        )
         raise ValueError(report(errors, total, data_path) + cure)
     if errors:
         logger.warning(report(errors, total, data_path))

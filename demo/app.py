@@ -22,8 +22,8 @@ EXAMPLES = [
     {"text": "what color is the shape in the middle right?", "files": [str(FOLDER / "flat_3x3_10.jpg")]},
 ]
 FIXED, DYNAMIC = "fixed", "what the image needs"
-K, K_MEAN = "K, tokens kept of the image", "K in the mean over many images"
-BY_QUESTION = "The question has a say in which tokens are kept"
+K, K_MEAN = "K, tokens kept of the image", "K on average over many images"
+BY_QUESTION = "The question helps to choose the kept tokens"
 FOLLOW_UP = "Follow-up: earlier questions go into the prompt"
 TITLE = """<h1>LightVLM</h1>
 <p>Answers from a fraction of the image's tokens: the dimmed ones never reach the language model.</p>"""

@@ -96,7 +96,7 @@ class Batch:
         model: in evaluation mode.
         questions: all of them.
         rows: the numbers of those in this batch.
-        question_aware: whether scores by question are wanted.
+        question_aware: whether to score by question.
     """
 
     def __init__(self, model: LightVLM, questions: Questions, rows: list[int], question_aware: bool):
@@ -167,7 +167,7 @@ def accuracy(
         model: in evaluation mode.
         questions: that it is asked.
         settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
-            `SELECTORS`, with "+question" where each question shall choose the tokens or "+cls" where the score is the
+            `SELECTORS`, with "+question" where each question chooses the tokens or "+cls" where the score is the
             encoder's attention alone; or "all" with all patches. The checkpoint's own selector takes "dynamic:64" too.
         metric: with "accuracy" among its values.
         batch_size: questions at a time.

@@ -87,7 +87,7 @@ def answer(
             template puts a message's images before its text.
         wanted: `generation_kwargs` of the task. Without `max_new_tokens` the checkpoint's own limit holds, or 256.
         num_image_tokens: K of every image, "dynamic" or "dynamic:64"; the processor's default if None.
-        question_aware: whether the last message has a say in which tokens are kept.
+        question_aware: whether the last message helps to choose the kept tokens.
 
     Raises:
         ValueError: where a conversation holds video or audio, or the processor refuses an image or K.

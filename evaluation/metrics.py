@@ -93,7 +93,7 @@ class AnswerMetric(Metric):
 
 
 class ExactMatch(AnswerMetric):
-    """Share of answers that equal the reference but for case, surrounding space and a full stop; GQA's accuracy."""
+    """Share of answers that equal the reference except for case, surrounding space and a full stop; GQA's accuracy."""
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         right = [normalise(found) == normalise(answer) for found, answer in zip(predictions, references, strict=True)]

@@ -9,6 +9,7 @@ differs from its authors' code is in docs/papers.md.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from lightvlm import LightVLM, LightVLMModel
@@ -177,9 +178,9 @@ SCORED = ("topk", "diverse", "k-center", "determinantal", "dedup", "merge")  # t
 
 
 def mixing_weights(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """How much of each patch is in each image token: (batch, K, patches), in raster order but for `merge`.
+    """How much of each patch is in each image token: (batch, K, patches), in raster order except for `merge`.
 
-    Rows sum to one, but for those of `merge`. `features` are what the selector compares: keys for `merge`, projected
+    Rows sum to one, except those of `merge`. `features` are what the selector compares: keys for `merge`, projected
     patches for `max-min`.
     """
     if selector in MIXERS:
@@ -275,6 +276,55 @@ def prompt_attention(
     return logits.masked_fill(attention_mask[:, None] == 0, -torch.inf).softmax(dim=-1).mean(dim=1)
 
 
+class LanguageModelPruning:
+    """The hooks of `prune_in_language_model`, and the positions that they keep, (batch, positions).
+
+    Args:
+        is_image: (batch, prompt), where a prompt has image tokens.
+        attention_mask: (batch, prompt), 0 where padded.
+        count: K.
+    """
+
+    def __init__(self, is_image: torch.Tensor, attention_mask: torch.Tensor, count: int):
+        self.is_image, self.attention_mask = is_image, attention_mask
+        self.prompt = is_image.shape[1]
+        self.num_kept = self.prompt - int(is_image[0].sum()) + count
+        self.kept, self.seen = None, self.prompt
+
+    def choose(self, attention: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the second layer's attention: keep the text, K image tokens, and what follows the prompt."""
+        states, prompt = kwargs["hidden_states"], self.prompt
+        if states.shape[1] == 1:  # a step of decoding
+            return
+        embeddings = [values[:, :prompt] for values in kwargs["position_embeddings"]]
+        attended = prompt_attention(attention, states[:, :prompt], embeddings, self.attention_mask)
+        attended = attended.masked_fill(~self.is_image, torch.inf)
+        kept = attended.topk(self.num_kept, dim=-1).indices.sort(dim=-1).values
+        self.seen = states.shape[1]
+        answer = torch.arange(prompt, self.seen, device=states.device).expand(len(states), -1)
+        self.kept = torch.cat([kept, answer], dim=1)
+
+    def drop(self, layer: torch.nn.Module, args: tuple, kwargs: dict, first: bool) -> tuple[tuple, dict]:
+        """Before each later layer: leave out of its inputs what is not kept; the `first` one still gets all states."""
+        (states, *others), embeddings = args, kwargs["position_embeddings"]
+        is_decoding = embeddings[0].shape[1] == 1
+        mask = self.drop_from_mask(kwargs["attention_mask"], is_decoding)
+        if not is_decoding:
+            states = states.take_along_dim(self.kept[..., None], dim=1) if first else states
+            embeddings = tuple(values.expand(len(self.kept), -1, -1) for values in embeddings)
+            embeddings = tuple(values.take_along_dim(self.kept[..., None], dim=1) for values in embeddings)
+        return (states, *others), {**kwargs, "attention_mask": mask, "position_embeddings": embeddings}
+
+    def drop_from_mask(self, mask: torch.Tensor | None, is_decoding: bool) -> torch.Tensor | None:
+        """Columns of the kept keys and of all decoded ones, rows of the kept queries: (batch, 1, queries, keys)."""
+        if mask is None:
+            return None
+        mask = mask.expand(len(self.kept), -1, -1, -1)
+        decoded = torch.arange(self.seen, mask.shape[-1], device=mask.device).expand(len(self.kept), -1)
+        mask = mask.take_along_dim(torch.cat([self.kept, decoded], dim=1)[:, None, None], dim=3)
+        return mask if is_decoding else mask.take_along_dim(self.kept[:, None, :, None], dim=2)
+
+
 @contextmanager
 def prune_in_language_model(
     model: LightVLM, input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int
@@ -295,41 +345,12 @@ def prune_in_language_model(
     """
     if model.config.text_config.model_type not in ("phi", "llama"):
         raise ValueError("fastv knows the attention of Phi and Llama language models: leave this selector out.")
-    is_image = input_ids == model.config.image_token_id
-    prompt = input_ids.shape[1]
-    surplus = int(is_image[0].sum()) - count
-    kept, seen = None, prompt
-
-    def choose(attention, args, kwargs):
-        nonlocal kept, seen
-        states, embeddings = kwargs["hidden_states"], kwargs["position_embeddings"]
-        if states.shape[1] == 1:  # a step of decoding
-            return
-        seen = states.shape[1]
-        found = prompt_attention(
-            attention, states[:, :prompt], [values[:, :prompt] for values in embeddings], attention_mask
-        )
-        kept = found.masked_fill(~is_image, torch.inf).topk(prompt - surplus, dim=-1).indices.sort(dim=-1).values
-        answer = torch.arange(prompt, seen, device=states.device).expand(len(states), -1)
-        kept = torch.cat([kept, answer], dim=1)  # [B, positions that stay]
-
-    def drop(layer, args, kwargs):
-        states, mask, embeddings = args[0], kwargs["attention_mask"], kwargs["position_embeddings"]
-        is_decoding = embeddings[0].shape[1] == 1
-        if mask is not None:
-            mask = mask.expand(len(kept), -1, -1, -1)  # [B, 1, queries, keys]
-            since = torch.arange(seen, mask.shape[-1], device=mask.device).expand(len(kept), -1)
-            mask = mask.take_along_dim(torch.cat([kept, since], dim=1)[:, None, None], dim=3)
-            mask = mask if is_decoding else mask.take_along_dim(kept[:, None, :, None], dim=2)
-        if not is_decoding:
-            states = states.take_along_dim(kept[..., None], dim=1) if layer is layers[2] else states
-            embeddings = tuple(values.expand(len(kept), -1, -1) for values in embeddings)
-            embeddings = tuple(values.take_along_dim(kept[..., None], dim=1) for values in embeddings)
-        return (states, *args[1:]), {**kwargs, "attention_mask": mask, "position_embeddings": embeddings}
-
+    pruning = LanguageModelPruning(input_ids == model.config.image_token_id, attention_mask, count)
     layers = model.model.language_model.layers
-    handles = [layers[1].self_attn.register_forward_pre_hook(choose, with_kwargs=True)]
-    handles += [layer.register_forward_pre_hook(drop, with_kwargs=True) for layer in layers[2:]]
+    handles = [layers[1].self_attn.register_forward_pre_hook(pruning.choose, with_kwargs=True)]
+    for layer in layers[2:]:
+        drop = partial(pruning.drop, first=layer is layers[2])
+        handles.append(layer.register_forward_pre_hook(drop, with_kwargs=True))
     try:
         yield
     finally:

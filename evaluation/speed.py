@@ -206,6 +206,50 @@ class Configuration:
     encoder_attention: str | None = None
 
 
+def counts(budget: int, pixel_values: torch.Tensor) -> torch.Tensor:
+    """One K for all images, (images,), as the processor returns it."""
+    return torch.full((len(pixel_values),), budget, device=pixel_values.device)
+
+
+def run_static(run: Callable, budget: int, pixel_values: torch.Tensor, **text):
+    """LightVLM's forward at a fixed K."""
+    return run(**text, pixel_values=pixel_values, num_image_tokens=counts(budget, pixel_values))
+
+
+def run_dynamic(model: LightVLM, mean: int, pixel_values: torch.Tensor, **text):
+    """LightVLM's forward with K of each image, `mean` on average."""
+    num_patches = counts(model.config.num_patches, pixel_values)
+    budget = {"num_image_tokens": num_patches, "mean_image_tokens": counts(mean, pixel_values)}
+    return model(**text, pixel_values=pixel_values, **budget)
+
+
+def run_published(
+    llava: LlavaForConditionalGeneration, stopwatch: Stopwatch, prior_layer: int, budget: int, pixel_values, **text
+):
+    """LLaVA's forward on the K patches that its encoder's attention matrices point to."""
+    image = prune_by_output_attentions(llava, pixel_values, budget, prior_layer, stopwatch)
+    return llava(**text, mm_encoder_outputs={"image": image})
+
+
+def compile_llava(llava: LlavaForConditionalGeneration, stopwatch: Stopwatch, mode: str) -> Callable:
+    """LLaVA's forward, its encoder and its prefill compiled apart, as LightVLM's are."""
+    encode, prefill = (torch.compile(each, mode=mode) for each in (llava.get_image_features, llava.forward))
+
+    def run(pixel_values, **text):
+        with stopwatch.stage(ENCODER):
+            tokens = encode(pixel_values).pooler_output
+            tokens = [each.clone() for each in tokens]  # which the next CUDA graph may overwrite
+        return prefill(**text, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=tokens)})
+
+    return run
+
+
+def compile_lightvlm(model: LightVLM, mode: str) -> tuple[LightVLM, list[tuple]]:
+    """A compiled twin on the same weights, and its stages."""
+    twin = compile_for_inference(another(model, LightVLM, copy.deepcopy(model.config)), mode=mode)
+    return twin, [(twin.model, "encode_and_prune", ENCODER)]
+
+
 def configurations(
     model: LightVLM,
     budgets: list[int],
@@ -223,52 +267,21 @@ def configurations(
             as the mean; "compiled": LLaVA, and LightVLM at every K.
         compile_mode: of `torch.compile`.
     """
-    full, llava, layer = model.config.num_patches, as_llava(model), model.config.prior_layer
-    every, stages = sorted({full, *budgets}, reverse=True), stages_of(model)
-
-    def published(budget, pixel_values, **text):
-        image = prune_by_output_attentions(llava, pixel_values, budget, layer, stopwatch)
-        return llava(**text, mm_encoder_outputs={"image": image})
-
-    def counts(budget, pixel_values):  # as the processor returns them
-        return torch.full((len(pixel_values),), budget, device=pixel_values.device)
-
-    def ours(run, budget, pixel_values, **text):
-        return run(**text, pixel_values=pixel_values, num_image_tokens=counts(budget, pixel_values))
-
-    def dynamic(mean, pixel_values, **text):
-        budget = {"num_image_tokens": counts(full, pixel_values), "mean_image_tokens": counts(mean, pixel_values)}
-        return model(**text, pixel_values=pixel_values, **budget)
-
+    full, llava, stages = model.config.num_patches, as_llava(model), stages_of(model)
+    every = sorted({full, *budgets}, reverse=True)
     found = [Configuration(LLAVA, full, llava, llava, stages, full)]
     if "published" in methods:
-        for budget in every[1:]:
-            run = partial(published, budget)
-            found.append(Configuration(PUBLISHED, budget, llava, run, stages, budget, "eager"))
+        publish = partial(run_published, llava, stopwatch, model.config.prior_layer)
+        found += [Configuration(PUBLISHED, k, llava, partial(publish, k), stages, k, "eager") for k in every[1:]]
     if "lightvlm" in methods:
-        for budget in every:
-            found.append(Configuration(LIGHTVLM, budget, model, partial(ours, model, budget), stages, budget))
+        found += [Configuration(LIGHTVLM, k, model, partial(run_static, model, k), stages, k) for k in every]
     if "dynamic" in methods:
-        for mean in every[1:]:
-            found.append(Configuration(DYNAMIC, mean, model, partial(dynamic, mean), stages, full))
+        found += [Configuration(DYNAMIC, k, model, partial(run_dynamic, model, k), stages, full) for k in every[1:]]
     if "compiled" in methods:
-        encode, prefill = (
-            torch.compile(each, mode=compile_mode) for each in (llava.get_image_features, llava.forward)
-        )
-
-        def compiled_llava(pixel_values, **text):
-            with stopwatch.stage(ENCODER):
-                tokens = encode(pixel_values).pooler_output
-                tokens = [each.clone() for each in tokens]  # which the next CUDA graph may overwrite
-            image = BaseModelOutputWithPooling(pooler_output=tokens)
-            return prefill(**text, mm_encoder_outputs={"image": image})
-
-        found.append(Configuration(LLAVA_COMPILED, full, llava, compiled_llava, [], full))
-        twin = compile_for_inference(another(model, LightVLM, copy.deepcopy(model.config)), mode=compile_mode)
-        stages = [(twin.model, "encode_and_prune", ENCODER)]
-        for budget in every:
-            run = partial(ours, twin, budget)
-            found.append(Configuration(COMPILED, budget, twin, run, stages, budget))
+        run = compile_llava(llava, stopwatch, compile_mode)
+        found.append(Configuration(LLAVA_COMPILED, full, llava, run, [], full))
+        twin, stages = compile_lightvlm(model, compile_mode)
+        found += [Configuration(COMPILED, k, twin, partial(run_static, twin, k), stages, k) for k in every]
     return found
 
 
@@ -278,7 +291,7 @@ def reset_peak_memory(device: torch.device) -> bool:
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # lest what earlier passes freed counts for this one
+        ctypes.CDLL(None).malloc_trim(0)  # so that what earlier passes freed does not count for this one
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
     except (OSError, AttributeError, TypeError):  # on another system, or another C library
         return False

@@ -28,7 +28,7 @@ INTRODUCTION = """\
 Written by `python -m lightvlm.evaluation.speed_report evaluation/results`, from the raw results beside it. All rows of
 a file took turns within each repetition, on the same weights. "Llava" is transformers' own class with all tokens, and
 "output_attentions", or "as published", the same pruned by the attention matrices that the encoder returns; "dynamic"
-has its tokens in the mean. "×" is the speed-up over Llava in the first row of the same batch, "ceiling" what the
+has its tokens on average. "×" is the speed-up over Llava in the first row of the same batch, "ceiling" what the
 number of tokens alone would give. Compiled rows have scoring, selection and projector in the encoder's time; "both
 compiled" is LightVLM compiled over Llava compiled."""
 
@@ -120,8 +120,8 @@ def gains(result: dict) -> list[list[str]]:
 def headline(reports: list[dict]) -> str:
     """Markdown: what LightVLM gains over LLaVA, of reports of `lightvlm bench`, for docs/measurements.md.
 
-    A line for each batch size and K of each report, whole models first, but for reports on several images in a prompt,
-    and for batches that LLaVA has no memory for.
+    A line for each batch size and K of each report, whole models first, except reports on several images in a prompt,
+    and batches that LLaVA has no memory for.
     """
     heads = ["model and device", "batch", "tokens", "prefill ×", "ceiling", "TTFT ×"]
     heads += [f"TTFT ×, {other}" for other in ("as published", "dynamic", "both compiled")]

@@ -43,19 +43,19 @@ def check_files(checkpoint: Path) -> None:
 def write_folder(
     model, processor, checkpoint: Path, output: Path, name: str, results: list[dict], datasets: dict[str, str]
 ) -> None:
-    """Write what the Hub shall have: weights, configuration, code, processor, licence, card and results.
+    """Write the folder for the Hub: weights, configuration, code, processor, licence, card and results.
 
     Args:
         model: of the checkpoint, with all weights.
         processor: of the checkpoint.
         checkpoint: its folder, whose configuration, code and LICENSE are taken as they are.
         output: the Hub folder.
-        name: the repository's, or what else the card shall say to load.
+        name: the repository's, or another name that the card loads.
         results: of `read_results`.
         datasets: as of `make_card`.
 
     Raises:
-        ValueError: where weights are no numbers or quantized, or the card or the licence lacks something.
+        ValueError: where weights are NaN, infinite or quantized, or the card or the licence lacks something.
     """
     if hasattr(model.config, "quantization_config"):
         raise ValueError(

@@ -3,7 +3,7 @@
 transformers answers: its app, generation thread, streaming and response format. Ours is what comes before: a request
 is checked, its images are opened, its budget goes to the processor. `transformers serve` itself would load a LightVLM
 only after its tables of architectures were changed, would fetch any address, read any file, and load or unload any
-model for whoever asks; here `OneModel` is the only model, and other routes than those of `ROUTES` are taken away.
+model for any client; here `OneModel` is the only model, and other routes than those of `ROUTES` are taken away.
 
 Known to work with transformers 5.23, whose `transformers.cli.serving` promises no stable interface. What is used of it
 is used here alone: `build_server`, `ModelManager`, `GenerationState`, `ChatCompletionHandler`, and no private names.
@@ -41,7 +41,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers are no business of strangers
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers would only be more code that strangers can attack
 PREPARED = 4  # requests with decoded images at a time; the others wait as they came
 KEPT = 4096 * 4096  # pixels of a request's images together, once they have been resized
 SMALLEST = 1e-10  # temperature above 0, and top_p: logits divided by less do not fit in float32
@@ -69,7 +69,7 @@ class Limits:
         body_bytes: of a request as it is sent, base64 included.
         images: of a request, over all its messages.
         pixels: width times height of an image, read before it is decoded.
-        new_tokens: of an answer; also what a request gets that asks for no number.
+        new_tokens: of an answer; also the default of a request.
         messages: of a request, counted by their parts, of which a bare text is one.
         characters: of all texts of a request together, counted before they are tokenized.
     """

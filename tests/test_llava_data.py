@@ -212,7 +212,7 @@ def test_bad_rows_are_counted_by_kind_with_the_first_of_each(folder, streaming):
         "    row 1102: {} is no object with a list of conversations",
         "  1 with a corrupt image",
         f"    row 1101: '{folder}/broken.png' cannot be opened (UnidentifiedImageError)",
-        "Mend them, or leave them out: --skip-bad-rows (skip_bad_rows=True).",
+        "Correct them, or leave them out: --skip-bad-rows (skip_bad_rows=True).",
     ]
 
 

@@ -6,7 +6,7 @@
 An image needs the smallest K with which its answers are nearly as likely as with all tokens. The estimator is one
 linear layer, written into the checkpoint: ridge regression of the logarithm of that need on the pooled features of one
 half of the images. Then kappa of K = clip(round(kappa * need^exponent)) is found for each of several means, by
-bisection on the other half: whoever asks for a mean within their range gets it, on images like these.
+bisection on the other half: a mean within their range is reached, on images like these.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class BudgetArguments:
     max_images: int = field(default=2400, metadata={"help": "take so many rows of all, by chance"})
     sweep: list[int] = field(
         default_factory=lambda: [2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 144],
-        metadata={"help": "the K that are tried, rising; whoever needs more needs all tokens"},
+        metadata={"help": "the K that are tried, rising; an image that needs more needs all tokens"},
     )
     delta: float = field(default=0.1, metadata={"help": "nats by which an answer's token may be less likely"})
     ridge: list[float] = field(

@@ -156,8 +156,8 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
 def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
     """The same batch of text alone, with an image behind its first row that nothing attends to.
 
-    FSDP and ZeRO-3 gather each module's weights on all processes at once: one that skips the vision encoder, for want
-    of an image, would leave the others waiting forever.
+    FSDP and ZeRO-3 gather each module's weights on all processes at once: one that skips the vision encoder, without
+    an image, would leave the others waiting forever.
     """
     (placeholders,), (mean,) = processor.resolve_budgets(None, 1)
     budget = mean or placeholders  # a dynamic one is its mean, so that the blank image costs what others do
@@ -166,7 +166,7 @@ def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
     batch["attention_mask"] = pad(mask, (0, budget) if mask.dim() == 2 else (0, budget, 0, budget))
     if mask.dim() == 4:
         behind = torch.arange(-budget, 0)
-        batch["attention_mask"][..., behind, behind] = True  # attention without any key is no number
+        batch["attention_mask"][..., behind, behind] = True  # attention without any key is NaN
         batch["position_ids"] = pad(batch["position_ids"], (0, budget))
     batch["labels"] = pad(batch["labels"], (0, budget), value=-100)
     batch["input_ids"] = pad(batch["input_ids"], (0, budget), value=processor.tokenizer.pad_token_id)

@@ -57,7 +57,7 @@ def sample_orders(scores: torch.Tensor, num_samples: int) -> torch.Tensor:
     The Plackett-Luce distribution, sampled by Gumbel noise (Kool et al. 2019).
 
     Args:
-        scores: (batch, patches), log-probabilities but for a constant.
+        scores: (batch, patches), log-probabilities up to a constant.
         num_samples: orders of each image.
 
     Returns:
@@ -212,7 +212,7 @@ def center_questions(
 
 
 class PrunerCollator:
-    """A batch for `PolicyGradient`, with K drawn anew."""
+    """A batch for `PolicyGradient`, with a K drawn for it."""
 
     def __init__(self, processor: LightVLMProcessor, image_tokens: list[int]):
         self.processor, self.image_tokens = processor, image_tokens

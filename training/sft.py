@@ -108,36 +108,55 @@ class LightVLMArguments:
         return [part for part in self.train_parts if part not in adapted]
 
 
-def check_arguments(args: LightVLMArguments, training_args: SFTConfig, num_patches: int) -> None:
-    """ValueError with all that is wrong with the arguments, before anything heavy is loaded."""
+def budget_problems(args: LightVLMArguments, num_patches: int) -> dict[str, bool]:
+    """Messages, and whether they are true of the numbers of image tokens."""
     bounds = [args.min_image_tokens, args.log_uniform_max, args.max_image_tokens]
     bounds = [budget for budget in bounds if budget is not None]
     budgets = [*bounds, *(args.eval_image_tokens or [])]
     budgets += [] if args.num_image_tokens is None else [args.num_image_tokens]
     shares = [args.full_share, args.min_share]
-    has_projector = "multi_modal_projector" in args.train_parts
-    problems = {
-        f"an image has {num_patches} tokens, so give numbers from 1 to {num_patches}": not all(
-            1 <= budget <= num_patches for budget in budgets
-        ),
+    in_range = all(1 <= budget <= num_patches for budget in budgets)
+    return {
+        f"an image has {num_patches} tokens, so give numbers from 1 to {num_patches}": not in_range,
         "log_uniform_max and max_image_tokens need min_image_tokens": bounds and args.min_image_tokens is None,
         "min_image_tokens, log_uniform_max and max_image_tokens must not decrease": bounds != sorted(bounds),
         "full_share and min_share are shares, and together at most 1": min(shares) < 0 or sum(shares) > 1,
+    }
+
+
+def data_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[str, bool]:
+    """Messages, and whether they are true of the data and how often it is evaluated."""
+    evaluates = training_args.eval_strategy != "no"
+    cuts = training_args.max_length is not None
+    strategy = training_args.train_sampling_strategy
+    return {
         "eval_image_tokens needs eval_data_path": args.eval_image_tokens and not args.eval_data_path,
-        "eval_data_path needs eval_strategy": args.eval_data_path and training_args.eval_strategy == "no",
-        "eval_strategy needs eval_data_path": training_args.eval_strategy != "no" and not args.eval_data_path,
+        "eval_data_path needs eval_strategy": args.eval_data_path and not evaluates,
+        "eval_strategy needs eval_data_path": evaluates and not args.eval_data_path,
         "streaming needs max_steps": args.streaming and training_args.max_steps < 1,
-        "independent_turns cuts nothing off, so set max_length to null": args.independent_turns
-        and training_args.max_length is not None,
-        "projector_learning_rate needs multi_modal_projector in train_parts": args.projector_learning_rate is not None
-        and not has_projector,
+        "independent_turns cuts nothing off, so set max_length to null": args.independent_turns and cuts,
+        "rows come in random order whatever train_sampling_strategy": strategy != "random",
+    }
+
+
+def model_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[str, bool]:
+    """Messages, and whether they are true of what learns and what is saved."""
+    has_projector = "multi_modal_projector" in args.train_parts
+    has_rate = args.projector_learning_rate is not None
+    loads_best = training_args.load_best_model_at_end
+    return {
+        "projector_learning_rate needs multi_modal_projector in train_parts": has_rate and not has_projector,
         "lora_r is a rank, 1 or more": args.lora_r is not None and args.lora_r < 1,
         "save_dtype is float32, bfloat16 or float16": args.save_dtype not in ("float32", "bfloat16", "float16"),
-        "rows come in random order whatever train_sampling_strategy": training_args.train_sampling_strategy
-        != "random",
-        "load_best_model_at_end cannot be; each checkpoint-* loads as it is": training_args.load_best_model_at_end,
-        "push_to_hub cannot be; upload the finished folder with `lightvlm push`": training_args.push_to_hub,
+        "load_best_model_at_end is not supported; each checkpoint-* loads as it is": loads_best,
+        "push_to_hub is not supported; upload the finished folder with `lightvlm push`": training_args.push_to_hub,
     }
+
+
+def check_arguments(args: LightVLMArguments, training_args: SFTConfig, num_patches: int) -> None:
+    """ValueError with all that is wrong with the arguments, before anything heavy is loaded."""
+    problems = budget_problems(args, num_patches)
+    problems |= data_problems(args, training_args) | model_problems(args, training_args)
     if any(problems.values()):
         raise ValueError("; ".join(message for message, is_wrong in problems.items() if is_wrong) + ".")
 
