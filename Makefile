@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test sync test-wheel test-lowest test-newest test-lmms test-vllm lint checkpoint
+.PHONY: run test sync test-install test-lowest test-newest test-lmms test-vllm lint checkpoint
 .PHONY: eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu
 
 run: $(DATA)/test.json
@@ -26,15 +26,20 @@ build/transformers/tests: .venv/ready
 	tar -xzf build/transformers/*.tar.gz -C build/transformers --strip-components 1
 	touch $@
 
-# The wheel alone, away from the clone, answers from the checkpoint in it; all other packages are those of .venv.
-test-wheel: .venv/ready
-	rm -rf build/lib build/wheel
-	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(PYTHON) -m venv build/wheel/venv
-	$(BIN)/python -c "import sys; print(*(path for path in sys.path if 'site-packages' in path), sep='\n')" \
-		> $$(echo build/wheel/venv/lib/python*/site-packages)/others.pth
-	build/wheel/venv/bin/pip install --quiet --no-deps build/wheel/*.whl
-	cd build/wheel && venv/bin/lightvlm infer --image $(CURDIR)/demo/examples/flat_3x3_10.jpg --prompt "what is this?"
+# Each way to install answers away from the clone, from the checkpoint in it; all other packages are those of .venv.
+test-install: .venv/ready
+	rm -rf build/install
+	git clone --quiet . build/install/clone
+	$(BIN)/python -m build --outdir build/install/dist build/install/clone > build/install/log
+	set -e; for what in build/install/dist/*.whl build/install/dist/*.tar.gz git+file://$(CURDIR) "-e build/install/clone"; do \
+		echo "$$what"; \
+		$(PYTHON) -m venv --clear build/install/venv; \
+		$(BIN)/python -c "import sys; print(*(path for path in sys.path if 'site-packages' in path), sep='\n')" \
+			> $$(echo build/install/venv/lib/python*/site-packages)/others.pth; \
+		build/install/venv/bin/pip install --quiet --no-deps $$what; \
+		(cd build/install && venv/bin/lightvlm infer --image $(CURDIR)/demo/examples/flat_3x3_10.jpg \
+			--prompt "what is this?"); \
+	done
 
 # Both ends of what pyproject.toml allows of transformers and its trainers, each in an environment of its own.
 CORE := $(patsubst %,tests/test_%.py,modeling_lightvlm dynamic_budget processing_lightvlm pruning_lightvlm hub sft pruner)
