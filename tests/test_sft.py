@@ -174,6 +174,12 @@ def test_all_that_requires_a_gradient_gets_one(data, vision, feature_layer):
     assert any("vision_tower.encoder.layers.0." in name for name in learning)
 
 
+def test_a_pruner_without_parameters_may_be_named_among_the_parts_that_learn():
+    model = make_model(score="cls")
+    sft.freeze_all_but(model, ["multi_modal_projector", "pruner"])
+    assert all(weight.requires_grad for weight in model.model.multi_modal_projector.parameters())
+
+
 def test_labels_are_the_assistants_words_alone(data):
     rows = load_llava(data / "data.json", data)
     batch = collator()([rows[index] for index in (0, 1, 2)])

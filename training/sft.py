@@ -183,7 +183,7 @@ def freeze_all_but(model: LightVLMForConditionalGeneration, parts: list[str]) ->
     Dropping tokens gives a scorer no gradient; the row and column embedding of kept tokens gets one. Of the vision
     encoder, what comes behind the deepest feature layer serves the prior alone, which has none either.
     """
-    names = {module for name, _ in model.named_parameters() for module in name.split(".")}
+    names = {part for name, _ in model.named_modules() for part in name.split(".")}
     if unknown := set(parts) - names:
         raise ValueError(f"train_parts: the model has no part called {', '.join(sorted(unknown))}.")
     for name, parameter in model.named_parameters():
