@@ -7,45 +7,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from lightvlm.hub.card import eval_results, make_card, read_card, read_results, table
-from tiny import make_config
+from saved import CARD, row
+from tiny import CALIBRATION, make_config
 
 RESULTS = Path(__file__).resolve().parents[1] / "evaluation" / "results"
-CARD = """\
----
-base_model:
-- someone/vision
-datasets:
-- someone/images
-license: mit
-tags:
-- toy
----
-
-# something
-
-It answers yes
-or no.
-
-```python
-old = "code"
-```
-
-## Training
-
-- steps: 3
-- loss: 1.5
-
-## Other
-
-gone
-"""
-CALIBRATION = {"means": [2, 4, 30], "kappas": [1.0] * 3, "exponent": 1.0, "minimum": 1, "maximum": 36}
-
-
-def row(data="a", selector="diverse", budget=4, accuracy=0.5, total=8, **more):
-    low, high = max(0, accuracy - 0.1), min(1, accuracy + 0.1)
-    values = {"total": total, "accuracy": accuracy, "low": low, "high": high, **more}
-    return {"data": data, "selector": selector, "num_image_tokens": budget, "command": f"eval {data}", **values}
 
 
 @pytest.fixture
@@ -79,7 +44,7 @@ def test_a_card_of_a_card_is_the_same(checkpoint):
 def test_dynamic_budgets_are_shown_where_they_are_calibrated(checkpoint):
     assert "dynamic" not in card_of(checkpoint).text.lower()
     text = card_of(checkpoint, dynamic_budget=CALIBRATION).text
-    assert 'num_image_tokens="dynamic:4"' in text and "Dynamic budgets were calibrated" in text
+    assert 'num_image_tokens="dynamic:8"' in text and "Dynamic budgets were calibrated" in text
 
 
 def test_it_says_where_nothing_was_measured(checkpoint):

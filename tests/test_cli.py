@@ -12,7 +12,7 @@ from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
 from PIL import Image
-from test_hub import save_parts
+from saved import broken_images, save_parts
 from tiny import make_image, make_model, make_processor
 
 
@@ -81,29 +81,6 @@ def test_budgets_that_are_no_numbers(checkpoint, image, budget, capsys):
         infer(checkpoint, image, "--num-image-tokens", budget)
     assert exit_.value.code == 2
     assert "whole number" in capsys.readouterr().err
-
-
-def broken_images(folder):
-    make_image(size=(300, 300)).save(folder / "whole.png")
-    data = (folder / "whole.png").read_bytes()
-    contents = {"empty.png": b"", "text.png": b"not an image", "truncated.png": data[: len(data) // 2]}
-    contents["corrupt.png"] = data[:60] + bytes(200) + data[260:]
-    header = Image.new("1", (20000, 20000))
-    header.save(folder / "bomb.png")
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    Image.new("RGB", (5000, 1)).save(folder / "thin.png")
-    (folder / "folder.png").mkdir()
-    return [
-        "empty.png",
-        "text.png",
-        "truncated.png",
-        "corrupt.png",
-        "bomb.png",
-        "thin.png",
-        "folder.png",
-        "missing.png",
-    ]
 
 
 def test_images_that_cannot_be_read(checkpoint, tmp_path, capsys):

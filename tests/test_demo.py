@@ -16,9 +16,8 @@ from lightvlm.demo.answers import MAX_QUESTION, MAX_TURNS, Answerer, Choice, Con
 from lightvlm.demo.app import DYNAMIC, EXAMPLES, FIXED, ask, build, launch, show, slider
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from test_cli import broken_images
-from test_dynamic_budget import make_dynamic
-from tiny import make_image, make_processor
+from saved import broken_images
+from tiny import make_dynamic, make_image, make_processor
 
 LINE = r"\*(\d+) of 36 tokens · first token after \d+ ms( \(all tokens: \d+ ms\))?\*$"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

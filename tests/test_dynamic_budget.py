@@ -7,41 +7,25 @@ import torch
 from datasets import Dataset
 from lightvlm.common.turns import pack_turns
 from lightvlm.training.collator import LightVLMCollator
-from tiny import NUM_PATCHES, make_image, make_model, make_processor
+from tiny import (
+    IMAGES,
+    NUM_PATCHES,
+    TEXT,
+    complexity_of,
+    make_dynamic,
+    make_image,
+    make_model,
+    make_processor,
+    mixed_batch,
+)
 from transformers import DynamicCache, GenerationConfig, StaticCache, pipeline
 from trl import SFTConfig, SFTTrainer
-
-CALIBRATION = {"means": [2, 8, 30], "kappas": [2.0, 8.0, 40.0], "exponent": 1.0, "minimum": 1, "maximum": NUM_PATCHES}
-TEXT = ["<image> or <image>?", "what color?", "<image>\nis there a red circle in the top left?"]
-IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]
-
-
-def complexity_of(model, features, prior):
-    return model.model.pruner.estimate_complexity(features, model.model.pruner.score(features, prior))
-
-
-def make_dynamic(vision="clip", text="phi", **overrides):
-    """A tiny model whose estimator finds the images of `mixed_batch` simple, middling and complex."""
-    model = make_model(vision, text, dynamic_budget=CALIBRATION, **overrides)
-    linear = torch.nn.init.normal_(model.model.pruner.complexity.weight), model.model.pruner.complexity.bias
-    features, prior = model.model.encode(mixed_batch(make_processor(vision), 9)["pixel_values"])
-    complexity = complexity_of(model, features, prior)
-    with torch.no_grad():
-        linear[0].div_(complexity.std())
-        linear[1].sub_(complexity.mean() / complexity.std())
-    return model
 
 
 @pytest.fixture(params=["clip-phi", "clip-llama", "siglip-phi"])
 def dynamic(request):
     vision, text = request.param.split("-")
     return make_dynamic(vision, text), make_processor(vision)
-
-
-def mixed_batch(processor, num_image_tokens, **options):
-    return processor(
-        images=IMAGES, text=TEXT, num_image_tokens=num_image_tokens, padding=True, return_tensors="pt", **options
-    )
 
 
 def images_of(inputs) -> dict:

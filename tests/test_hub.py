@@ -9,8 +9,8 @@ import torch
 from lightvlm import LightVLM, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.hub.build import build_from_llava, build_from_parts, compose
 from safetensors.torch import save_file
-from test_modeling_lightvlm import as_llava
-from tiny import NUM_PATCHES, make_image, make_model, make_processor, make_tokenizer, text_config, vision_config
+from saved import HUB_FILES, save_parts
+from tiny import NUM_PATCHES, as_llava, make_image, make_model, make_processor, make_tokenizer, vision_config
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -18,45 +18,12 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    CLIPVisionModel,
     Gemma2Config,
     GPT2Config,
     LlavaProcessor,
-    SiglipImageProcessorPil,
-    SiglipVisionModel,
 )
 
-FILES = {
-    "chat_template.jinja",
-    "config.json",
-    "configuration_lightvlm.py",
-    "generation_config.json",
-    "model.safetensors",
-    "modeling_lightvlm.py",
-    "processing_lightvlm.py",
-    "processor_config.json",
-    "pruning_lightvlm.py",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color?"}]}]
-
-
-def save_parts(folder, vision="clip", text="phi", **text_overrides):
-    """Two pretrained parts, as their own libraries would have saved them."""
-    tower_class = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}[vision]
-    processor_class = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}[vision]
-    tower_class(vision_config(vision)).save_pretrained(folder / "vision")
-    size = {"height": 84, "width": 84}
-    sizes = {"size": {"shortest_edge": 84}, "crop_size": size} if vision == "clip" else {"size": size}
-    processor_class(**sizes).save_pretrained(folder / "vision")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "text")
-    model = AutoModelForCausalLM.from_config(text_config(text, tokenizer, **text_overrides))
-    if text == "phi":
-        torch.nn.init.normal_(model.lm_head.bias)
-    model.save_pretrained(folder / "text")
-    return str(folder / "vision"), str(folder / "text")
 
 
 @pytest.mark.parametrize("vision_kind, text_kind", [("clip", "phi"), ("siglip", "llama")])
@@ -199,7 +166,7 @@ def hub_folder(tmp_path):
 
 
 def test_a_hub_folder_has_weights_as_safetensors_processor_and_code(hub_folder):
-    assert {file.name for file in hub_folder.iterdir()} == FILES
+    assert {file.name for file in hub_folder.iterdir()} == HUB_FILES
 
 
 def test_save_load_save_is_a_fixed_point(hub_folder, tmp_path):

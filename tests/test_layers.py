@@ -1,4 +1,4 @@
-"""Each folder imports from those below it, and `common` holds what two of one layer share."""
+"""Each folder imports from those below it; `common` holds what two of one layer share, and no test imports a test."""
 
 import ast
 from pathlib import Path
@@ -17,8 +17,8 @@ BELOW = {
 FOLDERS = {path.name: path.resolve().name for path in (ROOT / "src/lightvlm").iterdir() if path.is_dir()}
 
 
-def imported_folders(source: Path) -> set[str]:
-    """The top-level folders that a file imports from, of all its lines."""
+def imported_names(source: Path) -> set[str]:
+    """What a file imports, by full names, of all its lines; relative imports count as of the package."""
     names = set()
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
@@ -26,7 +26,12 @@ def imported_folders(source: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             module = f"lightvlm.{node.module}" if node.level else node.module
             names |= {f"{module}.{alias.name}" for alias in node.names}
-    parts = [name.split(".") for name in names if name.split(".")[0] == "lightvlm"]
+    return names
+
+
+def imported_folders(source: Path) -> set[str]:
+    """The top-level folders that a file imports from."""
+    parts = [name.split(".") for name in imported_names(source) if name.split(".")[0] == "lightvlm"]
     return {FOLDERS.get(part[1] if len(part) > 1 else "", "modeling_lightvlm") for part in parts}
 
 
@@ -40,3 +45,10 @@ def test_a_folder_imports_from_those_below_it_alone(folder):
 
 def test_every_folder_of_the_package_has_its_layer():
     assert {*FOLDERS.values()} == {*BELOW} - {"modeling_lightvlm"} | {"checkpoints"}
+
+
+def test_no_test_imports_a_test():
+    sources = [*(ROOT / "tests").glob("*.py")]
+    tests = {source.stem for source in sources if source.stem.startswith("test_")}
+    for source in sources:
+        assert {part for name in imported_names(source) for part in name.split(".")} & tests == set(), source.name

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightvlm.evaluation.answers import answer, batches, cut, generation_options, stop_strings
-from test_dynamic_budget import make_dynamic
-from tiny import make_image, make_model, make_processor
+from tiny import make_dynamic, make_image, make_model, make_processor
 
 SHORT = {"max_new_tokens": 6}
 

@@ -9,17 +9,13 @@ from accelerate import cpu_offload
 from lightvlm.common.inference import compile_for_inference
 from lightvlm.modeling_lightvlm import encode_patches
 from lightvlm.pruning_lightvlm import select_topk
-from tiny import NUM_PATCHES, make_image, make_model, make_processor, text_config
+from tiny import IMAGES, NUM_PATCHES, TEXT, as_llava, make_image, make_model, make_processor, text_config
 from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
 )
 
-TEXT = ["<image> or <image>?", "what color?", "<image>\nis there a red circle in the top left?"]
-IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]
 BUDGETS = [[16, 4], [], [9]]
 
 
@@ -39,18 +35,6 @@ def single_rows(processor):
 def new_tokens(model, inputs, **options) -> torch.Tensor:
     output = model.generate(**inputs, **{"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8} | options)
     return output[:, inputs["input_ids"].shape[1] :]
-
-
-def as_llava(model) -> LlavaForConditionalGeneration:
-    """The same weights in transformers' own class, which has no bias in its head."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
-    llava = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
-    if model.lm_head.bias is not None:
-        model.lm_head.bias.data.zero_()
-    weights = {name: weight for name, weight in model.state_dict().items() if "pruner" not in name}
-    weights.pop("lm_head.bias", None)
-    llava.load_state_dict(weights)
-    return llava
 
 
 @pytest.mark.parametrize("layer", [-2, -1, [-3, -1], 1])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import test_hub
 import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi
@@ -18,10 +17,10 @@ from lightvlm.common.inference import int8_config
 from lightvlm.hub import push
 from lightvlm.hub.build import save
 from lightvlm.hub.push import upload, write_folder
-from test_card import CALIBRATION, CARD, row
-from tiny import make_image, make_model, make_processor
+from saved import CARD, HUB_FILES, row
+from tiny import CALIBRATION, make_image, make_model, make_processor
 
-FILES = test_hub.FILES | {"LICENSE", "README.md"}
+FILES = HUB_FILES | {"LICENSE", "README.md"}
 
 
 @pytest.fixture(scope="module")

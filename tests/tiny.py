@@ -1,6 +1,7 @@
-"""The parts of the tiny model: random weights, fp32, CPU, 36 patches an image."""
+"""The tiny model, whole and in parts: random weights, fp32, CPU, 36 patches an image."""
 
 import numpy as np
+import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.processing import CHAT_TEMPLATE
 from lightvlm.training.init_decoder import train_tokenizer
@@ -9,6 +10,8 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PhiConfig,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
@@ -93,3 +96,42 @@ def make_processor(vision: str = "clip", num_image_tokens: int = 9) -> LightVLMP
 def make_image(seed: int = 0, size: tuple[int, int] = (84, 84)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def as_llava(model) -> LlavaForConditionalGeneration:
+    """The same weights in transformers' own class, which has no bias in its head."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
+    llava = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
+    if model.lm_head.bias is not None:
+        model.lm_head.bias.data.zero_()
+    weights = {name: weight for name, weight in model.state_dict().items() if "pruner" not in name}
+    weights.pop("lm_head.bias", None)
+    llava.load_state_dict(weights)
+    return llava
+
+
+CALIBRATION = {"means": [2, 8, 30], "kappas": [2.0, 8.0, 40.0], "exponent": 1.0, "minimum": 1, "maximum": NUM_PATCHES}
+TEXT = ["<image> or <image>?", "what color?", "<image>\nis there a red circle in the top left?"]
+IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]
+
+
+def complexity_of(model, features, prior):
+    return model.model.pruner.estimate_complexity(features, model.model.pruner.score(features, prior))
+
+
+def make_dynamic(vision="clip", text="phi", **overrides):
+    """A tiny model whose estimator finds the images of `mixed_batch` simple, middling and complex."""
+    model = make_model(vision, text, dynamic_budget=CALIBRATION, **overrides)
+    linear = torch.nn.init.normal_(model.model.pruner.complexity.weight), model.model.pruner.complexity.bias
+    features, prior = model.model.encode(mixed_batch(make_processor(vision), 9)["pixel_values"])
+    complexity = complexity_of(model, features, prior)
+    with torch.no_grad():
+        linear[0].div_(complexity.std())
+        linear[1].sub_(complexity.mean() / complexity.std())
+    return model
+
+
+def mixed_batch(processor, num_image_tokens, **options):
+    return processor(
+        images=IMAGES, text=TEXT, num_image_tokens=num_image_tokens, padding=True, return_tensors="pt", **options
+    )

@@ -1,0 +1,105 @@
+"""What tests save: parts of a model, images that cannot be read, a card and results for it."""
+
+import torch
+from PIL import Image
+from tiny import make_image, make_tokenizer, text_config, vision_config
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    CLIPVisionModel,
+    SiglipImageProcessorPil,
+    SiglipVisionModel,
+)
+
+HUB_FILES = {
+    "chat_template.jinja",
+    "config.json",
+    "configuration_lightvlm.py",
+    "generation_config.json",
+    "model.safetensors",
+    "modeling_lightvlm.py",
+    "processing_lightvlm.py",
+    "processor_config.json",
+    "pruning_lightvlm.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+CARD = """\
+---
+base_model:
+- someone/vision
+datasets:
+- someone/images
+license: mit
+tags:
+- toy
+---
+
+# something
+
+It answers yes
+or no.
+
+```python
+old = "code"
+```
+
+## Training
+
+- steps: 3
+- loss: 1.5
+
+## Other
+
+gone
+"""
+
+
+def save_parts(folder, vision="clip", text="phi", **text_overrides):
+    """Two pretrained parts, as their own libraries would have saved them."""
+    tower_class = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}[vision]
+    processor_class = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}[vision]
+    tower_class(vision_config(vision)).save_pretrained(folder / "vision")
+    size = {"height": 84, "width": 84}
+    sizes = {"size": {"shortest_edge": 84}, "crop_size": size} if vision == "clip" else {"size": size}
+    processor_class(**sizes).save_pretrained(folder / "vision")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "text")
+    model = AutoModelForCausalLM.from_config(text_config(text, tokenizer, **text_overrides))
+    if text == "phi":
+        torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(folder / "text")
+    return str(folder / "vision"), str(folder / "text")
+
+
+def broken_images(folder):
+    """Images that cannot be read, saved in a folder; their names."""
+    make_image(size=(300, 300)).save(folder / "whole.png")
+    data = (folder / "whole.png").read_bytes()
+    contents = {"empty.png": b"", "text.png": b"not an image", "truncated.png": data[: len(data) // 2]}
+    contents["corrupt.png"] = data[:60] + bytes(200) + data[260:]
+    header = Image.new("1", (20000, 20000))
+    header.save(folder / "bomb.png")
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    Image.new("RGB", (5000, 1)).save(folder / "thin.png")
+    (folder / "folder.png").mkdir()
+    return [
+        "empty.png",
+        "text.png",
+        "truncated.png",
+        "corrupt.png",
+        "bomb.png",
+        "thin.png",
+        "folder.png",
+        "missing.png",
+    ]
+
+
+def row(data="a", selector="diverse", budget=4, accuracy=0.5, total=8, **more):
+    """A row of what `lightvlm eval --output` writes."""
+    low, high = max(0, accuracy - 0.1), min(1, accuracy + 0.1)
+    values = {"total": total, "accuracy": accuracy, "low": low, "high": high, **more}
+    return {"data": data, "selector": selector, "num_image_tokens": budget, "command": f"eval {data}", **values}
