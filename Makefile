@@ -115,9 +115,12 @@ test-vllm: .venv-vllm/ready $(DATA)/mosaics_test_photo_3x3.json
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# The files that travel to the Hub are typed in full.
+TYPED := configuration_lightvlm.py pruning_lightvlm.py modeling_lightvlm.py processing/processing_lightvlm.py
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(addprefix src/lightvlm/,$(TYPED))
 
 # The checkpoint's copies of the files that travel with it.
 sync:

@@ -4,14 +4,21 @@ The maths are pure functions on tensors of shape (batch, tokens, dim), apart fro
 (Bolya et al. 2023). Kept indices are always in raster order: row by row from the top left, as the encoder saw them.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipMultiheadAttentionPoolingHead
+
+from .configuration_lightvlm import LightVLMConfig
 
 NOTHING_NEW = 1e-6  # a distance within float32's rounding; such patches are ordered by their scores alone
 QUESTION_RANK = 32  # so that the pruner of a 7B model stays below a million parameters
 
 
-def cls_attention(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def cls_attention(layer: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
     """How much the [CLS] token of a CLIP encoder layer attends to each patch, averaged over the heads.
 
     One row of the layer's attention matrix, computed from the layer's input: exact, and without eager attention.
@@ -32,7 +39,7 @@ def cls_attention(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
     return (similarity * attention.scale).float().softmax(dim=-1).mean(dim=1)[:, 1:]
 
 
-def probe_attention(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def probe_attention(head: SiglipMultiheadAttentionPoolingHead, hidden_states: torch.Tensor) -> torch.Tensor:
     """How much the probe of SigLIP's pooling head attends to each patch, averaged over the heads.
 
     SigLIP has no [CLS] token; the probe pools its patches instead (Zhai et al. 2023).
@@ -48,7 +55,7 @@ def probe_attention(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tenso
     return head.attention(probe, hidden_states, hidden_states)[1][:, 0].float()
 
 
-def received_attention(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def received_attention(layer: SiglipEncoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
     """How much attention each patch receives in a SigLIP encoder layer, averaged over heads and queries.
 
     The stand-in where a SigLIP checkpoint has no pooling head. Takes one layer's full attention matrix.
@@ -112,7 +119,8 @@ def select_density_peaks(scores: torch.Tensor, features: torch.Tensor, count: in
     return select_topk(peaks, features, count)
 
 
-SELECTORS = {"topk": select_topk, "diverse": select_density_peaks}
+Selector = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+SELECTORS: dict[str, Selector] = {"topk": select_topk, "diverse": select_density_peaks}
 
 
 def pool_important(features: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -129,7 +137,7 @@ def pool_important(features: torch.Tensor, scores: torch.Tensor) -> torch.Tensor
     return (weights[:, None] @ nn.functional.layer_norm(features.float(), features.shape[-1:]))[:, 0]
 
 
-def allot_budgets(complexity: torch.Tensor, means: torch.Tensor, dynamic_budget: dict) -> torch.Tensor:
+def allot_budgets(complexity: torch.Tensor, means: torch.Tensor, dynamic_budget: dict[str, Any]) -> torch.Tensor:
     """K of each image by its complexity: clip(round(kappa * exp(exponent * complexity)), minimum, maximum).
 
     Kappa is interpolated, on logarithmic scales, between the means that were calibrated.
@@ -182,7 +190,7 @@ class TokenPruner(nn.Module):
     The learned terms are zero at the start, so that an untrained pruner is exactly the vision encoder's own attention.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: LightVLMConfig) -> None:
         super().__init__()
         self.select = SELECTORS[config.select]
         self.patches_per_side = side = config.patches_per_side
@@ -208,7 +216,7 @@ class TokenPruner(nn.Module):
             self.question_center = ZeroEmbedding(1, width)
             self.question_projection = ZeroLinear(width, QUESTION_RANK, bias=False)
 
-        self.dynamic_budget = config.dynamic_budget
+        self.dynamic_budget = config.dynamic_budget or {}
         self.complexity = Float32Linear(features, 1) if config.dynamic_budget else None
 
     def score(

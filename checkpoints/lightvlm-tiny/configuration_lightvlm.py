@@ -1,6 +1,6 @@
 """Configuration of LightVLM: a LLaVA model that keeps the K image tokens that matter."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.utils.versions import require_version
 
@@ -8,7 +8,7 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
-from transformers import LlavaConfig  # noqa: E402
+from transformers import LlavaConfig, PreTrainedConfig  # noqa: E402
 
 
 @strict
@@ -42,17 +42,20 @@ class LightVLMConfig(LlavaConfig):
     """
 
     model_type = "lightvlm"
+    if TYPE_CHECKING:  # LLaVA takes them as dicts too, and makes configurations of them
+        vision_config: PreTrainedConfig
+        text_config: PreTrainedConfig
 
     num_image_tokens: int | str | None = None
     mean_image_tokens: int | None = None
-    dynamic_budget: dict | None = None
+    dynamic_budget: dict[str, Any] | None = None
     score: Literal["cls", "mlp", "positional", "question"] = "positional"
     select: Literal["topk", "diverse"] = "diverse"
     prior_layer: int = -2
     scorer_hidden_size: int = 512
     lm_head_bias: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.auto_map = {
             "AutoConfig": "configuration_lightvlm.LightVLMConfig",

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -21,6 +22,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images  # noqa: E402
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs  # noqa: E402
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput  # noqa: E402
 
 MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before its centre is cut out
 
@@ -35,12 +37,12 @@ class LightVLMImagesKwargs(ImagesKwargs, total=False):
 class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
     """Options of a call."""
 
-    images_kwargs: LightVLMImagesKwargs
-    _defaults = {}  # without which transformers 5.19 refuses every call
+    images_kwargs: LightVLMImagesKwargs  # type: ignore[misc]
+    _defaults = {}  # type: ignore[misc]  # without which transformers 5.19 refuses every call
 
 
 @contextmanager
-def reading(name: str | Path):
+def reading(name: Any) -> Iterator[None]:
     """Whatever goes wrong with an image, and each of Pillow's formats has errors of its own, becomes a ValueError."""
     try:
         yield
@@ -51,7 +53,7 @@ def reading(name: str | Path):
         raise ValueError(f"{name} cannot be read as an image: {reason:.200}") from error
 
 
-def open_image(file, name: str | Path | None = None) -> Image.Image:
+def open_image(file: Any, name: str | None = None) -> Image.Image:
     """The decoded image of a path or file object; ValueError, with path or `name`, where it is no image or broken."""
     with reading(name or file):
         image = Image.open(file)
@@ -59,7 +61,7 @@ def open_image(file, name: str | Path | None = None) -> Image.Image:
     return image
 
 
-def open_images(images, numbers: Iterator[int] | None = None):
+def open_images(images: Any, numbers: Iterator[int] | None = None) -> Any:
     """A (nested) list of images, with those opened that are paths, URLs, base64, bytes, files or rows of `datasets`.
 
     Raises:
@@ -118,7 +120,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def shrink(image: Image.Image, image_processor) -> Image.Image:
+def shrink(image: Image.Image, image_processor: Any) -> Image.Image:
     """An image resized as its image processor would, which before that copies all of a photograph several times.
 
     For image processors other than CLIP's and SigLIP's with Pillow, which might pad or cut first, the image as it is.
@@ -155,18 +157,18 @@ class LightVLMProcessor(ProcessorMixin):
         image_token (`str`): the placeholder.
     """
 
-    valid_processor_kwargs = LightVLMProcessorKwargs
+    valid_processor_kwargs = LightVLMProcessorKwargs  # type: ignore[assignment]
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
+        image_processor: Any = None,
+        tokenizer: Any = None,
         chat_template: str | None = None,
         num_patches: int = 576,
         num_image_tokens: int | str = 144,
         image_token: str = "<image>",
         mean_image_tokens: int | None = None,
-    ):
+    ) -> None:
         self.num_patches = num_patches
         self.num_image_tokens = num_image_tokens
         self.mean_image_tokens = mean_image_tokens or max(1, round(num_patches * 160 / 576))
@@ -208,30 +210,37 @@ class LightVLMProcessor(ProcessorMixin):
             means.append(mean)
         return budgets, means
 
-    def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs):
+    def prepare_inputs_layout(self, images: ImageInput | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `ProcessorMixin`, but files are opened here, where 16 bits and transparency survive."""
         images = None if images is None else open_images(images)
         if isinstance(images, list) and all(isinstance(row, list) and not row for row in images):
             images = None
-        return super().prepare_inputs_layout(images=images, **kwargs)
+        return super().prepare_inputs_layout(images, *args, **kwargs)
 
-    def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
+    def validate_inputs(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """As in `ProcessorMixin`, and row by row where images come in rows, or are as many as the texts."""
-        super().validate_inputs(images=images, text=text, **kwargs)
+        super().validate_inputs(images, text, *args, **kwargs)
         if text is None or not isinstance(images, (list, tuple)):
             return
         in_rows = any(isinstance(row, (list, tuple)) for row in images)
         if not in_rows and len(images) != len(text):
             return  # transformers gives out a flat list mark by mark
         for index, (row, sample) in enumerate(zip(images, text, strict=True)):
-            marks, num_images = sample.count(self.image_token), len(row) if in_rows else 1
+            marks = sample.count(self.image_token)
+            num_images = len(row) if isinstance(row, (list, tuple)) else 1
             if marks != num_images:
                 raise ValueError(
                     f"Row {index} has {marks} {self.image_token} marks and {num_images} images: give one mark for "
                     "each image, and where a row has more or fewer than one image, a list of images for each row."
                 )
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `ProcessorMixin`, but ValueError where a text has an image mark, which would take an image's place."""
         if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
             conversations = [conversation] if isinstance(conversation[0], dict) else conversation
@@ -258,11 +267,11 @@ class LightVLMProcessor(ProcessorMixin):
 
     def _process_images(
         self,
-        images: ImageInput,
+        images: Any,
         num_image_tokens: int | str | list[int | str] | None = None,
         question: str | list[str] | None = None,
-        **kwargs,
-    ) -> tuple[dict, list[str]]:
+        **kwargs: Any,
+    ) -> tuple[dict[str, Any], list[str]]:
         """Pixel values, budgets and questions of all images, and the placeholders of each."""
         images = make_flat_list_of_images(images)
         budgets, means = self.resolve_budgets(num_image_tokens, len(images))
@@ -288,11 +297,11 @@ class LightVLMProcessor(ProcessorMixin):
         length = max(1, *map(len, ids))
         return [row + [-1] * (length - len(row)) for row in ids]
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image."""
         return self.image_token * image_inputs["num_image_tokens"][image_idx]
 
-    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(self, image_sizes: list[Any] | None = None, **kwargs: Any) -> MultiModalData:
         """Placeholders of images of these sizes, by which vLLM plans; ValueError where they would be dynamic."""
         if image_sizes is None:
             return MultiModalData()
