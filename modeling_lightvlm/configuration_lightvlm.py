@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.utils.versions import require_version
 
-# Before anything that older versions lack; some of them would load the model and answer wrongly.
+# Before all imports that older versions lack; some versions would load the model and give wrong answers.
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
@@ -17,24 +17,24 @@ class LightVLMConfig(LlavaConfig):
 
     Args:
         num_image_tokens (`int` or "dynamic"):
-            Tokens kept of an image when a call does not say otherwise, 1 to `num_patches`; by default a quarter.
-            "dynamic": as many as the image needs, with a mean of `mean_image_tokens` over many images.
+            Tokens kept of an image if a call does not pass another number, 1 to `num_patches`; by default a quarter.
+            "dynamic": as many as the image needs, on average `mean_image_tokens` over many images.
         mean_image_tokens (`int`):
-            The mean of "dynamic" where a call does not name one; by default 160 of 576.
+            The average of "dynamic" if a call does not pass one; by default 160 of 576.
         dynamic_budget (`dict`):
-            What `training/budget.py` found: `means` and the `kappas` that lead to them, `exponent`, `minimum` and
-            `maximum` of `allot_budgets`, and `data`, `images` and `delta` of the calibration. None: no "dynamic".
+            The calibration by `training/budget.py`: `means` and their `kappas`, `exponent`, `minimum` and `maximum` of
+            `allot_budgets`, and the `data`, `images` and `delta` it was made with. None: "dynamic" is not available.
         score (`str`):
             What makes a patch important. "cls": the vision encoder's own attention alone. "mlp": its logarithm plus a
             two-layer MLP of the patch features. "positional": "mlp" plus a learned row and column term, and a row and
-            column embedding on the kept tokens. "question": "positional" plus, in calls that give a question, a
-            low-rank product of patches and question; tokens so chosen cannot be cached for another question, each turn
-            of a conversation wants them anew, and vLLM never asks for them. All are equal until trained.
+            column embedding on the kept tokens. "question": "positional" plus, in calls with a question, a low-rank
+            product of patches and question; tokens chosen for one question cannot be reused for the next turn of a
+            conversation, and vLLM passes no question. The learned terms are zero until trained.
         select (`str`):
-            Which patches are kept. "topk": the best scores. "diverse": good scores that are unlike the better ones.
+            Which patches are kept. "topk": the best scores. "diverse": good scores unlike any better one.
         prior_layer (`int`):
-            The encoder layer whose attention is the score's starting point: the penultimate, as in FasterVLM (Zhang et
-            al. 2024) and VisionZip (Yang et al. 2024), or -1 for the last. A SigLIP pooling head goes before it.
+            The encoder layer whose attention the score starts from: the penultimate, as in FasterVLM (Zhang et al.
+            2024) and VisionZip (Yang et al. 2024), or -1 for the last. A SigLIP pooling head takes precedence.
         scorer_hidden_size (`int`):
             Width of the scorer's MLP.
         lm_head_bias (`bool`):
@@ -42,7 +42,7 @@ class LightVLMConfig(LlavaConfig):
     """
 
     model_type = "lightvlm"
-    if TYPE_CHECKING:  # LLaVA takes them as dicts too, and makes configurations of them
+    if TYPE_CHECKING:  # LLaVA accepts dicts and converts them
         vision_config: PreTrainedConfig
         text_config: PreTrainedConfig
 

@@ -1,4 +1,4 @@
-"""Processor of LightVLM: it decides each image's budget and writes that many placeholders, the model obeys."""
+"""Processor of LightVLM: decides each image's budget and writes that many placeholders into the prompt."""
 
 import os
 from collections.abc import Iterator
@@ -12,23 +12,18 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.utils.versions import require_version
 
-# As in `configuration_lightvlm.py`: a processor may be loaded alone.
+# As in `configuration_lightvlm.py`: a processor can be loaded without it.
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
-from transformers import (  # noqa: E402
-    CLIPImageProcessorPil,
-    ProcessorMixin,
-    SiglipImageProcessorPil,
-)
+from transformers import CLIPImageProcessorPil, ProcessorMixin, SiglipImageProcessorPil  # noqa: E402
 from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images  # noqa: E402
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs  # noqa: E402
-from transformers.tokenization_utils_base import PreTokenizedInput, TextInput  # noqa: E402
 
-MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before its centre is cut out
+MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before the center crop
 
 
 class LightVLMImagesKwargs(ImagesKwargs, total=False):
-    """Image options of a call: transformers' own, K, and the question by which K tokens are chosen."""
+    """Image options of a call: transformers' own, K, and the question that the choice of tokens depends on."""
 
     num_image_tokens: int | str | list[int | str] | None
     question: str | list[str] | None
@@ -38,23 +33,23 @@ class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
     """Options of a call."""
 
     images_kwargs: LightVLMImagesKwargs  # type: ignore[misc]
-    _defaults = {}  # type: ignore[misc]  # without which transformers 5.19 refuses every call
+    _defaults = {}  # type: ignore[misc]  # transformers 5.19 raises without it
 
 
 @contextmanager
 def reading(name: Any) -> Iterator[None]:
-    """Whatever goes wrong with an image, and each of Pillow's formats has errors of its own, becomes a ValueError."""
+    """Turn every error of reading an image into a ValueError: each of Pillow's formats raises errors of its own."""
     try:
         yield
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # it says where the image is in memory
+        if isinstance(error, UnidentifiedImageError):  # its message has an address in memory
             reason = "its format is unknown"
         raise ValueError(f"{name} cannot be read as an image: {reason:.200}") from error
 
 
 def open_image(file: Any, name: str | None = None) -> Image.Image:
-    """The decoded image of a path or file object; ValueError, with path or `name`, where it is no image or broken."""
+    """Decode the image of a path or file object; ValueError with path or `name` if it is broken or not an image."""
     with reading(name or file):
         image = Image.open(file)
         image.load()
@@ -62,11 +57,11 @@ def open_image(file: Any, name: str | None = None) -> Image.Image:
 
 
 def open_images(images: Any, numbers: Iterator[int] | None = None) -> Any:
-    """A (nested) list of images, with those opened that are paths, URLs, base64, bytes, files or rows of `datasets`.
+    """Open what is a path, URL, base64, bytes, file or row of `datasets` in a (nested) list of images.
 
     Raises:
-        ValueError: with path or number, counted from 0, where an image is broken, or is neither one of these nor a PIL
-            image nor an array of one image or, in four dimensions, of several.
+        ValueError: with path or number, counted from 0, if an image is broken, or is neither one of these nor a PIL
+            image nor an array of one image (2D or 3D) or of several (4D).
     """
     numbers = numbers or count()
     if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
@@ -96,11 +91,11 @@ def open_images(images: Any, numbers: Iterator[int] | None = None) -> Any:
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """An image as its EXIF says it is to be held; as it is where the EXIF is broken."""
+    """Rotate an image as its EXIF says; an image with broken EXIF is returned as it is."""
     try:
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return image if upright else ImageOps.exif_transpose(image)  # which copies upright images too
-    except Exception:  # as many kinds as in `reading`; the pixels are decoded, so it can only be the EXIF
+        return image if upright else ImageOps.exif_transpose(image)  # copies even upright images
+    except Exception:  # of as many types as in `reading`; the pixels are decoded, so the EXIF is broken
         return image
 
 
@@ -110,7 +105,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = turn_upright(image)
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image).astype(np.float32)
-        # 16-bit modes say their range; 32-bit ones do not, so the brightest pixel tells.
+        # 16-bit modes have a known range; that of 32-bit modes is inferred from the brightest pixel.
         brightest = 65535 if image.mode.startswith("I;16") else pixels.max()
         white = 65535 if brightest > 255 else 1 if brightest <= 1 and image.mode == "F" else 255
         image = Image.fromarray((pixels.clip(0, white) * (255 / white)).astype(np.uint8))
@@ -121,9 +116,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def shrink(image: Image.Image, image_processor: Any) -> Image.Image:
-    """An image resized as its image processor would, which before that copies all of a photograph several times.
+    """Resize an image as its image processor would, which copies the whole photograph several times before that.
 
-    For image processors other than CLIP's and SigLIP's with Pillow, which might pad or cut first, the image as it is.
+    Image processors other than CLIP's and SigLIP's with Pillow might pad or crop first: for them it is not resized.
     """
     size, resample = image_processor.size, image_processor.resample
     resizes_first = type(image_processor) in (CLIPImageProcessorPil, SiglipImageProcessorPil)
@@ -143,17 +138,17 @@ class LightVLMProcessor(ProcessorMixin):
     K is `num_image_tokens`, one integer for all images of a call or a list with one for each:
     `processor(images=..., text=..., num_image_tokens=64)`, or
     `processor.apply_chat_template(..., processor_kwargs={"num_image_tokens": 64})`. In place of a number, "dynamic" or
-    "dynamic:64" gives each image as many tokens as it needs, with a mean of `mean_image_tokens` or of 64 over many
-    images; it then has a placeholder for every patch, and the model drops the surplus. `question`, one text or one for
-    each image, lets a pruner with `score="question"` choose tokens by it.
+    "dynamic:64" gives each image as many tokens as it needs, on average `mean_image_tokens` or 64 over many images;
+    the prompt then has a placeholder for every patch, and the model drops the surplus. `question`, one text or one for
+    each image, is what a pruner with `score="question"` chooses tokens for.
 
     Args:
         image_processor: any transformers image processor of fixed output size.
         tokenizer: a tokenizer to which `image_token` was added.
         chat_template (`str`): jinja template with generation markers.
         num_patches (`int`): tokens of an image before pruning, the largest K.
-        num_image_tokens (`int` or "dynamic"): K of a call that does not give one.
-        mean_image_tokens (`int`): the mean of "dynamic" that does not give one; by default 160 of 576.
+        num_image_tokens (`int` or "dynamic"): K of a call that does not pass one.
+        mean_image_tokens (`int`): the average of a plain "dynamic"; by default 160 of 576.
         image_token (`str`): the placeholder.
     """
 
@@ -173,7 +168,7 @@ class LightVLMProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.mean_image_tokens = mean_image_tokens or max(1, round(num_patches * 160 / 576))
         self.image_token = image_token
-        tokenizer.padding_side = "left"  # generation continues at the right end; trainers ask for "right" themselves
+        tokenizer.padding_side = "left"  # generation continues at the right end; trainers set "right" themselves
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -184,10 +179,10 @@ class LightVLMProcessor(ProcessorMixin):
     def resolve_budgets(
         self, num_image_tokens: int | str | list[int | str] | None, num_images: int
     ) -> tuple[list[int], list[int]]:
-        """K of each image, and the mean that was asked for where K is dynamic, 0 where it is not.
+        """K of each image, and the requested mean if K is dynamic, otherwise 0.
 
         Raises:
-            ValueError: where it is neither a whole number from 1 to `num_patches` nor "dynamic" with such a mean.
+            ValueError: if it is neither a whole number from 1 to `num_patches` nor "dynamic" with such a mean.
         """
         if num_image_tokens is None:
             num_image_tokens = self.num_image_tokens
@@ -211,26 +206,20 @@ class LightVLMProcessor(ProcessorMixin):
         return budgets, means
 
     def prepare_inputs_layout(self, images: ImageInput | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `ProcessorMixin`, but files are opened here, where 16 bits and transparency survive."""
+        """As in `ProcessorMixin`, but opens files itself, which keeps 16 bits and transparency."""
         images = None if images is None else open_images(images)
         if isinstance(images, list) and all(isinstance(row, list) and not row for row in images):
             images = None
         return super().prepare_inputs_layout(images, *args, **kwargs)
 
-    def validate_inputs(
-        self,
-        images: ImageInput | None = None,
-        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """As in `ProcessorMixin`, and row by row where images come in rows, or are as many as the texts."""
+    def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
+        """As in `ProcessorMixin`, and row by row if images come in rows, or are as many as the texts."""
         super().validate_inputs(images, text, *args, **kwargs)
         if text is None or not isinstance(images, (list, tuple)):
             return
         in_rows = any(isinstance(row, (list, tuple)) for row in images)
         if not in_rows and len(images) != len(text):
-            return  # transformers gives out a flat list mark by mark
+            return  # transformers assigns a flat list to the marks in order
         for index, (row, sample) in enumerate(zip(images, text, strict=True)):
             marks = sample.count(self.image_token)
             num_images = len(row) if isinstance(row, (list, tuple)) else 1
@@ -241,7 +230,7 @@ class LightVLMProcessor(ProcessorMixin):
                 )
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in `ProcessorMixin`, but ValueError where a text has an image mark, which would take an image's place."""
+        """As in `ProcessorMixin`, but ValueError if a text has an image mark, which would be taken for an image."""
         if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
             conversations = [conversation] if isinstance(conversation[0], dict) else conversation
             contents = [message.get("content") or [] for messages in conversations for message in messages]
@@ -255,7 +244,7 @@ class LightVLMProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def prepare_image(self, image: Image.Image, name: str, shrinks: bool = True) -> Image.Image:
-        """Upright RGB of an image, resized as the image processor would; ValueError where it is broken or too thin."""
+        """Upright RGB of an image, resized as the image processor would; ValueError if it is broken or too thin."""
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(
                 f"{name} of {image.width} x {image.height} pixels is too long and thin: crop it to an aspect ratio of "
@@ -302,7 +291,7 @@ class LightVLMProcessor(ProcessorMixin):
         return self.image_token * image_inputs["num_image_tokens"][image_idx]
 
     def _get_num_multimodal_tokens(self, image_sizes: list[Any] | None = None, **kwargs: Any) -> MultiModalData:
-        """Placeholders of images of these sizes, by which vLLM plans; ValueError where they would be dynamic."""
+        """Number of placeholders of images of these sizes, for vLLM; ValueError if it would be dynamic."""
         if image_sizes is None:
             return MultiModalData()
         budgets, means = self.resolve_budgets(kwargs.get("num_image_tokens"), len(image_sizes))

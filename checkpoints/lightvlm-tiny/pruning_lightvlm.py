@@ -1,24 +1,23 @@
 """The token pruner: score the patches of an image, then choose the K that are kept.
 
-The maths are pure functions on tensors of shape (batch, tokens, dim), apart from the model, in the manner of ToMe
-(Bolya et al. 2023). Kept indices are always in raster order: row by row from the top left, as the encoder saw them.
+The computations are pure functions on tensors of shape (batch, tokens, dim), separate from the model, as in ToMe
+(Bolya et al. 2023). Kept indices are always in raster order: row by row from the top left, as in the encoder.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipMultiheadAttentionPoolingHead
 
 from .configuration_lightvlm import LightVLMConfig
 
-NOTHING_NEW = 1e-6  # a distance within float32's rounding; such patches are ordered by their scores alone
+NOTHING_NEW = 1e-6  # a distance within float32's rounding error; such patches are ordered by their scores alone
 QUESTION_RANK = 32  # so that the pruner of a 7B model stays below a million parameters
 
 
-def cls_attention(layer: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
+def cls_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
     """How much the [CLS] token of a CLIP encoder layer attends to each patch, averaged over the heads.
 
     One row of the layer's attention matrix, computed from the layer's input: exact, and without eager attention.
@@ -34,12 +33,12 @@ def cls_attention(layer: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch
     states = layer.layer_norm1(hidden_states)
     query = attention.q_proj(states[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1, d]
     keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + N, d]
-    # Keys times query, not query times keys, which as a product of one row is several times slower on CPUs.
+    # Keys times query, because query times keys, a product with one row, is several times slower on CPUs.
     similarity = (keys @ query.transpose(2, 3)).squeeze(-1)  # [B, H, 1 + N]
     return (similarity * attention.scale).float().softmax(dim=-1).mean(dim=1)[:, 1:]
 
 
-def probe_attention(head: SiglipMultiheadAttentionPoolingHead, hidden_states: torch.Tensor) -> torch.Tensor:
+def probe_attention(head: SiglipMultiheadAttentionPoolingHead, hidden_states: Tensor) -> Tensor:
     """How much the probe of SigLIP's pooling head attends to each patch, averaged over the heads.
 
     SigLIP has no [CLS] token; the probe pools its patches instead (Zhai et al. 2023).
@@ -55,10 +54,10 @@ def probe_attention(head: SiglipMultiheadAttentionPoolingHead, hidden_states: to
     return head.attention(probe, hidden_states, hidden_states)[1][:, 0].float()
 
 
-def received_attention(layer: SiglipEncoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
+def received_attention(layer: SiglipEncoderLayer, hidden_states: Tensor) -> Tensor:
     """How much attention each patch receives in a SigLIP encoder layer, averaged over heads and queries.
 
-    The stand-in where a SigLIP checkpoint has no pooling head. Takes one layer's full attention matrix.
+    Used if a SigLIP checkpoint has no pooling head. Computes the full attention matrix of one layer.
 
     Args:
         layer: a `SiglipEncoderLayer`.
@@ -75,12 +74,12 @@ def received_attention(layer: SiglipEncoderLayer, hidden_states: torch.Tensor) -
     return weights.mean(dim=(1, 2))
 
 
-def log_prior(prior: torch.Tensor) -> torch.Tensor:
-    """Where a score starts: the logarithm of the encoder's attention, in float32."""
+def log_prior(prior: Tensor) -> Tensor:
+    """The score before any learned term: the logarithm of the encoder's attention, in float32."""
     return prior.float().clamp_min(1e-12).log()
 
 
-def select_topk(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+def select_topk(scores: Tensor, features: Tensor, count: int) -> Tensor:
     """The patches with the best scores.
 
     Every selector returns an order whose beginning is the selection for a smaller count, so that one call serves
@@ -97,14 +96,14 @@ def select_topk(scores: torch.Tensor, features: torch.Tensor, count: int) -> tor
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
 
 
-def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
+def cosine_similarity(features: Tensor) -> Tensor:
     """Between all patches of an image: (batch, patches, dim) to (batch, patches, patches) in float32."""
     directions = nn.functional.normalize(features.float(), dim=-1)
-    with torch.autocast(features.device.type, enabled=False):  # the same patches in training as in use
+    with torch.autocast(features.device.type, enabled=False):  # selects the same patches as in inference
         return directions @ directions.transpose(1, 2)
 
 
-def select_density_peaks(scores: torch.Tensor, features: torch.Tensor, count: int, alpha: float = 0.8) -> torch.Tensor:
+def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: float = 0.8) -> Tensor:
     """Patches that are important and unlike every more important one: density peaks (Rodriguez & Laio 2014).
 
     With q = exp(score), patches are ordered by q^alpha * min over those of higher score of (1 - cosine), computed here
@@ -119,12 +118,11 @@ def select_density_peaks(scores: torch.Tensor, features: torch.Tensor, count: in
     return select_topk(peaks, features, count)
 
 
-Selector = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-SELECTORS: dict[str, Selector] = {"topk": select_topk, "diverse": select_density_peaks}
+SELECTORS = {"topk": select_topk, "diverse": select_density_peaks}
 
 
-def pool_important(features: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Mean of an image's patches, weighted by the square root of their importance, lest the background decide.
+def pool_important(features: Tensor, scores: Tensor) -> Tensor:
+    """Mean of an image's patches, weighted by the square root of importance, so that background does not dominate.
 
     Args:
         features: (batch, patches, dim).
@@ -137,21 +135,21 @@ def pool_important(features: torch.Tensor, scores: torch.Tensor) -> torch.Tensor
     return (weights[:, None] @ nn.functional.layer_norm(features.float(), features.shape[-1:]))[:, 0]
 
 
-def allot_budgets(complexity: torch.Tensor, means: torch.Tensor, dynamic_budget: dict[str, Any]) -> torch.Tensor:
+def allot_budgets(complexity: Tensor, means: Tensor, dynamic_budget: dict[str, Any]) -> Tensor:
     """K of each image by its complexity: clip(round(kappa * exp(exponent * complexity)), minimum, maximum).
 
     Kappa is interpolated, on logarithmic scales, between the means that were calibrated.
 
     Args:
-        complexity: (images,), the logarithm of the tokens that each image needs.
-        means: (images,), the mean K that is asked for over many images.
+        complexity: (images,), the logarithm of the number of tokens that each image needs.
+        means: (images,), the requested mean K over many images.
         dynamic_budget: the configuration's.
 
     Returns:
         (images,) integers.
 
     Raises:
-        ValueError: where a mean lies outside the calibrated ones.
+        ValueError: if a mean is outside the calibrated range.
     """
     known, kappas = (torch.tensor(dynamic_budget[name], device=means.device) for name in ("means", "kappas"))
     outside = means[(means < known[0]) | (means > known[-1])]
@@ -173,9 +171,9 @@ class ZeroLinear(nn.Linear):
 
 
 class Float32Linear(ZeroLinear):
-    """The same, computed in float32 whatever its weights are."""
+    """A `ZeroLinear` computed in float32, whatever the dtype of its weights."""
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         return nn.functional.linear(inputs.float(), self.weight.float(), self.bias.float())
 
 
@@ -183,10 +181,13 @@ class ZeroEmbedding(nn.Embedding):
     """An embedding that starts at zero."""
 
 
+ZERO_MODULES = (ZeroLinear, ZeroEmbedding)
+
+
 class TokenPruner(nn.Module):
     """Scores an image's patches and keeps the K best: under a million parameters, and none for `score="cls"`.
 
-    A score is log(prior) + scorer(features) + row + column + question, as far as `config.score` asks for these terms.
+    A score is log(prior) + scorer(features) + row + column + question, with the terms that `config.score` includes.
     The learned terms are zero at the start, so that an untrained pruner is exactly the vision encoder's own attention.
     """
 
@@ -219,19 +220,16 @@ class TokenPruner(nn.Module):
         self.dynamic_budget = config.dynamic_budget or {}
         self.complexity = Float32Linear(features, 1) if config.dynamic_budget else None
 
-    def score(
-        self, features: torch.Tensor, prior: torch.Tensor, questions: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def score(self, features: Tensor, prior: Tensor, questions: Tensor | None = None) -> Tensor:
         """Importance of each patch.
 
         Args:
             features: (batch, patches, dim) of the vision encoder.
             prior: (batch, patches), the encoder's attention.
-            questions: (batch, hidden), the mean embedding of the words that are asked; None for an importance that
-                does not depend on them.
+            questions: (batch, hidden), the mean embedding of the question's words; None to leave its term out.
 
         Returns:
-            (batch, patches) in float32; only the order within an image means something.
+            (batch, patches) in float32; only the order within an image is meaningful.
         """
         scores = log_prior(prior)
         if self.scorer is not None:
@@ -242,15 +240,13 @@ class TokenPruner(nn.Module):
             scores = scores + places.flatten().float()
         return self.add_question(scores, features, questions)
 
-    def add_question(
-        self, scores: torch.Tensor, features: torch.Tensor, questions: torch.Tensor | None
-    ) -> torch.Tensor:
-        """What `score` returns, of the scores that it returns without a question; its arguments are these."""
+    def add_question(self, scores: Tensor, features: Tensor, questions: Tensor | None) -> Tensor:
+        """Add the question's term to scores that `score` returned without it; arguments as in `score`."""
         if questions is None or self.patch_projection is None:
             return scores
-        # Normalised, because neither features nor embeddings have a scale of their own; and what all questions have
-        # in common is left out: it says nothing about this one, and would be most of what there is to learn.
-        # Embeddings are called, and their weights not read, because offloading and sharding load weights in calls.
+        # Normalised, because features and embeddings have no fixed scale. The mean of all questions is subtracted: it
+        # does not distinguish them, and would otherwise be most of what the projection learns. Embeddings are called
+        # rather than their weights read, because offloading and sharding load weights when a module is called.
         side = torch.arange(self.patches_per_side, device=features.device)
         asked = questions - self.question_center(side[:1])
         asked = self.question_projection(nn.functional.layer_norm(asked, asked.shape[-1:]))  # [B, rank]
@@ -258,18 +254,18 @@ class TokenPruner(nn.Module):
         places = (self.row_key(side)[:, None] + self.column_key(side)).flatten(0, 1) * QUESTION_RANK**0.5
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
-    def estimate_complexity(self, features: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Logarithm of the tokens that each image needs, as far as a linear layer on its pooled features can tell.
+    def estimate_complexity(self, features: Tensor, scores: Tensor) -> Tensor:
+        """Logarithm of the number of tokens that each image needs, by a linear layer on its pooled features.
 
         Args:
             features: (batch, patches, dim) of the vision encoder.
-            scores: (batch, patches) of `score`, whatever the question.
+            scores: (batch, patches) of `score` without a question.
 
         Returns:
             (batch,) in float32.
 
         Raises:
-            ValueError: where the checkpoint has no estimator.
+            ValueError: if the checkpoint has no estimator.
         """
         if self.complexity is None:
             raise ValueError(
@@ -278,22 +274,19 @@ class TokenPruner(nn.Module):
             )
         return self.complexity(pool_important(features, scores))[:, 0]
 
-    def allot(
-        self, features: torch.Tensor, scores: torch.Tensor, budgets: list[int], means: list[int] | torch.Tensor
-    ) -> list[int]:
-        """K of each image by what it needs, where a mean is asked for. Waits for the GPU: K shapes all that follows.
+    def allot(self, features: Tensor, scores: Tensor, budgets: list[int], means: list[int] | Tensor) -> list[int]:
+        """K of each image, estimated where a mean is given. Waits for the GPU: all later shapes depend on K.
 
         Args:
-            features: as in `estimate_complexity`, and so are scores.
-            scores: (batch, patches).
-            budgets: the largest K of each image, or, where its mean is 0, its K.
+            features, scores: as in `estimate_complexity`.
+            budgets: the largest K of each image, or, if its mean is 0, its K.
             means: (batch,), or (1,) for all.
 
         Returns:
             K of each image.
 
         Raises:
-            ValueError: where the checkpoint has no estimator, or was not calibrated for a mean.
+            ValueError: if the checkpoint has no estimator, or was not calibrated for a mean.
         """
         complexity = self.estimate_complexity(features, scores).cpu()
         means = torch.as_tensor(means).cpu().expand(len(features))
@@ -307,20 +300,18 @@ class TokenPruner(nn.Module):
     @torch.no_grad()  # indices have no gradient
     def forward(
         self,
-        features: torch.Tensor,
-        prior: torch.Tensor,
+        features: Tensor,
+        prior: Tensor,
         budgets: list[int],
-        questions: torch.Tensor | None = None,
-        means: list[int] | torch.Tensor | None = None,
-    ) -> list[torch.Tensor]:
+        questions: Tensor | None = None,
+        means: list[int] | Tensor | None = None,
+    ) -> list[Tensor]:
         """Keep K patches of each image.
 
         Args:
-            features: as in `score`, and so are prior and questions.
-            prior: (batch, patches).
+            features, prior, questions: as in `score`.
             budgets: K of each image, 1 to patches; with means as in `allot`.
-            questions: (batch, hidden).
-            means: as in `allot`; None where no budget is dynamic.
+            means: as in `allot`; None if no budget is dynamic.
 
         Returns:
             (K,) indices of the kept patches of each image, in raster order.
@@ -336,20 +327,20 @@ class TokenPruner(nn.Module):
         if min(budgets) < max(budgets):
             ranks = torch.arange(max(budgets), device=order.device)
             is_surplus = ranks >= torch.tensor(budgets).to(order.device, non_blocking=True)[:, None]
-            order = order.masked_fill(is_surplus, patches)  # which no patch is, and so comes last
+            order = order.masked_fill(is_surplus, patches)  # not an index of a patch, so it sorts last
         return [row[:budget] for row, budget in zip(order.sort(dim=1).values, budgets, strict=True)]
 
-    def add_positions(self, tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Tell the language model where kept tokens stood.
+    def add_positions(self, tokens: Tensor, indices: Tensor) -> Tensor:
+        """Add the learned embeddings of row and column to kept tokens.
 
         Args:
             tokens: (..., hidden) after the projector.
-            indices: (...), the patches that they were.
+            indices: (...), the indices of their patches.
         """
         if self.row_score is None:
             return tokens
         rows, columns = indices // self.patches_per_side, indices % self.patches_per_side
         places = self.row_embedding(rows) + self.column_embedding(columns)
-        # As for word embeddings in Vaswani et al. 2017: at the learning rate of weight matrices, places would stay
-        # too faint to be read beside projected features.
+        # Scaled as word embeddings in Vaswani et al. 2017: at the learning rate of weight matrices, positions would
+        # stay too small relative to the projected features.
         return tokens + places * tokens.shape[-1] ** 0.5
