@@ -7,8 +7,8 @@ from transformers.utils.versions import require_version
 # Before all imports that older versions lack; some versions would load the model and give wrong answers.
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
-from huggingface_hub.dataclasses import strict  # noqa: E402
-from transformers import LlavaConfig, PreTrainedConfig  # noqa: E402
+from huggingface_hub.dataclasses import strict
+from transformers import LlavaConfig, PreTrainedConfig
 
 
 @strict
@@ -28,8 +28,7 @@ class LightVLMConfig(LlavaConfig):
             What makes a patch important. "cls": the vision encoder's own attention alone. "mlp": its logarithm plus a
             two-layer MLP of the patch features. "positional": "mlp" plus a learned row and column term, and a row and
             column embedding on the kept tokens. "question": "positional" plus, in calls with a question, a low-rank
-            product of patches and question; tokens chosen for one question cannot be reused for the next turn of a
-            conversation, and vLLM passes no question. The learned terms are zero until trained.
+            product of patches and question; such tokens cannot be reused for another question, and vLLM passes none.
         select (`str`):
             Which patches are kept. "topk": the best scores. "diverse": good scores unlike any better one.
         prior_layer (`int`):

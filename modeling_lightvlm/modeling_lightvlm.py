@@ -44,8 +44,7 @@ class LightVLMImageFeatures(BaseModelOutputWithPooling):
     Args:
         pooler_output (`list[torch.Tensor]`): (K, hidden) of each image.
         last_hidden_state (`torch.Tensor`): (images, patches, dim), the features that the pruner chose from.
-        hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, if requested; all of its layers then
-            run once more.
+        hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, if requested, from a second run.
         kept_indices (`list[torch.Tensor]`): (K,) of each image, the indices of the kept patches, in raster order.
     """
 
@@ -385,7 +384,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         budgets: list[int],
         question_ids: Tensor | None,
     ) -> LightVLMImageFeatures:
-        """`encode` and `prune` with budgets that are known beforehand: no step waits for the device."""
+        """`encode` and `prune` with static budgets: no step waits for the device."""
         return self.prune(*self.encode(pixel_values, vision_feature_layer), budgets, question_ids)
 
     def encode(
@@ -505,8 +504,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
                 raise ValueError("With past_key_values, a dynamic budget takes an attention_mask of two dimensions.")
             if position_ids is None:
                 inputs["position_ids"] += before.sum(dim=1, keepdim=True)
-            mask = inputs["attention_mask"]
-            inputs["attention_mask"] = torch.cat([before.to(mask), mask], dim=1)
+            inputs["attention_mask"] = torch.cat([before.long(), inputs["attention_mask"]], dim=1)
         outputs = self.prefill(**inputs, past_key_values=past_key_values, **kwargs)
         seen.followed_by(start, short).remember(outputs.past_key_values)
         outputs.last_hidden_state = short.restore(outputs.last_hidden_state)
@@ -528,7 +526,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
 class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditionalGeneration):
     """LightVLM with its language model head; also known as `LightVLM`."""
 
-    _hub_options: dict[str, Any] = {}  # what `from_pretrained` was told about where the files are
+    _hub_options: dict[str, Any] = {}  # the options of `from_pretrained` that locate the files
 
     def __init__(self, config: LightVLMConfig) -> None:
         super(LlavaForConditionalGeneration, self).__init__(config)  # LLaVA's own would build a second backbone
@@ -751,8 +749,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
 
 
 # llava-hf checkpoints, of the old and the new key layout, load into these classes.
-llava, backbone = get_checkpoint_conversion_mapping("llava"), get_checkpoint_conversion_mapping("LlavaModel")
-register_checkpoint_conversion_mapping("LightVLMForConditionalGeneration", llava, overwrite=True)
-register_checkpoint_conversion_mapping("LightVLMModel", backbone, overwrite=True)
+for ours, llavas in (("LightVLMForConditionalGeneration", "llava"), ("LightVLMModel", "LlavaModel")):
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(llavas), overwrite=True)
 LightVLMModel.register_for_auto_class("AutoModel")
 LightVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

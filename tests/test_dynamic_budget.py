@@ -264,6 +264,10 @@ def test_tuples_are_returned_where_they_are_asked_for(dynamic):
     batch = mixed_batch(processor, "dynamic:8")
     for part in (model, model.model):
         assert torch.equal(part(**batch, return_dict=False)[0], part(**batch)[0])
+    expected = model.model(**batch)[0]
+    model.config.return_dict = False
+    by_default = model.model(**batch)
+    assert isinstance(by_default, tuple) and torch.equal(by_default[0], expected)
 
 
 def test_generate_takes_the_positional_arguments_of_transformers(dynamic):

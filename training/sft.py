@@ -354,7 +354,8 @@ def main() -> None:
     processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
     model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     model.config.num_image_tokens = processor.num_image_tokens = args.num_image_tokens
-    # FSDP wraps these. Layers of the vision encoder are called in parts, which it does not allow.
+    # FSDP wraps these alone: vision encoder layers are called in parts, which it does not allow. The model's own list
+    # has them too, because device_map must not split them.
     model._no_split_modules = model.model.language_model._no_split_modules
     freeze_all_but(model, args.full_parts)
 

@@ -15,9 +15,9 @@ from transformers.utils.versions import require_version
 # As in `configuration_lightvlm.py`: a processor can be loaded without it.
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
-from transformers import CLIPImageProcessorPil, ProcessorMixin, SiglipImageProcessorPil  # noqa: E402
-from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images  # noqa: E402
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs  # noqa: E402
+from transformers import CLIPImageProcessorPil, ProcessorMixin, SiglipImageProcessorPil
+from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
 MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before the center crop
 
