@@ -31,6 +31,10 @@ class LightVLMConfig(LlavaConfig):
             product of patches and question; such tokens cannot be reused for another question, and vLLM passes none.
         select (`str`):
             Which patches are kept. "topk": the best scores. "diverse": good scores unlike any better one.
+        position_ids (`str`):
+            Positions of the kept tokens. "consecutive": as if the dropped ones had never been, for checkpoints trained
+            with few tokens. "original": those that they have among all patches, and the text continues after all
+            patches, for LLaVA checkpoints as they are. vLLM always counts consecutively.
         prior_layer (`int`):
             The encoder layer whose attention the score starts from: the penultimate, as in FasterVLM (Zhang et al.
             2024) and VisionZip (Yang et al. 2024), or -1 for the last. A SigLIP pooling head takes precedence.
@@ -50,6 +54,7 @@ class LightVLMConfig(LlavaConfig):
     dynamic_budget: dict[str, Any] | None = None
     score: Literal["cls", "mlp", "positional", "question"] = "positional"
     select: Literal["topk", "diverse"] = "diverse"
+    position_ids: Literal["consecutive", "original"] = "consecutive"
     prior_layer: int = -2
     scorer_hidden_size: int = 512
     lm_head_bias: bool = False

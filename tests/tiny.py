@@ -9,10 +9,12 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PhiConfig,
+    Qwen2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     set_seed,
@@ -53,7 +55,10 @@ def text_config(kind: str, tokenizer, **overrides):
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return {"phi": PhiConfig, "llama": LlamaConfig}[kind](**sizes | overrides)
+    kinds = {"phi": PhiConfig, "llama": LlamaConfig, "qwen2": Qwen2Config, "gemma": GemmaConfig}
+    if kind == "gemma":
+        sizes["head_dim"] = 16
+    return kinds[kind](**sizes | overrides)
 
 
 def make_config(vision: str = "clip", text: str = "phi", **overrides) -> LightVLMConfig:

@@ -29,7 +29,18 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_lightvlm import LightVLMConfig
-from .pruning_lightvlm import ZERO_MODULES, TokenPruner, cls_attention, probe_attention, received_attention
+from .pruning_lightvlm import (
+    ZERO_MODULES,
+    TokenPruner,
+    cls_attention,
+    count_dropped,
+    probe_attention,
+    received_attention,
+)
+
+NEEDS_IDS = (
+    "Dynamic budgets and original position ids need input_ids: inputs_embeds do not tell where placeholders are."
+)
 
 Budgets = int | list[int] | Tensor
 Means = list[int] | Tensor
@@ -118,11 +129,13 @@ class ShortPrompt:
         source: (batch, short length), the index of each of its positions in the whole prompt.
         stays: (batch, short length), False where it is padding.
         length: of the whole prompt.
+        shift: (batch, 1), how many dropped patches come before what follows; None with consecutive position ids.
     """
 
     source: Tensor
     stays: Tensor
     length: int
+    shift: Tensor | None = None
 
     @classmethod
     def of(cls, past_key_values: Cache | None, like: Tensor) -> tuple["ShortPrompt", int]:
@@ -147,13 +160,15 @@ class ShortPrompt:
             torch.cat([self.source, between, later.source + start], dim=1),
             torch.cat([self.stays, torch.ones_like(between, dtype=torch.bool), later.stays], dim=1),
             start + later.length,
+            later.shift if self.shift is None or later.shift is None else self.shift + later.shift,
         )
 
     def remember(self, cache: Cache | None, copies: int = 1) -> None:
         """Keep it on a cache, for each of several sequences of a row."""
         if cache is not None:
             source, stays = (each.repeat_interleave(copies, dim=0) for each in (self.source, self.stays))
-            cache.short_prompt = ShortPrompt(source, stays, self.length)  # type: ignore[attr-defined]
+            shift = None if self.shift is None else self.shift.repeat_interleave(copies, dim=0)
+            cache.short_prompt = ShortPrompt(source, stays, self.length, shift)  # type: ignore[attr-defined]
 
     def shorten(self, whole: Tensor, fill: int) -> Tensor:
         """Ids or a 2D mask, (batch, whole length and more), at its positions; what follows the prompt stays."""
@@ -215,7 +230,7 @@ def follow_cache(
         input_ids: (batch, length) of what is not in it yet.
         attention_mask: None; 2D, (batch, cached and new positions), counted as in the cache or as in the whole
             sequence; or 4D, which is returned as it is.
-        position_ids: None, or (batch, length), counted as the mask is.
+        position_ids: None, or (batch, length), counted as the mask is, or without a mask as they are.
 
     Raises:
         ValueError: if the mask has another length.
@@ -226,17 +241,21 @@ def follow_cache(
         is_short = not seen.length
     else:
         is_short = not cached or attention_mask.dim() != 2 or attention_mask.shape[1] == cached + length
-    if is_short:
+    shift = 0 if seen.shift is None else seen.shift
+    is_counted = position_ids is not None and (is_short or attention_mask is None and seen.shift is not None)
+    if is_counted or is_short and seen.shift is None:
         return attention_mask, position_ids
+    if attention_mask is not None and attention_mask.dim() != 2:
+        return attention_mask, torch.arange(cached, cached + length, device=input_ids.device) + shift
     if attention_mask is None:
         attention_mask = torch.ones(len(input_ids), start + length, dtype=torch.long, device=input_ids.device)
-    if attention_mask.shape[1] != start + length:
+    if not is_short and attention_mask.shape[1] != start + length:
         raise ValueError(
             f"attention_mask has {attention_mask.shape[1]} positions: give one of {start + length}, for the {start} "
             f"before past_key_values ends and the {length} of input_ids."
         )
-    attention_mask = seen.shorten(attention_mask, 0)
-    return attention_mask, (attention_mask.cumsum(dim=1) - 1)[:, -length:].clamp_min(0)
+    attention_mask = attention_mask if is_short else seen.shorten(attention_mask, 0)
+    return attention_mask, (attention_mask.cumsum(dim=1) - 1)[:, -length:].clamp_min(0) + shift
 
 
 def refuse_cached_images(input_ids: Tensor, image_token_id: int, num_placeholders: int | None) -> None:
@@ -418,7 +437,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         tokens = self.pruner.add_positions(tokens, torch.cat(kept)).split([len(each) for each in kept])
         return LightVLMImageFeatures(last_hidden_state=features, pooler_output=list(tokens), kept_indices=kept)
 
-    def mark_surplus(self, input_ids: Tensor | None, num_image_tokens: Any, tokens: list[Tensor]) -> Tensor:
+    def mark_surplus(self, input_ids: Tensor, num_image_tokens: Any, tokens: list[Tensor]) -> Tensor:
         """(batch, length), True at each image's first placeholders, as many as it has too many.
 
         The last ones stay, because the logits of the very last predict the first word after the image.
@@ -429,10 +448,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             tokens: (K, hidden) of each image.
 
         Raises:
-            ValueError: if the number of placeholders is another, or there are no ids.
+            ValueError: if the number of placeholders is another.
         """
-        if input_ids is None:
-            raise ValueError("Dynamic budgets need input_ids: inputs_embeds do not tell where placeholders are.")
         written = torch.as_tensor(num_image_tokens).tolist()
         surplus = [n < count - len(kept) for count, kept in zip(written, tokens, strict=True) for n in range(count)]
         is_image = input_ids == self.config.image_token_id
@@ -463,32 +480,63 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         With dynamic budgets the language model runs on fewer positions than `input_ids` has. Its last hidden states
         are returned at the positions of `input_ids`, with zeros at what was dropped, and so match the labels.
         """
+        if self.config.position_ids == "original" and attention_mask is None and past_key_values is None:
+            # Without a mask, transformers takes each jump of position ids for the start of another sequence.
+            attention_mask = None if input_ids is None else torch.ones_like(input_ids)
         if past_key_values is not None and input_ids is not None:
             if pixel_values is not None and past_key_values.get_seq_length():
                 refuse_cached_images(input_ids, self.config.image_token_id, None)
             attention_mask, position_ids = follow_cache(past_key_values, input_ids, attention_mask, position_ids)
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
         inputs |= {"input_ids": input_ids, "past_key_values": past_key_values, **kwargs}
-        if pixel_values is None or mm_encoder_outputs is not None:
-            run = self.prefill if mm_encoder_outputs else super().forward
-            return run(**inputs, pixel_values=pixel_values, mm_encoder_outputs=mm_encoder_outputs)
+        means = None
+        if mm_encoder_outputs:
+            features: Any = mm_encoder_outputs["image"]
+            budgets: Any = [len(tokens) for tokens in features.pooler_output]
+        elif pixel_values is None:
+            return super().forward(**inputs)
+        else:
+            budgets, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
+            asked = {"num_image_tokens": budgets, "mean_image_tokens": means, "question_ids": question_ids}
+            layer = inputs.pop("vision_feature_layer", None)
+            features = self.get_image_features(pixel_values, layer, return_dict=True, **asked)
+        if means is None and not self.moves_positions(features):
+            return self.prefill(**inputs, mm_encoder_outputs={"image": features})
+        if input_ids is None:
+            raise ValueError(NEEDS_IDS)
+        budgets = self.resolve_budgets(budgets, len(features.pooler_output))
+        return self.forward_short(**inputs, budgets=budgets, features=features)
 
-        budgets, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
-        asked = {"num_image_tokens": budgets, "mean_image_tokens": means, "question_ids": question_ids}
-        layer = inputs.pop("vision_feature_layer", None)
-        features = self.get_image_features(pixel_values, layer, return_dict=True, **asked)
-        inputs["mm_encoder_outputs"] = {"image": features}
-        if means is None:
-            return self.prefill(**inputs, pixel_values=None)
+    def moves_positions(self, features: LightVLMImageFeatures | BaseModelOutputWithPooling | None) -> bool:
+        """Whether these images' tokens, and what follows them, have other positions than they are counted."""
+        return self.config.position_ids == "original" and getattr(features, "kept_indices", None) is not None
+
+    def drop_surplus(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        budgets: list[int],
+        features: Any,
+        pad_token_id: int,
+    ) -> tuple[dict[str, Tensor], ShortPrompt]:
+        """`compact` of what follows a cache, for encoded images; with original position ids if configured."""
         is_surplus = self.mark_surplus(input_ids, budgets, features.pooler_output)
-        return self.forward_short(**inputs, is_surplus=is_surplus)
+        inputs, short = compact(input_ids, attention_mask, position_ids, is_surplus, pad_token_id)
+        if self.moves_positions(features):
+            is_image = inputs["input_ids"] == self.config.image_token_id
+            dropped = count_dropped(is_image, features.kept_indices, self.config.num_patches)
+            inputs["position_ids"] = inputs["position_ids"] + dropped[:, :-1]
+            short.shift = dropped[:, -1:]
+        return inputs, short
 
     def forward_short(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        is_surplus: Tensor,
+        budgets: list[int],
+        features: LightVLMImageFeatures,
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> Any:
@@ -498,13 +546,14 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         if attention_mask is not None and attention_mask.dim() == 2:
             before, attention_mask = attention_mask[:, :-length], attention_mask[:, -length:]
         pad_token_id = self.config.text_config.pad_token_id or 0
-        inputs, short = compact(input_ids, attention_mask, position_ids, is_surplus, pad_token_id)
+        inputs, short = self.drop_surplus(input_ids, attention_mask, position_ids, budgets, features, pad_token_id)
         if start:
             if before is None:
                 raise ValueError("With past_key_values, a dynamic budget takes an attention_mask of two dimensions.")
             if position_ids is None:
-                inputs["position_ids"] += before.sum(dim=1, keepdim=True)
+                inputs["position_ids"] += before.sum(dim=1, keepdim=True) + (0 if seen.shift is None else seen.shift)
             inputs["attention_mask"] = torch.cat([before.long(), inputs["attention_mask"]], dim=1)
+        kwargs["mm_encoder_outputs"] = {"image": features}
         outputs = self.prefill(**inputs, past_key_values=past_key_values, **kwargs)
         seen.followed_by(start, short).remember(outputs.past_key_values)
         outputs.last_hidden_state = short.restore(outputs.last_hidden_state)
@@ -598,12 +647,12 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
         kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
         prompt = kwargs.pop("input_ids", inputs)
-        is_dynamic = self.prepare_budgets(prompt, kwargs)
+        is_short = self.prepare_budgets(prompt, kwargs)
         if prompt is None:
             return run(None, generation_config, *args, **kwargs)
         past = kwargs.get("past_key_values")
         seen, start = ShortPrompt.of(past, prompt)
-        if not is_dynamic and not seen.length:
+        if not is_short and not seen.length:
             output = run(prompt, generation_config, *args, **kwargs)
             if getattr(getattr(output, "past_key_values", None), "short_prompt", None):
                 output.past_key_values.short_prompt = None  # of an earlier call: static caches are used again
@@ -618,20 +667,23 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         return restore_prompt(output, prompt, length, held, past)
 
     def prepare_budgets(self, prompt: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        """Complete or refuse the budgets among the arguments of `generate`; returns whether they are dynamic."""
-        images = kwargs.get("pixel_values")
+        """Complete or refuse the budgets among the arguments of `generate`.
+
+        Returns whether the prompt is to be shortened: budgets are dynamic, or positions are original ones.
+        """
+        images, encoded = kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs") or {}
         if images is None:
             kwargs.pop("mean_image_tokens", None)
-            return False
+            return prompt is not None and self.model.moves_positions(encoded.get("image"))
         given = kwargs.get("num_image_tokens"), kwargs.get("mean_image_tokens")
         budgets, means = self.model.default_budgets(*given, len(images))
-        if prompt is None and means is not None:
-            raise ValueError("Dynamic budgets need input_ids: inputs_embeds do not tell where placeholders are.")
+        if prompt is None and (means is not None or self.config.position_ids == "original"):
+            raise ValueError(NEEDS_IDS)
         if prompt is not None and (start := ShortPrompt.of(kwargs.get("past_key_values"), prompt)[1]):
             count = sum(self.model.resolve_budgets(budgets, len(images)))
             refuse_cached_images(prompt[:, start:], self.config.image_token_id, count)
         kwargs |= {"num_image_tokens": budgets, "mean_image_tokens": means}
-        return means is not None
+        return means is not None or self.config.position_ids == "original"
 
     def shorten(
         self, prompt: Tensor, seen: ShortPrompt, start: int, settings: GenerationConfig, kwargs: dict[str, Any]
@@ -646,21 +698,42 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         pads = (kwargs.get("pad_token_id"), settings.pad_token_id, self.config.text_config.pad_token_id, 0)
         pad = next(token for token in pads if token is not None)
         new, held = {"input_ids": prompt[:, start:], "attention_mask": mask[:, start:]}, seen
-        if kwargs.get("mean_image_tokens") is not None:
-            names = ("pixel_values", "num_image_tokens", "mean_image_tokens", "question_ids")
-            asked = {name: kwargs.pop(name, None) for name in names}
-            features = self.model.get_image_features(**asked, return_dict=True)
-            kwargs["mm_encoder_outputs"] = {"image": features}
-            is_surplus = self.model.mark_surplus(new["input_ids"], asked["num_image_tokens"], features.pooler_output)
-            positions = None if start else positions
-            new, short = compact(**new, position_ids=positions, is_surplus=is_surplus, pad_token_id=pad)
+        if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
+            features, budgets = self.take_features(kwargs)
+            new, short = self.model.drop_surplus(
+                **new, position_ids=None if start else positions, budgets=budgets, features=features, pad_token_id=pad
+            )
             held = seen.followed_by(start, short)
         if not start:
             return new, held
         ids, mask = seen.shorten(prompt[:, :start], pad), seen.shorten(mask[:, :start], 0)
+        if held.shift is not None:
+            positions = new.get("position_ids", new["attention_mask"].cumsum(dim=1) - 1)
+            positions = positions + mask.sum(dim=1, keepdim=True) + (0 if seen.shift is None else seen.shift)
+            new["position_ids"] = torch.cat(
+                [torch.zeros_like(ids), positions], dim=1
+            )  # those of the cache are not read
+        else:
+            new.pop("position_ids", None)  # generate counts them by the mask
         ids = torch.cat([ids, new["input_ids"]], dim=1)
         mask = torch.cat([mask, new["attention_mask"].to(mask)], dim=1)
-        return {"input_ids": ids, "attention_mask": mask}, held  # generate counts positions by the mask
+        return {**new, "input_ids": ids, "attention_mask": mask}, held
+
+    def take_features(self, kwargs: dict[str, Any]) -> tuple[LightVLMImageFeatures, list[int]]:
+        """Encoded images among the arguments of `generate`, or those that it encodes, and their placeholders.
+
+        Left in the arguments are the tokens alone: their positions are known then.
+        """
+        if given := kwargs.get("mm_encoder_outputs"):
+            features, budgets = given["image"], [len(tokens) for tokens in given["image"].pooler_output]
+        else:
+            names = ("pixel_values", "num_image_tokens", "mean_image_tokens", "question_ids")
+            asked = {name: kwargs.pop(name, None) for name in names}
+            features = self.model.get_image_features(**asked, return_dict=True)
+            budgets = self.model.resolve_budgets(asked["num_image_tokens"], len(features.pooler_output))
+        tokens = LightVLMImageFeatures(pooler_output=features.pooler_output)
+        kwargs["mm_encoder_outputs"] = {"image": tokens}
+        return features, budgets
 
     @torch.no_grad()
     def chat(

@@ -166,6 +166,25 @@ def allot_budgets(complexity: Tensor, means: Tensor, dynamic_budget: dict[str, A
     return budgets.clamp(dynamic_budget["minimum"], dynamic_budget["maximum"]).long()
 
 
+def count_dropped(is_image: torch.Tensor, kept: list[torch.Tensor], num_patches: int) -> torch.Tensor:
+    """How many dropped patches the whole prompt has before each position of the pruned one.
+
+    Args:
+        is_image: (batch, length), True at the placeholders of the kept patches.
+        kept: (K,) indices of each image's kept patches, in raster order.
+        num_patches: of an image before pruning.
+
+    Returns:
+        (batch, length + 1), the last for what follows the prompt.
+    """
+    skipped = torch.cat([torch.diff(indices, prepend=indices.new_tensor([-1])) - 1 for indices in kept])
+    behind = torch.cat([nn.functional.pad(num_patches - 1 - each[-1:], (len(each) - 1, 0)) for each in kept])
+    zeros = torch.zeros_like(is_image, dtype=torch.long)
+    before = nn.functional.pad(zeros.masked_scatter(is_image, skipped), (0, 1))
+    after = nn.functional.pad(zeros.masked_scatter(is_image, behind), (1, 0))
+    return (before + after).cumsum(dim=1)
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero."""
 
