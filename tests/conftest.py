@@ -1,5 +1,8 @@
 """The one tiny model that every test builds on."""
 
+from functools import partial
+
+import easy_vqa
 import pytest
 from lightvlm.training import prepare_easy_vqa
 from tiny import make_model, make_processor
@@ -23,11 +26,28 @@ def tiny(request):
     return make_model(vision, text), make_processor(vision)
 
 
-@pytest.fixture(scope="session")
-def easy_vqa_folder(tmp_path_factory):
-    """What `prepare_easy_vqa.py` writes; only for reading."""
-    folder = tmp_path_factory.mktemp("easy-vqa")
+def prepare(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["prepare_easy_vqa.py", "--output-dir", str(folder)])
         prepare_easy_vqa.main()
     return folder
+
+
+@pytest.fixture(scope="session")
+def easy_vqa_folder(tmp_path_factory):
+    """What `prepare_easy_vqa.py` writes of the first 300 images of each split; only for reading."""
+    with pytest.MonkeyPatch.context() as patch:
+        for split in ("train", "test"):
+            paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+            few = {image: paths[image] for image in sorted(paths)[:300]}
+            asked = zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True)
+            about_few = [*zip(*(row for row in asked if row[2] in few), strict=True)]
+            patch.setattr(easy_vqa, f"get_{split}_image_paths", partial(dict, few))
+            patch.setattr(easy_vqa, f"get_{split}_questions", partial(tuple, about_few))
+        return prepare(tmp_path_factory.mktemp("easy-vqa-300"))
+
+
+@pytest.fixture(scope="session")
+def whole_easy_vqa_folder(tmp_path_factory):
+    """What `prepare_easy_vqa.py` writes, in half a minute; only for reading."""
+    return prepare(tmp_path_factory.mktemp("easy-vqa"))

@@ -19,7 +19,8 @@ class HubServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.repos, self.blobs, self.requests, self.commits = {}, {}, [], 0
         self.broken = None  # a regular expression of requests, like "PUT /lfs", that get error 400
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        # Closing waits for the next look, half a second by default, once in each test.
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         return self.repos[repo_id]["refs"][revision]
