@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test sync test-install test-lowest test-newest test-lmms test-vllm lint checkpoint
+.PHONY: run test test-fast sync test-install test-lowest test-newest test-lmms test-vllm lint checkpoint
 .PHONY: eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu
 
 run: $(DATA)/test.json
@@ -17,6 +17,9 @@ run: $(DATA)/test.json
 
 test: .venv/ready build/transformers/tests
 	$(BIN)/pytest
+
+test-fast: .venv/ready build/transformers/tests
+	$(BIN)/pytest -m "not slow"
 
 # transformers' own tests, of its source distribution, for tests/test_transformers_contract.py.
 build/transformers/tests: .venv/ready

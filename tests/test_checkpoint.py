@@ -33,6 +33,7 @@ def test_its_code_is_this_code(source):
     assert shipped.read_text() == (ROOT / source).read_text(), "make sync"
 
 
+@pytest.mark.slow
 def test_it_answers_easy_vqa_at_every_budget(easy_vqa_folder):
     model, processor = load(str(SHIPPED))
     questions = Questions(

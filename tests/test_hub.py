@@ -222,7 +222,7 @@ def run_fresh(*arguments) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize("vision", ["clip", pytest.param("siglip", marks=pytest.mark.slow)])
 def test_a_process_without_the_package_loads_and_answers(vision, tmp_path):
     hub_folder = save_folder(tmp_path / "hub", vision)
     make_image().save(tmp_path / "image.png")

@@ -179,8 +179,15 @@ def test_a_prefilled_cache_continues(tiny):
     assert [token.item(), second.logits[:, -1].argmax().item()] == expected[0, :2].tolist()
 
 
-@pytest.mark.parametrize("vision", ["clip", "siglip"])
-@pytest.mark.parametrize("select", ["topk", "diverse"])
+@pytest.mark.parametrize(
+    ("vision", "select"),
+    [
+        ("clip", "topk"),
+        ("siglip", "diverse"),
+        pytest.param("clip", "diverse", marks=pytest.mark.slow),
+        pytest.param("siglip", "topk", marks=pytest.mark.slow),
+    ],
+)
 def test_static_budget_compiles_in_one_graph(vision, select):
     model, processor = make_model(vision, select=select), make_processor(vision)
     inputs = processor(
@@ -192,6 +199,7 @@ def test_static_budget_compiles_in_one_graph(vision, select):
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_for_inference_answers_alike_and_compiles_once(tiny):
     torch.compiler.reset()  # of other models' graphs, which count as this one's
     model, processor = tiny
@@ -210,7 +218,7 @@ def test_compiled_for_inference_answers_alike_and_compiles_once(tiny):
         assert counter.frame_count == 4
 
 
-@pytest.mark.parametrize(("kind", "mixes"), [("clip", False), ("siglip", True)])
+@pytest.mark.parametrize(("kind", "mixes"), [("clip", False), pytest.param("siglip", True, marks=pytest.mark.slow)])
 def test_one_to_sixteen_images_of_any_budget_run_in_at_most_six_graphs(kind, mixes):
     torch.compiler.reset()
     model, processor, draw = make_model(kind, score="question"), make_processor(kind), random.Random(0)

@@ -263,6 +263,7 @@ def test_every_recipe_is_possible(name):
     pruner.check(args, training_args, LightVLMConfig())
 
 
+@pytest.mark.slow
 def test_two_processes_teach_one_scorer(data):
     options = settings(data, max_steps=3, per_device_train_batch_size=3)
     launch("ddp", Path(pruner.__file__), [part for name, value in options.items() for part in (f"--{name}", value)])

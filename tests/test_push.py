@@ -77,6 +77,7 @@ print(model.chat(Image.open(sys.argv[1]), "what color?", max_new_tokens=5, do_sa
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_pushed_and_answers_a_stranger_who_loads_it_by_name(hub, checkpoint, tmp_path, capfd):
     (tmp_path / "a.json").write_text(json.dumps({"command": "lightvlm eval", "results": [row("gqa")]}))
     ran = f"```python\nopen({str(tmp_path / 'ran')!r}, 'xb').write(open('photo.jpg', 'rb').read())\n```\n"
