@@ -16,8 +16,7 @@ import shlex
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lightvlm.cli.options import add_model_path, add_precision, positive, positive_list
-from lightvlm.common.checkpoint import load
+from lightvlm_cli.options import add_model_path, add_precision, positive, positive_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
     import transformers
+    from lightvlm.common.checkpoint import load
     from lightvlm.common.inference import int8_config
     from lightvlm.evaluation.presets import image_processor, preset_config, random_model
     from lightvlm.evaluation.speed import measure

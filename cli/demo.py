@@ -8,8 +8,7 @@ examples:
 import argparse
 import importlib.util
 
-from lightvlm.cli.options import add_model_path
-from lightvlm.common.checkpoint import load
+from lightvlm_cli.options import add_model_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('the demo needs gradio: pip install "lightvlm[demo]"')
 
+    from lightvlm.common.checkpoint import load
     from lightvlm.demo.app import launch
 
     launch(*load(args.model_path), args.host, args.port, share=args.share)

@@ -40,8 +40,7 @@ import json
 import shlex
 from pathlib import Path
 
-from lightvlm.cli.options import add_model_path, add_precision, budget_list, positive
-from lightvlm.common.checkpoint import check_question_aware, load
+from lightvlm_cli.options import add_model_path, add_precision, budget_list, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("give either --data-path and --image-folder, or --benchmark and --data-dir")
 
     import torch
+    from lightvlm.common.checkpoint import check_question_aware, load
     from lightvlm.common.llava_data import load_llava
     from lightvlm.evaluation.selectors import SCORED, SELECTORS
 

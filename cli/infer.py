@@ -12,8 +12,7 @@ import json
 import statistics
 import time
 
-from lightvlm.cli.options import add_model_path, add_precision, budget_list, positive
-from lightvlm.common.checkpoint import check_question_aware, load
+from lightvlm_cli.options import add_model_path, add_precision, budget_list, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +69,7 @@ def ask(
 
 
 def run(args: argparse.Namespace) -> None:
+    from lightvlm.common.checkpoint import check_question_aware, load
     from lightvlm.processing.processing_lightvlm import open_image
 
     images = [(path, open_image(path)) for path in args.image]

@@ -1,8 +1,13 @@
-"""The `lightvlm` command: one module for each verb, whose heavy imports wait until it runs."""
+"""The `lightvlm` command: one module for each verb, whose heavy imports wait until it runs.
+
+It lies beside the package `lightvlm`, not in it, because Python would import that first. This takes seconds and cannot
+be put off: `import lightvlm` registers the classes that transformers' Auto classes find from then on.
+"""
 
 import argparse
 import importlib
 import sys
+from importlib.metadata import version
 
 VERBS = {
     "infer": "ask questions about images, at one or several token budgets",
@@ -23,9 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         description="Vision-language answers from a fraction of the image's tokens.",
         epilog="lightvlm VERB --help shows a verb's options and examples.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('lightvlm')}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():
-        module = importlib.import_module(f"lightvlm.cli.{verb}")
+        module = importlib.import_module(f"lightvlm_cli.{verb}")
         subparser = verbs.add_parser(
             verb,
             help=summary,

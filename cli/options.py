@@ -2,8 +2,11 @@
 
 import argparse
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
-from lightvlm.common.checkpoint import SHIPPED
+# Found without importing lightvlm, which would load torch and transformers.
+SHIPPED = Path(find_spec("lightvlm").origin).parent.joinpath("checkpoints", "lightvlm-tiny").resolve()
 
 
 def add_model_path(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,7 @@ examples:
 import argparse
 from pathlib import Path
 
-from lightvlm.cli.options import add_model_path
-from lightvlm.common.checkpoint import load
+from lightvlm_cli.options import add_model_path
 
 
 def hub_dataset(text: str) -> tuple[str, str]:
@@ -57,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
     import tempfile
 
     from huggingface_hub import HfApi
+    from lightvlm.common.checkpoint import load
     from lightvlm.hub.card import read_results
     from lightvlm.hub.push import check_files, check_folder, check_repo_id, hub_errors, upload, write_folder
 

@@ -13,8 +13,7 @@ import socket
 from dataclasses import fields
 from pathlib import Path
 
-from lightvlm.cli.options import add_model_path, add_precision, positive
-from lightvlm.common.checkpoint import load
+from lightvlm_cli.options import add_model_path, add_precision, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
     import uvicorn
+    from lightvlm.common.checkpoint import load
     from lightvlm.serving.server import Limits, Server, build_app
     from transformers.utils import logging
 

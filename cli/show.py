@@ -8,8 +8,7 @@ examples:
 import argparse
 from pathlib import Path
 
-from lightvlm.cli.options import add_model_path, budget
-from lightvlm.common.checkpoint import check_question_aware, load
+from lightvlm_cli.options import add_model_path, budget
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from lightvlm.common.checkpoint import check_question_aware, load
     from lightvlm.demo.pictures import draw_kept
     from lightvlm.processing.processing_lightvlm import open_image
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from lightvlm.cli.main import main
 from lightvlm.evaluation.benchmarks import BENCHMARKS, LETTER, SHORT, load_benchmark
+from lightvlm_cli.main import main
 from tiny import make_image, make_model, make_processor
 
 COCO = "COCO_val2014_000000000042.jpg"

@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
-from lightvlm.cli.main import VERBS, main
 from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
+from lightvlm_cli.main import VERBS, main
+from lightvlm_cli.options import SHIPPED as DEFAULT
 from PIL import Image
 from saved import broken_images, save_parts
 from tiny import make_image, make_model, make_processor
@@ -40,6 +43,26 @@ def test_help_has_examples(verb, capsys):
         main([verb, "--help"])
     assert exit_.value.code == 0
     assert f"  lightvlm {verb} --" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+def test_help_and_version_load_nothing_heavy(words):
+    code = f"""
+import sys
+from lightvlm_cli.main import main
+try:
+    main({words})
+finally:
+    print({{"torch", "transformers", "PIL", "datasets", "numpy"}} & {{*sys.modules}}, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0, "set()") and "lightvlm" in done.stdout
+    if words == ["--version"]:
+        assert done.stdout == f"lightvlm {version('lightvlm')}\n"
+
+
+def test_the_default_checkpoint_is_the_shipped_one():
+    assert DEFAULT == SHIPPED
 
 
 def test_infer_answers_at_several_budgets(checkpoint, image, capsys):

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from lightvlm.cli.main import VERBS, main
+from lightvlm_cli.main import VERBS, main
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"

@@ -14,7 +14,8 @@ BELOW = {
     **dict.fromkeys(["training", "evaluation", "hub_upload", "demo", "serving"], MODEL | {"common"}),
     "cli": MODEL | {"common", "training", "evaluation", "hub_upload", "demo", "serving"},
 }
-FOLDERS = {path.name: path.resolve().name for path in (ROOT / "src/lightvlm").iterdir() if path.is_dir()}
+PACKAGES = [path for path in (ROOT / "src/lightvlm").iterdir() if path.is_dir()]
+FOLDERS = {f"lightvlm.{path.name}": path.resolve().name for path in PACKAGES} | {"lightvlm_cli": "cli"}
 
 
 def imported_names(source: Path) -> set[str]:
@@ -31,8 +32,9 @@ def imported_names(source: Path) -> set[str]:
 
 def imported_folders(source: Path) -> set[str]:
     """The top-level folders that a file imports from."""
-    parts = [name.split(".") for name in imported_names(source) if name.split(".")[0] == "lightvlm"]
-    return {FOLDERS.get(part[1] if len(part) > 1 else "", "modeling_lightvlm") for part in parts}
+    names = [name.split(".") for name in imported_names(source)]
+    ours = [name for name in names if name[0] in ("lightvlm", "lightvlm_cli")]
+    return {FOLDERS.get(".".join(name[:2]), FOLDERS.get(name[0], "modeling_lightvlm")) for name in ours}
 
 
 @pytest.mark.parametrize("folder", BELOW)

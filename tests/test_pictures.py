@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from lightvlm.cli.main import main
 from lightvlm.common.checkpoint import SHIPPED
 from lightvlm.demo.pictures import as_seen, picture_kept
+from lightvlm_cli.main import main
 from PIL import Image
 from tiny import make_image, make_model, make_processor
 

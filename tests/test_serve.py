@@ -20,9 +20,9 @@ import openai
 import pytest
 import torch
 import uvicorn
-from lightvlm.cli.main import main
 from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.serving.server import KEPT, PREPARED, Limits, build_app
+from lightvlm_cli.main import main
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from PIL import Image, ImageDraw
 from tiny import make_model, make_processor

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from lightvlm.cli.options import budget_list
 from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.common.llava_data import load_llava
 from lightvlm.evaluation.accuracy import Batch, Questions
+from lightvlm_cli.options import budget_list
 
 HERE = Path(__file__).parent
 DATA = Path("data/easy-vqa")
