@@ -9,6 +9,8 @@ import importlib
 import sys
 from importlib.metadata import version
 
+from lightvlm_cli.quiet import silence_libraries
+
 VERBS = {
     "infer": "ask questions about images, at one or several token budgets",
     "show": "draw which tokens of an image are kept",
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         subparser.set_defaults(run=module.run)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv, argparse.Namespace(argv=argv))
+    silence_libraries()
     try:
         args.run(args)
     except (ValueError, OSError) as error:

@@ -9,14 +9,17 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from huggingface_hub.utils import tqdm as hub_bar
 from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
 from lightvlm_cli.main import VERBS, main
 from lightvlm_cli.options import SHIPPED as DEFAULT
+from lightvlm_cli.quiet import silence_libraries
 from PIL import Image
 from saved import broken_images, save_parts
 from tiny import make_image, make_model, make_processor
+from transformers.utils.logging import tqdm as transformers_bar
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,31 @@ finally:
 
 def test_the_default_checkpoint_is_the_shipped_one():
     assert DEFAULT == SHIPPED
+
+
+VERB_RUNS = {
+    "infer": ["--image", "image.png", "--prompt", "what?", "--max-new-tokens", "2"],
+    "infer --int8": ["--image", "image.png", "--prompt", "what?", "--max-new-tokens", "2", "--int8"],
+    "show": ["--image", "image.png"],
+    "build": ["--vision", "vision", "--text", "text", "--output-dir", "hub"],
+    "push": ["--dry-run", "hub"],
+}
+
+
+@pytest.mark.parametrize("name", VERB_RUNS)
+def test_standard_error_is_empty_where_nothing_is_wrong(name, image, tmp_path):
+    save_parts(tmp_path)
+    command = [sys.executable, "-m", "lightvlm_cli.main", name.split()[0], *VERB_RUNS[name]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+def test_downloads_keep_their_progress_bars(capsys):
+    silence_libraries()
+    assert [*transformers_bar(range(3))] == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    hub_bar(total=3).close()
+    assert "0/3" in capsys.readouterr().err
 
 
 def test_infer_answers_at_several_budgets(checkpoint, image, capsys):

@@ -1,0 +1,27 @@
+"""What libraries say about themselves, and not about the user's files or options, stays unsaid."""
+
+import logging
+
+
+def is_for_users(record: logging.LogRecord) -> bool:
+    """False of what is said whenever torchao is imported, which transformers does where it is installed.
+
+    torchao misses kernels that int8 weights don't need (mxfp8, cutlass), and registers enumerations in a way that
+    PyTorch deprecates.
+    """
+    said = {"torchao": "Failed to load", "torch.utils._pytree": "%s is an Enum subclass"}
+    return not str(record.msg).startswith(said[record.name])
+
+
+def without_bar(factory, args: tuple, kwargs: dict):
+    """A progress bar of transformers that is not drawn."""
+    return factory(*args, **kwargs | {"disable": True})
+
+
+def silence_libraries() -> None:
+    """Filter these messages, and hide the bars of weights read and written; downloads keep theirs."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(is_for_users)
+    set_tqdm_hook(without_bar)
