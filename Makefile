@@ -18,7 +18,7 @@ run: $(DATA)/test.json
 test: .venv/ready build/transformers/tests
 	$(BIN)/pytest
 
-test-fast: .venv/ready build/transformers/tests
+test-fast: .venv/ready
 	$(BIN)/pytest -m "not slow"
 
 # transformers' own tests, of its source distribution, for tests/test_transformers_contract.py.

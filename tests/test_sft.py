@@ -554,7 +554,8 @@ def test_every_configuration_is_possible_and_has_the_published_batch_on_eight_gp
 # Several processes
 
 
-@pytest.mark.parametrize("setup", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_gradients_and_k_of_one(data, monkeypatch, setup):
     rows = json.loads((data / "data.json").read_text())
     (data / "data.json").write_text(json.dumps(rows[:-1]))  # eight, the first without an image

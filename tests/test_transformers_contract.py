@@ -16,6 +16,7 @@ from lightvlm import LightVLMForConditionalGeneration, LightVLMModel, LightVLMPr
 from tiny import NUM_PATCHES, make_config, make_image, make_processor
 from transformers.models.auto import modeling_auto
 
+pytestmark = pytest.mark.slow  # its common tests; what is particular to this model has tests of its own
 SOURCE = Path(__file__).parents[1] / "build" / "transformers"
 if not SOURCE.is_dir():
     pytest.skip("transformers' own tests are not here: make test brings them", allow_module_level=True)
