@@ -15,11 +15,13 @@ run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
 		--prompt "what shape is in the image?" "what color is the shape?" "is there a red shape?"
 
+# Two processes: PyTorch uses further cores badly on models this small.
+PYTEST := $(BIN)/pytest --numprocesses 2
 test: .venv/ready build/transformers/tests
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-fast: .venv/ready
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # transformers' own tests, of its source distribution, for tests/test_transformers_contract.py.
 build/transformers/tests: .venv/ready

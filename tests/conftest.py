@@ -4,9 +4,15 @@ from functools import partial
 
 import easy_vqa
 import pytest
+import torch
 from lightvlm.training import prepare_easy_vqa
 from tiny import make_model, make_processor
 from transformers import set_seed
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # one of several processes, which would take each other's cores
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
