@@ -344,7 +344,10 @@ def test_bytes_file_objects_and_undecoded_rows_of_datasets_are_opened(processor,
                 assert torch.equal(inputs["pixel_values"], expected)
 
 
-@pytest.mark.parametrize("image", [None, 7, {"bytes": None, "path": None}, iter([])], ids=["None", "number", "empty row", "iterator"])
+NO_IMAGES = {"None": None, "number": 7, "empty row": {"bytes": None, "path": None}, "iterator": iter([])}
+
+
+@pytest.mark.parametrize("image", NO_IMAGES.values(), ids=NO_IMAGES)
 def test_what_is_no_image_is_refused_by_its_position(processor, image):
     with pytest.raises(ValueError, match="^Image 1 is .*: give a PIL image, an array, a path"):
         processor(images=[[make_image(), image]], text="<image><image>")
