@@ -121,7 +121,7 @@ test-vllm: .venv-vllm/ready $(DATA)/mosaics_test_photo_3x3.json
 	touch $@
 
 # The files that travel to the Hub are typed in full.
-TYPED := configuration_lightvlm.py pruning_lightvlm.py modeling_lightvlm.py processing/processing_lightvlm.py
+TYPED := configuration_lightvlm.py views_lightvlm.py pruning_lightvlm.py modeling_lightvlm.py processing/processing_lightvlm.py
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -103,14 +103,16 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
     """Put an untrained pruner, which is the vision encoder's own attention, into a LLaVA checkpoint.
 
     Args:
-        llava: folder or Hub name of a checkpoint of `LlavaForConditionalGeneration`, such as llava-hf/llava-1.5-7b-hf.
+        llava: folder or Hub name of a checkpoint of `LlavaForConditionalGeneration`, such as llava-hf/llava-1.5-7b-hf,
+            or of `LlavaNextForConditionalGeneration`, such as llava-hf/llava-v1.6-mistral-7b-hf.
         output_dir: the Hub folder to write.
         config: for `LightVLMConfig`, such as `num_image_tokens` or `score`.
     """
     model_type = AutoConfig.from_pretrained(llava).model_type
-    if model_type != "llava":
-        raise ValueError(f"{llava} is a {model_type} checkpoint, and not of LLaVA.")
-    model = LightVLMForConditionalGeneration.from_pretrained(llava, **config)
+    if model_type not in ("llava", "llava_next"):
+        raise ValueError(f"{llava} is a {model_type} checkpoint, and neither of LLaVA nor of LLaVA-NeXT.")
+    has_newline = model_type == "llava_next"
+    model = LightVLMForConditionalGeneration.from_pretrained(llava, image_newline=has_newline, **config)
     theirs = AutoProcessor.from_pretrained(llava)
     processor = LightVLMProcessor(
         theirs.image_processor,
@@ -119,6 +121,7 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
         num_patches=model.config.num_patches,
         num_image_tokens=model.config.num_image_tokens,
         mean_image_tokens=model.config.mean_image_tokens,
+        image_newline=has_newline,
         image_token=theirs.image_token,
     )
     return save(model, processor, output_dir)

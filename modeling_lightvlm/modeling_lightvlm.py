@@ -37,6 +37,7 @@ from .pruning_lightvlm import (
     probe_attention,
     received_attention,
 )
+from .views_lightvlm import Layout, lay_out, num_views
 
 NEEDS_IDS = (
     "Dynamic budgets and original position ids need input_ids: inputs_embeds do not tell where placeholders are."
@@ -54,13 +55,16 @@ class LightVLMImageFeatures(BaseModelOutputWithPooling):
 
     Args:
         pooler_output (`list[torch.Tensor]`): (K, hidden) of each image.
-        last_hidden_state (`torch.Tensor`): (images, patches, dim), the features that the pruner chose from.
+        last_hidden_state (`torch.Tensor`): (images, patches, dim), the features that the pruner chose from; with many
+            views (images, tokens, dim), as in `Layout`.
         hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, if requested, from a second run.
         kept_indices (`list[torch.Tensor]`): (K,) of each image, the indices of the kept patches, in raster order.
+        lengths (`list[int]`): tokens of each image before pruning.
     """
 
     pooler_output: list[Tensor] | None = None  # type: ignore[assignment]  # LLaVA returns a list too
     kept_indices: list[Tensor] | None = None
+    lengths: list[int] | None = None
 
 
 class WholeCLIPAttention(CLIPAttention):
@@ -299,6 +303,8 @@ class LightVLMPreTrainedModel(LlavaPreTrainedModel):
         if isinstance(module, ZERO_MODULES):
             for parameter in module.parameters():
                 init.zeros_(parameter)
+        if isinstance(newline := getattr(module, "image_newline", None), Tensor):
+            init.normal_(newline, std=self.config.text_config.hidden_size**-0.5)
 
 
 class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
@@ -322,6 +328,10 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             # and so change the initialisation of everything after it.
             layer.self_attn.__class__ = whole_attention
         self.pruner = TokenPruner(config)
+        self.image_newline = None
+        if config.image_newline:
+            width = config.text_config.hidden_size
+            self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)  # LLaVA's post_init came before it
         self.post_init()
 
     def default_budgets(
@@ -331,21 +341,52 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         if num_image_tokens is not None or self.config.num_image_tokens != "dynamic":
             return num_image_tokens, mean_image_tokens
         mean = self.config.mean_image_tokens
-        return [self.config.num_patches] * num_images, [mean] * num_images  # type: ignore[list-item]  # no None by now
+        largest = self.config.max_image_tokens
+        return [largest] * num_images, [mean] * num_images  # type: ignore[list-item]  # no None by now
 
-    def resolve_budgets(self, num_image_tokens: Budgets | None, num_images: int) -> list[int]:
-        """K of each image, of a dynamic one the largest: as given, one number for all, or the configuration's."""
+    def resolve_budgets(
+        self, num_image_tokens: Budgets | None, num_images: int, lengths: list[int] | None = None
+    ) -> list[int]:
+        """K of each image, of a dynamic one the largest: as given, one number for all, or the configuration's.
+
+        `lengths` are the tokens of images of many views; an image that has fewer than K keeps them all.
+        """
+        largest = self.config.max_image_tokens
         if num_image_tokens is None:
             default = self.config.num_image_tokens
-            num_image_tokens = default if isinstance(default, int) else self.config.num_patches
+            num_image_tokens = default if isinstance(default, int) else largest
         if isinstance(num_image_tokens, Tensor):
             num_image_tokens = num_image_tokens.tolist()
         budgets = [num_image_tokens] * num_images if isinstance(num_image_tokens, int) else list(num_image_tokens)
         if len(budgets) != num_images:
             raise ValueError(f"num_image_tokens has {len(budgets)} numbers, but there are {num_images} images.")
-        if not all(1 <= budget <= self.config.num_patches for budget in budgets):
-            raise ValueError(f"num_image_tokens={budgets}: give numbers from 1 to {self.config.num_patches}.")
-        return budgets
+        if not all(1 <= budget <= largest for budget in budgets):
+            raise ValueError(f"num_image_tokens={budgets}: give numbers from 1 to {largest}.")
+        return [*map(min, budgets, lengths or [self.config.num_patches] * num_images)]
+
+    def lay_out(self, pixel_values: Tensor, image_sizes: Any) -> tuple[Tensor, Layout | None]:
+        """The views of all images, (views, channels, height, width), and which tokens they have.
+
+        Args:
+            pixel_values: (images, channels, height, width), or (images, views, ...) padded to the most views.
+            image_sizes: (images, 2), heights and widths that the image processor saw; None if each image is one view.
+
+        Raises:
+            ValueError: if views come without sizes, or there are other sizes than images.
+        """
+        if pixel_values.dim() == 4 and image_sizes is None:
+            return pixel_values, None
+        if image_sizes is None or pixel_values.dim() != 5 or len(image_sizes) != len(pixel_values):
+            given = "no" if image_sizes is None else len(image_sizes)
+            raise ValueError(
+                f"pixel_values of shape {(*pixel_values.shape,)} with {given} image_sizes: give what one call of the "
+                "processor returned."
+            )
+        if self.config.image_grid_pinpoints is None:
+            raise ValueError("This checkpoint sees one view of an image: its image_grid_pinpoints are None.")
+        sizes = [(height, width) for height, width in torch.as_tensor(image_sizes).tolist()]
+        views = [image[: num_views(size, self.config)] for image, size in zip(pixel_values, sizes, strict=True)]
+        return torch.cat(views), lay_out(sizes, self.config, pixel_values.device)
 
     def embed_questions(self, question_ids: Tensor) -> Tensor:
         """Mean embedding of each question's tokens, (questions, hidden), of ids (questions, words) padded with -1."""
@@ -362,12 +403,13 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         num_image_tokens: Budgets | None = None,
         mean_image_tokens: Means | None = None,
         question_ids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> LightVLMImageFeatures:
         """Encode images and keep K tokens of each.
 
         Args:
-            pixel_values: (images, channels, height, width).
+            pixel_values: (images, channels, height, width), or (images, views, channels, height, width).
             vision_feature_layer: as in `LlavaModel`; the configuration's by default.
             vision_feature_select_strategy: part of LLaVA's signature; the encoder's type decides.
             num_image_tokens: K of each image, as the processor returned it, or one integer for all images. Pass
@@ -376,19 +418,22 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
                 `num_image_tokens`; 0 for an image whose K is `num_image_tokens`.
             question_ids: (images, words), the tokens of the question about each image, padded with -1, for a pruner
                 with `score="question"`.
+            image_sizes: (images, 2), the heights and widths of images of many views, as the processor returned them.
 
         Raises:
             ValueError: if the budgets do not fit the images or the calibration, or there are more or fewer questions
-                than images.
+                or sizes than images.
         """
         if question_ids is not None and len(question_ids) != len(pixel_values):
             raise ValueError(f"question_ids has {len(question_ids)} rows, but there are {len(pixel_values)} images.")
         num_image_tokens, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
-        budgets = self.resolve_budgets(num_image_tokens, len(pixel_values))
-        if means is None:
+        num_images, (pixel_values, layout) = len(pixel_values), self.lay_out(pixel_values, image_sizes)
+        budgets = self.resolve_budgets(num_image_tokens, num_images, layout.lengths if layout else None)
+        if means is None and layout is None:
             outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
         else:
-            outputs = self.prune(*self.encode(pixel_values, vision_feature_layer), budgets, question_ids, means)
+            encoded = self.encode(pixel_values, vision_feature_layer)
+            outputs = self.prune(*encoded, budgets, question_ids, means, layout)
         names = ("output_hidden_states", "output_attentions")
         asked = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
         if any(asked.values()):  # the pruner needs neither, so the layers run again
@@ -403,7 +448,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         budgets: list[int],
         question_ids: Tensor | None,
     ) -> LightVLMImageFeatures:
-        """`encode` and `prune` with static budgets: no step waits for the device."""
+        """`encode` and `prune` with static budgets of images of one view: no step waits for the device."""
         return self.prune(*self.encode(pixel_values, vision_feature_layer), budgets, question_ids)
 
     def encode(
@@ -422,6 +467,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         budgets: list[int],
         question_ids: Tensor | None = None,
         mean_image_tokens: Means | None = None,
+        layout: Layout | None = None,
     ) -> LightVLMImageFeatures:
         """Keep and project K patches of each image.
 
@@ -429,13 +475,29 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             features, prior: as `encode` returns them.
             budgets: K of each image, the largest if it is dynamic.
             question_ids, mean_image_tokens: as in `get_image_features`; means also as (1,) for all images.
+            layout: of the images whose views were encoded; None if each image is one view.
         """
+        if layout is not None:
+            features, prior = layout.gather(features), layout.gather(prior)
         questions = None if question_ids is None else self.embed_questions(question_ids)
-        kept = self.pruner(features, prior, budgets, questions, mean_image_tokens)
+        kept = self.pruner(features, prior, budgets, questions, mean_image_tokens, layout)
         patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
         tokens = self.multi_modal_projector(patches)  # [sum of K, hidden]
-        tokens = self.pruner.add_positions(tokens, torch.cat(kept)).split([len(each) for each in kept])
-        return LightVLMImageFeatures(last_hidden_state=features, pooler_output=list(tokens), kept_indices=kept)
+        if layout is None:
+            tokens = self.pruner.add_positions(tokens, torch.cat(kept))
+        else:
+            tokens = self.place(tokens, layout.at(kept))
+        return LightVLMImageFeatures(
+            last_hidden_state=features,
+            pooler_output=list(tokens.split([len(each) for each in kept])),
+            kept_indices=kept,
+            lengths=[features.shape[1]] * len(features) if layout is None else layout.lengths,
+        )
+
+    def place(self, tokens: Tensor, kept: Layout) -> Tensor:
+        """Tokens (sum of K, hidden) with the embeddings of their places, and newline tokens as they are."""
+        tokens = self.pruner.add_layout(tokens[None], kept)[0]
+        return tokens if self.image_newline is None else tokens.where(kept.is_patch[0, :, None], self.image_newline)
 
     def mark_surplus(self, input_ids: Tensor, num_image_tokens: Any, tokens: list[Tensor]) -> Tensor:
         """(batch, length), True at each image's first placeholders, as many as it has too many.
@@ -472,6 +534,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         num_image_tokens: Budgets | None = None,
         mean_image_tokens: Means | None = None,
         question_ids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -498,13 +561,15 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         else:
             budgets, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
             asked = {"num_image_tokens": budgets, "mean_image_tokens": means, "question_ids": question_ids}
+            asked["image_sizes"] = image_sizes
             layer = inputs.pop("vision_feature_layer", None)
             features = self.get_image_features(pixel_values, layer, return_dict=True, **asked)
         if means is None and not self.moves_positions(features):
             return self.prefill(**inputs, mm_encoder_outputs={"image": features})
         if input_ids is None:
             raise ValueError(NEEDS_IDS)
-        budgets = self.resolve_budgets(budgets, len(features.pooler_output))
+        if not mm_encoder_outputs:
+            budgets = self.resolve_budgets(budgets, len(features.pooler_output), features.lengths)
         return self.forward_short(**inputs, budgets=budgets, features=features)
 
     def moves_positions(self, features: LightVLMImageFeatures | BaseModelOutputWithPooling | None) -> bool:
@@ -525,7 +590,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         inputs, short = compact(input_ids, attention_mask, position_ids, is_surplus, pad_token_id)
         if self.moves_positions(features):
             is_image = inputs["input_ids"] == self.config.image_token_id
-            dropped = count_dropped(is_image, features.kept_indices, self.config.num_patches)
+            lengths = features.lengths or [self.config.num_patches] * len(features.kept_indices)
+            dropped = count_dropped(is_image, features.kept_indices, lengths)
             inputs["position_ids"] = inputs["position_ids"] + dropped[:, :-1]
             short.shift = dropped[:, -1:]
         return inputs, short
@@ -601,6 +667,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         num_image_tokens: Budgets | None = None,
         mean_image_tokens: Means | None = None,
         question_ids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -620,6 +687,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             num_image_tokens=num_image_tokens,
             mean_image_tokens=mean_image_tokens,
             question_ids=question_ids,
+            image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -680,7 +748,8 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         if prompt is None and (means is not None or self.config.position_ids == "original"):
             raise ValueError(NEEDS_IDS)
         if prompt is not None and (start := ShortPrompt.of(kwargs.get("past_key_values"), prompt)[1]):
-            count = sum(self.model.resolve_budgets(budgets, len(images)))
+            _, layout = self.model.lay_out(images, kwargs.get("image_sizes"))
+            count = sum(self.model.resolve_budgets(budgets, len(images), layout.lengths if layout else None))
             refuse_cached_images(prompt[:, start:], self.config.image_token_id, count)
         kwargs |= {"num_image_tokens": budgets, "mean_image_tokens": means}
         return means is not None or self.config.position_ids == "original"
@@ -727,10 +796,11 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         if given := kwargs.get("mm_encoder_outputs"):
             features, budgets = given["image"], [len(tokens) for tokens in given["image"].pooler_output]
         else:
-            names = ("pixel_values", "num_image_tokens", "mean_image_tokens", "question_ids")
+            names = ("pixel_values", "num_image_tokens", "mean_image_tokens", "question_ids", "image_sizes")
             asked = {name: kwargs.pop(name, None) for name in names}
             features = self.model.get_image_features(**asked, return_dict=True)
-            budgets = self.model.resolve_budgets(asked["num_image_tokens"], len(features.pooler_output))
+            images = len(features.pooler_output)
+            budgets = self.model.resolve_budgets(asked["num_image_tokens"], images, features.lengths)
         tokens = LightVLMImageFeatures(pooler_output=features.pooler_output)
         kwargs["mm_encoder_outputs"] = {"image": tokens}
         return features, budgets
@@ -821,8 +891,8 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         return self._processor
 
 
-# llava-hf checkpoints, of the old and the new key layout, load into these classes.
-for ours, llavas in (("LightVLMForConditionalGeneration", "llava"), ("LightVLMModel", "LlavaModel")):
+# llava-hf checkpoints, LLaVA-NeXT's too, of the old and the new key layout, load into these classes.
+for ours, llavas in (("LightVLMForConditionalGeneration", "llava_next"), ("LightVLMModel", "LlavaNextModel")):
     register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(llavas), overwrite=True)
 LightVLMModel.register_for_auto_class("AutoModel")
 LightVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -23,6 +23,7 @@ HUB_FILES = {
     "pruning_lightvlm.py",
     "tokenizer.json",
     "tokenizer_config.json",
+    "views_lightvlm.py",
 }
 
 

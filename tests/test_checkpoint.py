@@ -24,6 +24,7 @@ def test_it_is_small_and_all_safetensors():
         "modeling_lightvlm/configuration_lightvlm.py",
         "modeling_lightvlm/modeling_lightvlm.py",
         "modeling_lightvlm/pruning_lightvlm.py",
+        "modeling_lightvlm/views_lightvlm.py",
         "processing/processing_lightvlm.py",
         "processing/chat_template.jinja",
     ],

@@ -93,8 +93,8 @@ def test_with_all_patches_nothing_is_dropped():
 def test_dropped_patches_are_counted_before_each_position():
     is_image = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 1, 0]]).bool()
     kept = [torch.tensor([1, 3]), torch.tensor([0]), torch.tensor([5])]
-    expected = [[0, 1, 2, 4, 4, 9], [0, 0, 0, 5, 5, 5]]
-    assert count_dropped(is_image, kept, 6).tolist() == expected
+    expected = [[0, 1, 2, 4, 4, 7], [0, 0, 0, 5, 5, 5]]
+    assert count_dropped(is_image, kept, [6, 4, 6]).tolist() == expected
 
 
 @pytest.mark.parametrize("budget", [9, "dynamic:8"])

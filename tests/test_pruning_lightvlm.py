@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner
+from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner, pruning_lightvlm
 from lightvlm.evaluation.selectors import select_determinantal, select_k_center  # rivals, held to the same tests
 from lightvlm.pruning_lightvlm import (
     cls_attention,
@@ -255,3 +255,10 @@ def test_the_pruner_has_fewer_than_a_million_parameters_at_real_sizes(vision, wi
         count = sum(parameter.numel() for parameter in TokenPruner(config).parameters())
     assert count < 1_000_000
     assert (count == 0) == (score == "cls")
+
+
+def test_density_peaks_of_many_patches_are_those_of_one_block(monkeypatch):
+    scores, features = torch.randn(2, 100), torch.randn(2, 100, 8)
+    expected = select_density_peaks(scores, features, 40)
+    monkeypatch.setattr(pruning_lightvlm, "BLOCK", 7)
+    assert torch.equal(select_density_peaks(scores, features, 40), expected)

@@ -13,6 +13,9 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
     PhiConfig,
     Qwen2Config,
     SiglipImageProcessorPil,
@@ -81,11 +84,15 @@ def make_model(*args, **overrides) -> LightVLMForConditionalGeneration:
     return LightVLMForConditionalGeneration(make_config(*args, **overrides)).eval()
 
 
-def make_processor(vision: str = "clip", num_image_tokens: int = 9) -> LightVLMProcessor:
+def make_processor(
+    vision: str = "clip", num_image_tokens: int = 9, pinpoints: list | None = None, image_newline: bool = False
+) -> LightVLMProcessor:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens("<image>", special_tokens=True)
-    if vision == "clip":
-        size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+    size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+    if pinpoints:
+        image_processor = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=pinpoints)
+    elif vision == "clip":
         image_processor = CLIPImageProcessorPil(**size)
     else:
         image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
@@ -95,6 +102,7 @@ def make_processor(vision: str = "clip", num_image_tokens: int = 9) -> LightVLMP
         chat_template=CHAT_TEMPLATE.read_text(),
         num_patches=NUM_PATCHES,
         num_image_tokens=num_image_tokens,
+        image_newline=image_newline,
     )
 
 
@@ -106,7 +114,11 @@ def make_image(seed: int = 0, size: tuple[int, int] = (84, 84)) -> Image.Image:
 def as_llava(model) -> LlavaForConditionalGeneration:
     """The same weights in transformers' own class, which has no bias in its head."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
-    llava = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
+    if model.config.image_newline:
+        del config["image_newline"]
+        llava = LlavaNextForConditionalGeneration(LlavaNextConfig(**config)).eval()
+    else:
+        llava = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
     if model.lm_head.bias is not None:
         model.lm_head.bias.data.zero_()
     weights = {name: weight for name, weight in model.state_dict().items() if "pruner" not in name}
@@ -115,6 +127,9 @@ def as_llava(model) -> LlavaForConditionalGeneration:
     return llava
 
 
+# LLaVA-NeXT's grids, and LightVLM's own, in which small images are one view.
+NEXT_GRIDS = [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]]
+GRIDS = [[84, 84], *NEXT_GRIDS, [252, 252]]
 CALIBRATION = {"means": [2, 8, 30], "kappas": [2.0, 8.0, 40.0], "exponent": 1.0, "minimum": 1, "maximum": NUM_PATCHES}
 TEXT = ["<image> or <image>?", "what color?", "<image>\nis there a red circle in the top left?"]
 IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]

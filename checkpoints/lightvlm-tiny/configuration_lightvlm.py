@@ -42,6 +42,11 @@ class LightVLMConfig(LlavaConfig):
             Width of the scorer's MLP.
         lm_head_bias (`bool`):
             Whether the text model's output layer has a bias, as Phi's does.
+        image_grid_pinpoints (`list[list[int]]`):
+            As in LLaVA-NeXT: the (height, width) that large images are fitted to and cut into tiles, each of the size
+            that the encoder sees. An image that fits best to a single tile is one view. None: each image is one view.
+        image_newline (`bool`):
+            Whether a learned token ends each row of the joined tiles, as in LLaVA-NeXT. It is the first to be dropped.
     """
 
     model_type = "lightvlm"
@@ -58,6 +63,8 @@ class LightVLMConfig(LlavaConfig):
     prior_layer: int = -2
     scorer_hidden_size: int = 512
     lm_head_bias: bool = False
+    image_grid_pinpoints: list[list[int]] | None = None
+    image_newline: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -74,15 +81,19 @@ class LightVLMConfig(LlavaConfig):
             self.num_image_tokens = self.num_patches // 4
         if self.mean_image_tokens is None:
             self.mean_image_tokens = max(1, round(self.num_patches * 160 / 576))
+        view = self.vision_config.image_size
+        for sides in self.image_grid_pinpoints or []:
+            if not all(side >= view and side % view == 0 for side in sides):
+                raise ValueError(f"image_grid_pinpoints has {sides}: give multiples of {view}, the size of a view.")
         is_dynamic = self.num_image_tokens == "dynamic"
         if is_dynamic and self.dynamic_budget is None:
             raise ValueError('num_image_tokens="dynamic" needs a dynamic_budget, which training/budget.py finds.')
         for name in ("mean_image_tokens",) if is_dynamic else ("num_image_tokens", "mean_image_tokens"):
             budget = getattr(self, name)
-            if not (isinstance(budget, int) and 1 <= budget <= self.num_patches):
+            if not (isinstance(budget, int) and 1 <= budget <= self.max_image_tokens):
                 raise ValueError(
-                    f"{name}={budget!r}: this vision encoder cuts an image in {self.num_patches} patches, so give a "
-                    f"number from 1 to {self.num_patches}."
+                    f"{name}={budget!r}: an image has at most {self.max_image_tokens} tokens here, so give a number "
+                    f"from 1 to {self.max_image_tokens}."
                 )
 
         depth = self.vision_config.num_hidden_layers
@@ -101,8 +112,16 @@ class LightVLMConfig(LlavaConfig):
 
     @property
     def num_patches(self) -> int:
-        """Tokens of an image before pruning."""
+        """Patches of a view, and so the tokens of an image of one view before pruning."""
         return self.patches_per_side**2
+
+    @property
+    def max_image_tokens(self) -> int:
+        """Tokens, before pruning, of the largest image that `image_grid_pinpoints` allow."""
+        view, side = self.vision_config.image_size, self.patches_per_side
+        grids = [(height // view, width // view) for height, width in self.image_grid_pinpoints or []]
+        tiles = [rows * side * (columns * side + self.image_newline) for rows, columns in grids if rows * columns > 1]
+        return self.num_patches + max(tiles, default=0)
 
 
 LightVLMConfig.register_for_auto_class()

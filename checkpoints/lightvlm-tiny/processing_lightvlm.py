@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers.utils.versions import require_version
 # As in `configuration_lightvlm.py`: a processor can be loaded without it.
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
-from transformers import CLIPImageProcessorPil, ProcessorMixin, SiglipImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlavaNextProcessor, ProcessorMixin, SiglipImageProcessorPil
+from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
@@ -143,12 +145,14 @@ class LightVLMProcessor(ProcessorMixin):
     each image, is what a pruner with `score="question"` chooses tokens for.
 
     Args:
-        image_processor: any transformers image processor of fixed output size.
+        image_processor: any transformers image processor of fixed output size; LLaVA-NeXT's, which has
+            `image_grid_pinpoints`, cuts large images into views.
         tokenizer: a tokenizer to which `image_token` was added.
         chat_template (`str`): jinja template with generation markers.
-        num_patches (`int`): tokens of an image before pruning, the largest K.
+        num_patches (`int`): tokens of a view before pruning.
         num_image_tokens (`int` or "dynamic"): K of a call that does not pass one.
         mean_image_tokens (`int`): the average of a plain "dynamic"; by default 160 of 576.
+        image_newline (`bool`): whether the model has a token at the end of each row of joined tiles, as LLaVA-NeXT.
         image_token (`str`): the placeholder.
     """
 
@@ -163,7 +167,9 @@ class LightVLMProcessor(ProcessorMixin):
         num_image_tokens: int | str = 144,
         image_token: str = "<image>",
         mean_image_tokens: int | None = None,
+        image_newline: bool = False,
     ) -> None:
+        self.image_newline = image_newline
         self.num_patches = num_patches
         self.num_image_tokens = num_image_tokens
         self.mean_image_tokens = mean_image_tokens or max(1, round(num_patches * 160 / 576))
@@ -176,29 +182,57 @@ class LightVLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "num_image_tokens"]
 
+    @property
+    def grid_pinpoints(self) -> list[list[int]]:
+        """The sizes that images are fitted to; none if each image is one view."""
+        return getattr(self.image_processor, "image_grid_pinpoints", None) or []
+
+    def tile_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the tiles of an image of this (height, width); (1, 1) if it is one view."""
+        if not self.grid_pinpoints:
+            return 1, 1
+        view = (self.image_processor.crop_size or self.image_processor.size)["height"]
+        height, width = select_best_resolution(size, self.grid_pinpoints)
+        return height // view, width // view
+
+    def count_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens, before pruning, of an image of this (height, width) in pixels."""
+        rows, columns = self.tile_grid(size)
+        if rows * columns == 1:
+            return self.num_patches
+        side = isqrt(self.num_patches)
+        unpadded: Any = LlavaNextProcessor._get_unpadded_features  # it needs nothing of its instance
+        patches, newlines = unpadded(self, *size, side, side, rows, columns)
+        return int(self.num_patches + patches + newlines * self.image_newline)
+
+    @property
+    def max_image_tokens(self) -> int:
+        """The largest K: the tokens of an image of the largest grid."""
+        return max([self.num_patches, *(self.count_tokens((height, width)) for height, width in self.grid_pinpoints)])
+
     def resolve_budgets(
         self, num_image_tokens: int | str | list[int | str] | None, num_images: int
     ) -> tuple[list[int], list[int]]:
         """K of each image, and the requested mean if K is dynamic, otherwise 0.
 
         Raises:
-            ValueError: if it is neither a whole number from 1 to `num_patches` nor "dynamic" with such a mean.
+            ValueError: if it is neither a whole number from 1 to `max_image_tokens` nor "dynamic" with such a mean.
         """
         if num_image_tokens is None:
             num_image_tokens = self.num_image_tokens
         wanted = num_image_tokens if isinstance(num_image_tokens, (list, tuple)) else [num_image_tokens] * num_images
         if len(wanted) != num_images:
             raise ValueError(f"num_image_tokens has {len(wanted)} numbers, but there are {num_images} images.")
-        budgets, means = [], []
+        budgets, means, largest = [], [], self.max_image_tokens
         for budget in wanted:
             mean = 0
             if isinstance(budget, str):
                 kind, _, number = budget.partition(":")
                 mean = self.mean_image_tokens if budget == "dynamic" else int(number) if number.isdecimal() else 0
-                budget = self.num_patches if kind == "dynamic" and 1 <= mean <= self.num_patches else budget
-            if type(budget) is not int or not 1 <= budget <= self.num_patches:
+                budget = largest if kind == "dynamic" and 1 <= mean <= largest else budget
+            if type(budget) is not int or not 1 <= budget <= largest:
                 raise ValueError(
-                    f"num_image_tokens={num_image_tokens!r}: give a whole number from 1 to {self.num_patches}, "
+                    f"num_image_tokens={num_image_tokens!r}: give a whole number from 1 to {largest}, "
                     '"dynamic" or, with another mean, "dynamic:64", or a list with one of these for each image.'
                 )
             budgets.append(budget)
@@ -270,12 +304,28 @@ class LightVLMProcessor(ProcessorMixin):
             for index, image in enumerate(images)
         ]
         processed = self.image_processor(images, **kwargs)
+        if "image_sizes" in processed:
+            budgets = [*map(min, budgets, self.trim_views(processed))]
         processed["num_image_tokens"] = budgets
         if any(means):
             processed["mean_image_tokens"] = means
         if question is not None:
             processed["question_ids"] = self.encode_questions(question, len(images))
         return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
+
+    def trim_views(self, processed: dict[str, Any]) -> list[int]:
+        """Take from LLaVA-NeXT's image inputs the tiles of images that are one view; returns each image's tokens.
+
+        If all of them are, the inputs become those of images without views.
+        """
+        sizes = [(int(height), int(width)) for height, width in processed["image_sizes"]]
+        tiles = max(rows * columns for rows, columns in map(self.tile_grid, sizes))
+        views = slice(1 + tiles) if tiles > 1 else 0
+        pixels = processed["pixel_values"]
+        processed["pixel_values"] = pixels[:, views] if hasattr(pixels, "ndim") else [each[views] for each in pixels]
+        if tiles == 1:
+            processed.pop("image_sizes")
+        return [*map(self.count_tokens, sizes)]
 
     def encode_questions(self, question: str | list[str], num_images: int) -> list[list[int]]:
         """Token ids of each image's question, padded with -1 to the same length."""
@@ -295,6 +345,7 @@ class LightVLMProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         budgets, means = self.resolve_budgets(kwargs.get("num_image_tokens"), len(image_sizes))
+        budgets = [*map(min, budgets, map(self.count_tokens, image_sizes))]
         if any(means):
             raise ValueError(
                 f"vLLM places an image's tokens before it has seen the image, so no budget can be dynamic: give "

@@ -12,8 +12,10 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipMultiheadAttentionPoolingHead
 
 from .configuration_lightvlm import LightVLMConfig
+from .views_lightvlm import Layout
 
 NOTHING_NEW = 1e-6  # a distance within float32's rounding error; such patches are ordered by their scores alone
+BLOCK = 1024  # patches compared with all others at a time, so that memory is linear in those of many views
 QUESTION_RANK = 32  # so that the pruner of a 7B model stays below a million parameters
 
 
@@ -96,11 +98,11 @@ def select_topk(scores: Tensor, features: Tensor, count: int) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
 
 
-def cosine_similarity(features: Tensor) -> Tensor:
-    """Between all patches of an image: (batch, patches, dim) to (batch, patches, patches) in float32."""
+def cosine_similarity(features: Tensor, block: slice = slice(None)) -> Tensor:
+    """Between all patches of an image and a block: (batch, patches, dim) to (batch, patches, block) in float32."""
     directions = nn.functional.normalize(features.float(), dim=-1)
     with torch.autocast(features.device.type, enabled=False):  # selects the same patches as in inference
-        return directions @ directions.transpose(1, 2)
+        return directions @ directions[:, block].transpose(1, 2)
 
 
 def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: float = 0.8) -> Tensor:
@@ -110,10 +112,14 @@ def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: fl
     as a logarithm: a constant added to an image's scores changes nothing. Weighted k-center, which asks each patch to
     be unlike the chosen ones alone, must choose one after the other; this takes no loop. Shapes as in `select_topk`.
     """
-    distances = 1 - cosine_similarity(features)  # [B, N, N]
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    is_lower = rank[:, :, None] >= rank[:, None, :]  # [B, other, patch]: the other has no higher score
-    nearest = distances.masked_fill(is_lower, 2.0).amin(dim=1)  # [B, N]; 2 is the largest distance there is
+    blocks = []
+    for start in range(0, scores.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        is_lower = rank[:, :, None] >= rank[:, None, block]  # [B, other, patch]: the other has no higher score
+        distances = (1 - cosine_similarity(features, block)).masked_fill(is_lower, 2.0)  # 2 is the largest there is
+        blocks.append(distances.amin(dim=1))
+    nearest = torch.cat(blocks, dim=1)  # [B, N]
     peaks = alpha * scores.float() + nearest.clamp_min(NOTHING_NEW).log()
     return select_topk(peaks, features, count)
 
@@ -166,19 +172,20 @@ def allot_budgets(complexity: Tensor, means: Tensor, dynamic_budget: dict[str, A
     return budgets.clamp(dynamic_budget["minimum"], dynamic_budget["maximum"]).long()
 
 
-def count_dropped(is_image: torch.Tensor, kept: list[torch.Tensor], num_patches: int) -> torch.Tensor:
-    """How many dropped patches the whole prompt has before each position of the pruned one.
+def count_dropped(is_image: Tensor, kept: list[Tensor], lengths: list[int]) -> Tensor:
+    """How many dropped tokens the whole prompt has before each position of the pruned one.
 
     Args:
-        is_image: (batch, length), True at the placeholders of the kept patches.
-        kept: (K,) indices of each image's kept patches, in raster order.
-        num_patches: of an image before pruning.
+        is_image: (batch, length), True at the placeholders of the kept tokens.
+        kept: (K,) indices of each image's kept tokens, in raster order.
+        lengths: tokens of each image before pruning.
 
     Returns:
         (batch, length + 1), the last for what follows the prompt.
     """
     skipped = torch.cat([torch.diff(indices, prepend=indices.new_tensor([-1])) - 1 for indices in kept])
-    behind = torch.cat([nn.functional.pad(num_patches - 1 - each[-1:], (len(each) - 1, 0)) for each in kept])
+    after_last = [length - 1 - each[-1:] for each, length in zip(kept, lengths, strict=True)]
+    behind = torch.cat([nn.functional.pad(n, (len(each) - 1, 0)) for n, each in zip(after_last, kept, strict=True)])
     zeros = torch.zeros_like(is_image, dtype=torch.long)
     before = nn.functional.pad(zeros.masked_scatter(is_image, skipped), (0, 1))
     after = nn.functional.pad(zeros.masked_scatter(is_image, behind), (1, 0))
@@ -201,6 +208,14 @@ class ZeroEmbedding(nn.Embedding):
 
 
 ZERO_MODULES = (ZeroLinear, ZeroEmbedding)
+
+
+def embed_places(embedding: nn.Module, places: Tensor) -> Tensor:
+    """Embeddings (..., dim) at places (...) between the whole numbers that have one, by linear interpolation."""
+    below = places.floor()
+    share = (places - below)[..., None]
+    low, high = embedding(below.long()), embedding(places.ceil().long())
+    return low + (share * (high - low).float()).to(low.dtype)
 
 
 class TokenPruner(nn.Module):
@@ -228,6 +243,8 @@ class TokenPruner(nn.Module):
         if config.score in ("positional", "question"):
             self.row_score, self.column_score = ZeroEmbedding(side, 1), ZeroEmbedding(side, 1)
             self.row_embedding, self.column_embedding = ZeroEmbedding(side, width), ZeroEmbedding(side, width)
+            if config.image_grid_pinpoints:
+                self.tile_score, self.tile_embedding = ZeroEmbedding(1, 1), ZeroEmbedding(1, width)
 
         self.patch_projection = None
         if config.score == "question":
@@ -239,39 +256,56 @@ class TokenPruner(nn.Module):
         self.dynamic_budget = config.dynamic_budget or {}
         self.complexity = Float32Linear(features, 1) if config.dynamic_budget else None
 
-    def score(self, features: Tensor, prior: Tensor, questions: Tensor | None = None) -> Tensor:
+    def score(
+        self, features: Tensor, prior: Tensor, questions: Tensor | None = None, layout: Layout | None = None
+    ) -> Tensor:
         """Importance of each patch.
 
         Args:
             features: (batch, patches, dim) of the vision encoder.
             prior: (batch, patches), the encoder's attention.
             questions: (batch, hidden), the mean embedding of the question's words; None to leave its term out.
+            layout: of images of many views, whose tokens take the place of patches; None if each is one view.
 
         Returns:
-            (batch, patches) in float32; only the order within an image is meaningful.
+            (batch, patches) in float32; only the order within an image is meaningful. What is no patch has -inf.
         """
         scores = log_prior(prior)
         if self.scorer is not None:
             scores = scores + self.scorer(features).squeeze(-1).float()
         if self.row_score is not None:
-            side = torch.arange(self.patches_per_side, device=features.device)
-            places = self.row_score(side)[:, None] + self.column_score(side)[None]  # [side, side, 1]
-            scores = scores + places.flatten().float()
-        return self.add_question(scores, features, questions)
+            scores = (
+                scores
+                + self.embed_grid(self.row_score, self.column_score, features.device, layout).squeeze(-1).float()
+            )
+            if layout is not None:
+                scores = scores + layout.is_tile * self.tile_score(layout.source[:1, :1] * 0).squeeze(-1).float()
+        if layout is not None:
+            scores = scores.masked_fill(~layout.is_patch, -torch.inf)
+        return self.add_question(scores, features, questions, layout)
 
-    def add_question(self, scores: Tensor, features: Tensor, questions: Tensor | None) -> Tensor:
+    def add_question(
+        self, scores: Tensor, features: Tensor, questions: Tensor | None, layout: Layout | None = None
+    ) -> Tensor:
         """Add the question's term to scores that `score` returned without it; arguments as in `score`."""
         if questions is None or self.patch_projection is None:
             return scores
         # Normalised, because features and embeddings have no fixed scale. The mean of all questions is subtracted: it
         # does not distinguish them, and would otherwise be most of what the projection learns. Embeddings are called
         # rather than their weights read, because offloading and sharding load weights when a module is called.
-        side = torch.arange(self.patches_per_side, device=features.device)
-        asked = questions - self.question_center(side[:1])
-        asked = self.question_projection(nn.functional.layer_norm(asked, asked.shape[-1:]))  # [B, rank]
+        center = self.question_center(torch.zeros(1, dtype=torch.long, device=features.device))
+        asked = nn.functional.layer_norm(questions - center, questions.shape[-1:])
+        asked = self.question_projection(asked)  # [B, rank]
         patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
-        places = (self.row_key(side)[:, None] + self.column_key(side)).flatten(0, 1) * QUESTION_RANK**0.5
+        places = self.embed_grid(self.row_key, self.column_key, features.device, layout) * QUESTION_RANK**0.5
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
+
+    def embed_grid(self, row: nn.Module, column: nn.Module, device: torch.device, layout: Layout | None) -> Tensor:
+        """The sum of two embeddings at each patch: (1, patches, dim), or (batch, tokens, dim) with a layout."""
+        if layout is not None:
+            return embed_places(row, layout.rows) + embed_places(column, layout.columns)
+        side = torch.arange(self.patches_per_side, device=device)
+        return (row(side)[:, None] + column(side)).flatten(0, 1)[None]
 
     def estimate_complexity(self, features: Tensor, scores: Tensor) -> Tensor:
         """Logarithm of the number of tokens that each image needs, by a linear layer on its pooled features.
@@ -324,24 +358,26 @@ class TokenPruner(nn.Module):
         budgets: list[int],
         questions: Tensor | None = None,
         means: list[int] | Tensor | None = None,
+        layout: Layout | None = None,
     ) -> list[Tensor]:
         """Keep K patches of each image.
 
         Args:
-            features, prior, questions: as in `score`.
-            budgets: K of each image, 1 to patches; with means as in `allot`.
+            features, prior, questions, layout: as in `score`.
+            budgets: K of each image, 1 to patches, or to its length in the layout; with means as in `allot`.
             means: as in `allot`; None if no budget is dynamic.
 
         Returns:
             (K,) indices of the kept patches of each image, in raster order.
         """
         patches = features.shape[1]
-        if means is None and min(budgets) == patches:
-            return [torch.arange(patches, device=features.device) for _ in budgets]
-        scores = self.score(features, prior)
+        lengths = [patches] * len(budgets) if layout is None else layout.lengths
+        if means is None and budgets == lengths:
+            return [torch.arange(length, device=features.device) for length in lengths]
+        scores = self.score(features, prior, layout=layout)
         if means is not None:
             budgets = self.allot(features, scores, budgets, means)
-        scores = self.add_question(scores, features, questions)
+        scores = self.add_question(scores, features, questions, layout)
         order = self.select(scores, features, max(budgets))  # [B, largest K]
         if min(budgets) < max(budgets):
             ranks = torch.arange(max(budgets), device=order.device)
@@ -350,7 +386,7 @@ class TokenPruner(nn.Module):
         return [row[:budget] for row, budget in zip(order.sort(dim=1).values, budgets, strict=True)]
 
     def add_positions(self, tokens: Tensor, indices: Tensor) -> Tensor:
-        """Add the learned embeddings of row and column to kept tokens.
+        """Add the learned embeddings of row and column to kept tokens of images of one view.
 
         Args:
             tokens: (..., hidden) after the projector.
@@ -359,7 +395,18 @@ class TokenPruner(nn.Module):
         if self.row_score is None:
             return tokens
         rows, columns = indices // self.patches_per_side, indices % self.patches_per_side
-        places = self.row_embedding(rows) + self.column_embedding(columns)
-        # Scaled as word embeddings in Vaswani et al. 2017: at the learning rate of weight matrices, positions would
-        # stay too small relative to the projected features.
-        return tokens + places * tokens.shape[-1] ** 0.5
+        return tokens + self.scale_up(self.row_embedding(rows) + self.column_embedding(columns))
+
+    def add_layout(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """As `add_positions`, for the tokens (batch, tokens, hidden) of a layout; tiles have a further embedding."""
+        if self.row_score is None:
+            return tokens
+        places = embed_places(self.row_embedding, layout.rows) + embed_places(self.column_embedding, layout.columns)
+        is_tile = layout.is_tile[..., None].to(tokens)
+        return tokens + self.scale_up(places + is_tile * self.tile_embedding(layout.source[:1, :1] * 0))
+
+    @staticmethod
+    def scale_up(places: Tensor) -> Tensor:
+        """Scaled as word embeddings in Vaswani et al. 2017: at the learning rate of weight matrices, positions would
+        stay too small relative to the projected features."""
+        return places * places.shape[-1] ** 0.5

@@ -1,0 +1,110 @@
+"""Views of a large picture, as in LLaVA-NeXT (Liu et al. 2024): a thumbnail, and the tiles of the best fitting grid.
+
+Before pruning, an image's tokens are in this order: the thumbnail's patches in raster order, then those of all tiles,
+joined to one picture without the padding that fits it to the grid, in raster order too. A checkpoint of LLaVA-NeXT has
+a newline token at the end of each row of that picture. Sizes of images are (height, width) in pixels, as the image
+processor saw them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+from .configuration_lightvlm import LightVLMConfig
+
+
+@dataclass
+class Layout:
+    """The tokens of several images before pruning; rows of fewer tokens end in padding.
+
+    Args:
+        source: (images, tokens), the patch that each token is, counted over all views of all images; 0 for no patch.
+        is_patch: (images, tokens), False at newline tokens and padding.
+        is_tile: (images, tokens), False in the thumbnail.
+        rows, columns: (images, tokens), where a patch's centre is in the whole picture, in patches of the thumbnail.
+        lengths: tokens of each image.
+    """
+
+    source: Tensor
+    is_patch: Tensor
+    is_tile: Tensor
+    rows: Tensor
+    columns: Tensor
+    lengths: list[int]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(views, patches, ...) of the encoder as (images, tokens, ...), zero where there is no patch."""
+        values = values.flatten(0, 1)[self.source]
+        return values * self.is_patch.view(*self.is_patch.shape, *[1] * (values.dim() - 2)).to(values)
+
+    def at(self, kept: list[Tensor]) -> "Layout":
+        """That of the kept tokens, in one row: (1, sum of K)."""
+        image = torch.cat([indices.new_full(indices.shape, index) for index, indices in enumerate(kept)])
+        tokens = torch.cat(kept)
+        source, is_patch, is_tile, rows, columns = (
+            field[image, tokens][None] for field in (self.source, self.is_patch, self.is_tile, self.rows, self.columns)
+        )
+        return Layout(source, is_patch, is_tile, rows, columns, [len(tokens)])
+
+
+def tile_grid(size: tuple[int, int], config: LightVLMConfig) -> tuple[int, int]:
+    """Rows and columns of the tiles that an image of this size is cut into; (1, 1) is the thumbnail alone."""
+    height, width = select_best_resolution(size, config.image_grid_pinpoints or [])
+    view = config.vision_config.image_size
+    return height // view, width // view
+
+
+def num_views(size: tuple[int, int], config: LightVLMConfig) -> int:
+    """The thumbnail and the tiles of an image of this size."""
+    rows, columns = tile_grid(size, config)
+    return 1 if rows * columns == 1 else 1 + rows * columns
+
+
+def joined_tiles(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
+    """The indices, (rows, columns), of the patches that the joined tiles of an image have, without padding."""
+    side, (rows, columns) = config.patches_per_side, tile_grid(size, config)
+    tiles = torch.arange(rows * columns * side**2).view(rows, columns, side, side) + config.num_patches
+    return unpad_image(tiles.transpose(1, 2).reshape(1, rows * side, columns * side), size)[0]
+
+
+def token_rows(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
+    """`source` (-1 for a newline), `is_tile`, `rows` and `columns` of one image's tokens: (4, tokens)."""
+    side = config.patches_per_side
+    source = torch.arange(config.num_patches)
+    tokens = torch.stack([source, torch.zeros_like(source), source // side, source % side]).double()
+    if num_views(size, config) == 1:
+        return tokens
+    joined = joined_tiles(size, config)
+    height, width = joined.shape
+    rows, columns = ((torch.arange(n).double() + 0.5) * side / n - 0.5 for n in (height, width))
+    fields = [joined.double(), torch.ones(height, width), rows[:, None].expand(-1, width), columns.expand(height, -1)]
+    tiles = torch.stack(fields)
+    if config.image_newline:
+        tiles = nn.functional.pad(tiles, (0, 1), value=-1)
+    return torch.cat([tokens, tiles.flatten(1)], dim=1)
+
+
+def lay_out(sizes: Iterable[tuple[int, int]], config: LightVLMConfig, device: torch.device) -> Layout:
+    """The layout of images of these sizes, whose views follow each other: thumbnail, then tiles in raster order."""
+    sizes = list(sizes)
+    images = [token_rows(size, config) for size in sizes]
+    lengths = [image.shape[1] for image in images]
+    first = 0
+    for image, size in zip(images, sizes, strict=True):
+        image[0, image[0] >= 0] += first
+        first += num_views(size, config) * config.num_patches
+    padded = torch.stack([nn.functional.pad(each, (0, max(lengths) - each.shape[1]), value=-1) for each in images])
+    source, is_tile, rows, columns = padded.to(device).unbind(dim=1)
+    limit = config.patches_per_side - 1
+    return Layout(
+        source.clamp_min(0).long(),
+        source >= 0,
+        is_tile > 0,
+        rows.float().clamp(0, limit),
+        columns.float().clamp(0, limit),
+        lengths,
+    )

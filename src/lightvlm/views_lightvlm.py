@@ -1,0 +1,1 @@
+../../modeling_lightvlm/views_lightvlm.py
