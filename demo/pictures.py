@@ -65,9 +65,11 @@ def draw_kept(
         question: to choose the tokens by, for a pruner with `score="question"`.
 
     Raises:
-        ValueError: where the processor refuses the image or the budget.
+        ValueError: where the processor refuses the image or the budget, or cuts the image into views.
     """
     options = {"num_image_tokens": num_image_tokens} | ({"question": question} if question else {})
     inputs = processor(images=[image], return_tensors="pt", **options).to(model.device)
+    if "image_sizes" in inputs:
+        raise ValueError(f"The image of {image.width} x {image.height} is cut into views: give a smaller one to draw.")
     (kept,) = model.get_image_features(**inputs).kept_indices
     return picture_kept(inputs["pixel_values"][0], kept, processor), len(kept)

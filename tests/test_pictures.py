@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from lightvlm.common.checkpoint import SHIPPED
-from lightvlm.demo.pictures import as_seen, picture_kept
+from lightvlm.demo.pictures import as_seen, draw_kept, picture_kept
 from lightvlm_cli.main import main
 from PIL import Image
-from tiny import make_image, make_model, make_processor
+from tiny import GRIDS, make_image, make_model, make_processor
 
 
 def kept_patches(picture: Image.Image, whole: Image.Image, side: int) -> list[int]:
@@ -89,3 +89,10 @@ def test_show_names_what_is_wrong(tmp_path, capsys):
     assert "from 1 to 576" in capsys.readouterr().err
     assert main([*show, "--output", str(tmp_path / "kept.nonsense")]) == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_an_image_of_many_views_is_refused():
+    model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
+    assert draw_kept(model, processor, make_image(), 9)[1] == 9
+    with pytest.raises(ValueError, match="of 250 x 240 is cut into views: give a smaller one"):
+        draw_kept(model, processor, make_image(0, (250, 240)), 9)
