@@ -47,8 +47,8 @@ class ModelTester:
     encoder_seq_length = key_length = seq_length
 
     def get_config(self):
-        config = make_config("clip", "llama", num_image_tokens=4, vision_feature_layer=-1)
-        config.vision_config.num_hidden_layers = 2
+        config = make_config("clip", "llama", num_image_tokens=4, vision_feature_layer=-1, image_newline=True)
+        config.vision_config.num_hidden_layers = 2  # and a newline token, whose key LLaVA-NeXT checkpoints map
         for part in (config, config.vision_config, config.text_config):
             part.initializer_range = 0.02
         return config
