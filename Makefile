@@ -47,7 +47,7 @@ test-install: .venv/ready
 	done
 
 # Both ends of what pyproject.toml allows of transformers and its trainers, each in an environment of its own.
-CORE := $(patsubst %,tests/test_%.py,modeling_lightvlm dynamic_budget processing_lightvlm pruning_lightvlm hub sft pruner)
+CORE := $(patsubst %,tests/test_%.py,modeling_lightvlm views dynamic_budget processing_lightvlm pruning_lightvlm hub sft pruner)
 test-lowest: .venv-lowest/ready
 	.venv-lowest/bin/pytest $(CORE)
 

@@ -11,7 +11,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", help="folder or Hub name of a CLIP or SigLIP checkpoint")
     parser.add_argument("--text", help="folder or Hub name of a causal language model")
-    parser.add_argument("--llava", help="folder or Hub name of a LLaVA checkpoint, instead of the two")
+    parser.add_argument("--llava", help="folder or Hub name of a LLaVA or LLaVA-NeXT checkpoint, instead of the two")
     parser.add_argument("--num-image-tokens", type=int, help="default K of the new checkpoint (a quarter)")
     parser.add_argument("--score", choices=["cls", "mlp", "positional", "question"], default="positional")
     parser.add_argument("--prior-layer", type=int, default=-2, help="encoder layer whose attention scores (-2)")

@@ -37,7 +37,7 @@ from .pruning_lightvlm import (
     probe_attention,
     received_attention,
 )
-from .views_lightvlm import Layout, lay_out, num_views
+from .views_lightvlm import Layout, lay_out
 
 NEEDS_IDS = (
     "Dynamic budgets and original position ids need input_ids: inputs_embeds do not tell where placeholders are."
@@ -59,7 +59,7 @@ class LightVLMImageFeatures(BaseModelOutputWithPooling):
             views (images, tokens, dim), as in `Layout`.
         hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, if requested, from a second run.
         kept_indices (`list[torch.Tensor]`): (K,) of each image, the indices of the kept patches, in raster order.
-        lengths (`list[int]`): tokens of each image before pruning.
+        lengths (`list[int]`): tokens of each image before pruning; None if each image is one view.
     """
 
     pooler_output: list[Tensor] | None = None  # type: ignore[assignment]  # LLaVA returns a list too
@@ -364,8 +364,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             raise ValueError(f"num_image_tokens={budgets}: give numbers from 1 to {largest}.")
         return [*map(min, budgets, lengths or [self.config.num_patches] * num_images)]
 
-    def lay_out(self, pixel_values: Tensor, image_sizes: Any) -> tuple[Tensor, Layout | None]:
-        """The views of all images, (views, channels, height, width), and which tokens they have.
+    def lay_out(self, pixel_values: Tensor, image_sizes: Any) -> Layout | None:
+        """Which tokens the views of all images have; None if each image is one view.
 
         Args:
             pixel_values: (images, channels, height, width), or (images, views, ...) padded to the most views.
@@ -375,7 +375,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             ValueError: if views come without sizes, or there are other sizes than images.
         """
         if pixel_values.dim() == 4 and image_sizes is None:
-            return pixel_values, None
+            return None
         if image_sizes is None or pixel_values.dim() != 5 or len(image_sizes) != len(pixel_values):
             given = "no" if image_sizes is None else len(image_sizes)
             raise ValueError(
@@ -384,9 +384,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             )
         if self.config.image_grid_pinpoints is None:
             raise ValueError("This checkpoint sees one view of an image: its image_grid_pinpoints are None.")
-        sizes = [(height, width) for height, width in torch.as_tensor(image_sizes).tolist()]
-        views = [image[: num_views(size, self.config)] for image, size in zip(pixel_values, sizes, strict=True)]
-        return torch.cat(views), lay_out(sizes, self.config, pixel_values.device)
+        sizes = ((height, width) for height, width in torch.as_tensor(image_sizes).tolist())
+        return lay_out(sizes, self.config, pixel_values.device)
 
     def embed_questions(self, question_ids: Tensor) -> Tensor:
         """Mean embedding of each question's tokens, (questions, hidden), of ids (questions, words) padded with -1."""
@@ -427,8 +426,10 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         if question_ids is not None and len(question_ids) != len(pixel_values):
             raise ValueError(f"question_ids has {len(question_ids)} rows, but there are {len(pixel_values)} images.")
         num_image_tokens, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
-        num_images, (pixel_values, layout) = len(pixel_values), self.lay_out(pixel_values, image_sizes)
-        budgets = self.resolve_budgets(num_image_tokens, num_images, layout.lengths if layout else None)
+        layout = self.lay_out(pixel_values, image_sizes)
+        budgets = self.resolve_budgets(num_image_tokens, len(pixel_values), layout.lengths if layout else None)
+        if layout is not None:  # only the views that there are
+            pixel_values = torch.cat([image[:n] for image, n in zip(pixel_values, layout.views, strict=True)])
         if means is None and layout is None:
             outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
         else:
@@ -491,7 +492,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             last_hidden_state=features,
             pooler_output=list(tokens.split([len(each) for each in kept])),
             kept_indices=kept,
-            lengths=[features.shape[1]] * len(features) if layout is None else layout.lengths,
+            lengths=layout.lengths if layout else None,
         )
 
     def place(self, tokens: Tensor, kept: Layout) -> Tensor:
@@ -748,7 +749,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         if prompt is None and (means is not None or self.config.position_ids == "original"):
             raise ValueError(NEEDS_IDS)
         if prompt is not None and (start := ShortPrompt.of(kwargs.get("past_key_values"), prompt)[1]):
-            _, layout = self.model.lay_out(images, kwargs.get("image_sizes"))
+            layout = self.model.lay_out(images, kwargs.get("image_sizes"))
             count = sum(self.model.resolve_budgets(budgets, len(images), layout.lengths if layout else None))
             refuse_cached_images(prompt[:, start:], self.config.image_token_id, count)
         kwargs |= {"num_image_tokens": budgets, "mean_image_tokens": means}

@@ -98,11 +98,16 @@ def select_topk(scores: Tensor, features: Tensor, count: int) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
 
 
-def cosine_similarity(features: Tensor, block: slice = slice(None)) -> Tensor:
-    """Between all patches of an image and a block: (batch, patches, dim) to (batch, patches, block) in float32."""
+def similarity(directions: Tensor, others: Tensor) -> Tensor:
+    """Of unit vectors (batch, patches, dim) and others (batch, others, dim): (batch, patches, others) in float32."""
+    with torch.autocast(directions.device.type, enabled=False):  # selects the same patches as in inference
+        return directions @ others.transpose(1, 2)
+
+
+def cosine_similarity(features: Tensor) -> Tensor:
+    """Between all patches of an image: (batch, patches, dim) to (batch, patches, patches) in float32."""
     directions = nn.functional.normalize(features.float(), dim=-1)
-    with torch.autocast(features.device.type, enabled=False):  # selects the same patches as in inference
-        return directions @ directions[:, block].transpose(1, 2)
+    return similarity(directions, directions)
 
 
 def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: float = 0.8) -> Tensor:
@@ -112,15 +117,14 @@ def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: fl
     as a logarithm: a constant added to an image's scores changes nothing. Weighted k-center, which asks each patch to
     be unlike the chosen ones alone, must choose one after the other; this takes no loop. Shapes as in `select_topk`.
     """
+    directions = nn.functional.normalize(features.float(), dim=-1)
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    blocks = []
-    for start in range(0, scores.shape[1], BLOCK):
-        block = slice(start, start + BLOCK)
-        is_lower = rank[:, :, None] >= rank[:, None, block]  # [B, other, patch]: the other has no higher score
-        distances = (1 - cosine_similarity(features, block)).masked_fill(is_lower, 2.0)  # 2 is the largest there is
-        blocks.append(distances.amin(dim=1))
-    nearest = torch.cat(blocks, dim=1)  # [B, N]
-    peaks = alpha * scores.float() + nearest.clamp_min(NOTHING_NEW).log()
+    nearest = []
+    for some, ranks in zip(directions.split(BLOCK, dim=1), rank.split(BLOCK, dim=1), strict=True):
+        is_lower = rank[:, :, None] >= ranks[:, None]  # [B, other, patch]: the other has no higher score
+        distances = (1 - similarity(directions, some)).masked_fill(is_lower, 2.0)  # 2 is the largest there is
+        nearest.append(distances.amin(dim=1))
+    peaks = alpha * scores.float() + torch.cat(nearest, dim=1).clamp_min(NOTHING_NEW).log()  # [B, N]
     return select_topk(peaks, features, count)
 
 
@@ -218,6 +222,11 @@ def embed_places(embedding: nn.Module, places: Tensor) -> Tensor:
     return low + (share * (high - low).float()).to(low.dtype)
 
 
+def only_row(embedding: nn.Module, device: torch.device) -> Tensor:
+    """The row, (1, dim), of an embedding that has one."""
+    return embedding(torch.zeros(1, dtype=torch.long, device=device))
+
+
 class TokenPruner(nn.Module):
     """Scores an image's patches and keeps the K best: under a million parameters, and none for `score="cls"`.
 
@@ -274,12 +283,10 @@ class TokenPruner(nn.Module):
         if self.scorer is not None:
             scores = scores + self.scorer(features).squeeze(-1).float()
         if self.row_score is not None:
-            scores = (
-                scores
-                + self.embed_grid(self.row_score, self.column_score, features.device, layout).squeeze(-1).float()
-            )
+            places = self.embed_grid(self.row_score, self.column_score, features.device, layout)
+            scores = scores + places.squeeze(-1).float()
             if layout is not None:
-                scores = scores + layout.is_tile * self.tile_score(layout.source[:1, :1] * 0).squeeze(-1).float()
+                scores = scores + layout.is_tile * only_row(self.tile_score, features.device).float()
         if layout is not None:
             scores = scores.masked_fill(~layout.is_patch, -torch.inf)
         return self.add_question(scores, features, questions, layout)
@@ -293,8 +300,8 @@ class TokenPruner(nn.Module):
         # Normalised, because features and embeddings have no fixed scale. The mean of all questions is subtracted: it
         # does not distinguish them, and would otherwise be most of what the projection learns. Embeddings are called
         # rather than their weights read, because offloading and sharding load weights when a module is called.
-        center = self.question_center(torch.zeros(1, dtype=torch.long, device=features.device))
-        asked = nn.functional.layer_norm(questions - center, questions.shape[-1:])
+        asked = questions - only_row(self.question_center, features.device)
+        asked = nn.functional.layer_norm(asked, asked.shape[-1:])
         asked = self.question_projection(asked)  # [B, rank]
         patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
         places = self.embed_grid(self.row_key, self.column_key, features.device, layout) * QUESTION_RANK**0.5
@@ -403,7 +410,7 @@ class TokenPruner(nn.Module):
             return tokens
         places = embed_places(self.row_embedding, layout.rows) + embed_places(self.column_embedding, layout.columns)
         is_tile = layout.is_tile[..., None].to(tokens)
-        return tokens + self.scale_up(places + is_tile * self.tile_embedding(layout.source[:1, :1] * 0))
+        return tokens + self.scale_up(places + is_tile * only_row(self.tile_embedding, tokens.device))
 
     @staticmethod
     def scale_up(places: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Layout:
         is_tile: (images, tokens), False in the thumbnail.
         rows, columns: (images, tokens), where a patch's centre is in the whole picture, in patches of the thumbnail.
         lengths: tokens of each image.
+        views: of each image.
     """
 
     source: Tensor
@@ -35,6 +36,7 @@ class Layout:
     rows: Tensor
     columns: Tensor
     lengths: list[int]
+    views: list[int]
 
     def gather(self, values: Tensor) -> Tensor:
         """(views, patches, ...) of the encoder as (images, tokens, ...), zero where there is no patch."""
@@ -48,7 +50,7 @@ class Layout:
         source, is_patch, is_tile, rows, columns = (
             field[image, tokens][None] for field in (self.source, self.is_patch, self.is_tile, self.rows, self.columns)
         )
-        return Layout(source, is_patch, is_tile, rows, columns, [len(tokens)])
+        return Layout(source, is_patch, is_tile, rows, columns, [len(tokens)], [sum(self.views)])
 
 
 def tile_grid(size: tuple[int, int], config: LightVLMConfig) -> tuple[int, int]:
@@ -92,11 +94,9 @@ def lay_out(sizes: Iterable[tuple[int, int]], config: LightVLMConfig, device: to
     """The layout of images of these sizes, whose views follow each other: thumbnail, then tiles in raster order."""
     sizes = list(sizes)
     images = [token_rows(size, config) for size in sizes]
-    lengths = [image.shape[1] for image in images]
-    first = 0
-    for image, size in zip(images, sizes, strict=True):
-        image[0, image[0] >= 0] += first
-        first += num_views(size, config) * config.num_patches
+    lengths, views = [image.shape[1] for image in images], [num_views(size, config) for size in sizes]
+    for index, image in enumerate(images):
+        image[0, image[0] >= 0] += sum(views[:index]) * config.num_patches
     padded = torch.stack([nn.functional.pad(each, (0, max(lengths) - each.shape[1]), value=-1) for each in images])
     source, is_tile, rows, columns = padded.to(device).unbind(dim=1)
     limit = config.patches_per_side - 1
@@ -107,4 +107,5 @@ def lay_out(sizes: Iterable[tuple[int, int]], config: LightVLMConfig, device: to
         rows.float().clamp(0, limit),
         columns.float().clamp(0, limit),
         lengths,
+        views,
     )
