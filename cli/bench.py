@@ -4,6 +4,7 @@ examples:
   lightvlm bench --preset phi2-clip-l-336 --batch-sizes 1,4,16 --output h100.json --plot h100.png
   lightvlm bench --preset phi2-clip-l-336 --layers 2 --dtype bfloat16 --repetitions 3 --batch-sizes 1
   lightvlm bench --preset phi2-clip-l-336 --batch-sizes 1 --images 1,2,4,8,16 --methods lightvlm --growth growth.png
+  lightvlm bench --preset phi2-clip-l-336 --layers 4 --views 1008x1008 --max-views 5,3 --batch-sizes 1 --repetitions 3
   lightvlm bench --model-path phi2-clip --num-image-tokens 144,64
 """
 
@@ -36,6 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", type=positive_list, default=[1, 4, 16], help="1,4,16")
     parser.add_argument("--images", type=positive_list, default=[1], help="in each row: 1, or several such as 1,4,16")
     parser.add_argument(
+        "--views",
+        type=size,
+        metavar="WIDTHxHEIGHT",
+        help="time images of this size, cut into views: all their tokens, fewer, fewer views, one view",
+    )
+    parser.add_argument(
+        "--max-views", type=positive_list, default=[], help="with --views: encode so many of them: 5,3"
+    )
+    parser.add_argument(
         "--methods",
         type=methods,
         help="beside LLaVA with all tokens: published (pruned by output_attentions), lightvlm, dynamic (K is the "
@@ -62,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--growth", type=Path, help="also draw time and memory over --images, to this picture")
 
 
+def size(text: str) -> tuple[int, int]:
+    """Parse "1008x672"."""
+    if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1008x672")
+    return int(found[1]), int(found[2])
+
+
 def methods(text: str) -> list[str]:
     """Parse "published,lightvlm"."""
     known = ["published", "lightvlm", "dynamic", "compiled"]
@@ -76,6 +93,18 @@ def cpu_name() -> str:
     text = info.read_text() if info.exists() else ""
     model = re.search(r"model name\s*: (.*)", text)
     return (model[1] if model else platform.machine()) + (" with AMX" if "amx_bf16" in text else "")
+
+
+def view_grids(views: tuple[int, int], view: int) -> list[list[int]]:
+    """`image_grid_pinpoints` that cut images of this (width, height) into views of `view` pixels a side.
+
+    Raises:
+        ValueError: where the size is no grid of views.
+    """
+    width, height = views
+    if width % view or height % view:
+        raise ValueError(f"--views {width}x{height}: give multiples of {view}, the size of a view.")
+    return [[view, view], [height, width]]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -101,8 +130,11 @@ def run(args: argparse.Namespace) -> None:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
     if args.preset:
-        model = random_model(preset_config(args.preset, args.layers), device, getattr(torch, args.dtype or "bfloat16"))
-        images = image_processor(model.config)
+        config = preset_config(args.preset, args.layers)
+        if args.views:
+            config.image_grid_pinpoints = view_grids(args.views, config.vision_config.image_size)
+        model = random_model(config, device, getattr(torch, args.dtype or "bfloat16"))
+        images = image_processor(config)
         if args.int8:
             int8 = int8_config().quant_type
             from torchao.quantization import quantize_
@@ -112,9 +144,17 @@ def run(args: argparse.Namespace) -> None:
         model, processor = load(args.model_path, args.dtype, args.int8)
         model = model.to(device)
         images = processor.image_processor
+        if args.views and not processor.grid_pinpoints:
+            raise ValueError(f"--views: {args.model_path} sees one view of an image.")
+    if args.max_views and not args.views:
+        raise ValueError("--max-views needs --views.")
     model.model.resolve_budgets(args.num_image_tokens, len(args.num_image_tokens))
     model.set_attn_implementation(args.attention)
-    compared = args.methods or ["published", "lightvlm", *(["dynamic"] if model.config.dynamic_budget else [])]
+    compared = (
+        args.methods
+        if args.methods is not None
+        else ["published", "lightvlm", *(["dynamic"] if model.config.dynamic_budget else [])]
+    )
     if "dynamic" in compared and not model.config.dynamic_budget:
         raise ValueError(f"--methods dynamic: {args.model_path} has no dynamic budget; training/budget.py fits one.")
 
@@ -150,6 +190,8 @@ def run(args: argparse.Namespace) -> None:
         args.images,
         compared,
         args.compile_mode,
+        args.views,
+        args.max_views,
     ):
         report["results"].append(result)
         title = f"batch size {result['batch_size']}, images in a row: {result['images']}"

@@ -98,17 +98,23 @@ def run(args: argparse.Namespace) -> None:
             check_question_aware(name, args.model_path, model)
     for budget in args.num_image_tokens:
         processor.resolve_budgets(budget, 1)
-    full = [budget for budget in args.num_image_tokens if budget == processor.num_patches]
-    fewer = [budget for budget in args.num_image_tokens if isinstance(budget, int) and budget not in full]
+    numbers = [budget for budget in args.num_image_tokens if isinstance(budget, int)]
     dynamic = [budget for budget in args.num_image_tokens if isinstance(budget, str)]
     own = model.config.select
     if dynamic and own not in selectors:
         raise ValueError(f"a dynamic budget is spent by the checkpoint's own selector: add {own} to --selectors.")
-    settings = [*(("all", budget) for budget in full), *itertools.product(selectors, fewer)]
-    settings += [(own, budget) for budget in dynamic]
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
+        fewest, most = questions.count_tokens()
+        if unclear := [budget for budget in numbers if fewest <= budget < most]:
+            raise ValueError(
+                f"{name}: its images have {fewest} to {most} tokens, so {unclear[0]} are all of some and not of "
+                f"others: give fewer than {fewest}, or {most} for all of all."
+            )
+        settings = [("all", budget) for budget in numbers if budget >= most]
+        settings += itertools.product(selectors, (budget for budget in numbers if budget < most))
+        settings += [(own, budget) for budget in dynamic]
         for result in accuracy(model, questions, settings, metric, args.batch_size, args.seed):
             results.append({"data": name, **result})
     command = shlex.join(["lightvlm", *args.argv])

@@ -22,30 +22,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-image-tokens", type=budget_list, default=[None], help="K, or several: 576,144,dynamic:64"
     )
+    parser.add_argument("--max-views", type=positive, help="of a large image, how many views are encoded (all)")
     parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
     add_precision(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=64)
     parser.add_argument("--format", choices=["text", "json"], default="text")
 
 
-def ask(
-    model, processor, image, prompt: str, num_image_tokens: int | str | None, question_aware: bool, max_new_tokens: int
-) -> dict:
+def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None, args: argparse.Namespace) -> dict:
     """One answer, with the tokens kept and the language model's prefill time (median of 5 after a warm-up)."""
     import torch
 
     budget = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+    options = {"num_image_tokens": budget, "max_views": args.max_views}
+    options |= {"question": prompt} if args.question_aware else {}
     inputs = processor.apply_chat_template(
         messages,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"num_image_tokens": budget} | ({"question": prompt} if question_aware else {}),
+        processor_kwargs=options,
     ).to(model.device)
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
         images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         features = model.get_image_features(**images)
         kept, prefill = len(features.kept_indices[0]), inputs["input_ids"]
@@ -63,7 +64,7 @@ def ask(
         "answer": answer.strip(),
         "budget": budget,
         "num_image_tokens": kept,
-        "num_patches": processor.num_patches,
+        "num_patches": features.lengths[0] if features.lengths else processor.num_patches,
         "prefill_ms": round(statistics.median(times[1:]), 1),
     }
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         check_question_aware("--question-aware", args.model_path, model)
     results = []
     for (path, image), prompt, budget in itertools.product(images, args.prompt, args.num_image_tokens):
-        answer = ask(model, processor, image, prompt, budget, args.question_aware, args.max_new_tokens)
+        answer = ask(model, processor, image, prompt, budget, args)
         results.append({"image": path, "prompt": prompt, **answer})
     print(json.dumps(results, indent=2) if args.format == "json" else table(results))
 

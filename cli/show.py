@@ -1,5 +1,7 @@
 """Draw which tokens of an image are kept: the image as the model sees it, its dropped patches dimmed.
 
+Of a large image that the checkpoint cuts into views, kept patches of the thumbnail are drawn enlarged.
+
 examples:
   lightvlm show --image photo.jpg --num-image-tokens 64 --output kept.png
   lightvlm show --image photo.jpg --prompt "what color is the shape in the top left?" --output kept.png
@@ -8,7 +10,7 @@ examples:
 import argparse
 from pathlib import Path
 
-from lightvlm_cli.options import add_model_path, budget
+from lightvlm_cli.options import add_model_path, budget, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True, help="image file")
     parser.add_argument("--prompt", help='let this question choose the tokens, if the pruner has score="question"')
     parser.add_argument("--num-image-tokens", type=budget, help="K, or dynamic:64 (the checkpoint's)")
+    parser.add_argument("--max-views", type=positive, help="of a large image, how many views are encoded (all)")
     parser.add_argument("--output", type=Path, default=Path("kept.png"), help="picture to write (kept.png)")
 
 
@@ -28,6 +31,6 @@ def run(args: argparse.Namespace) -> None:
     model, processor = load(args.model_path)
     if args.prompt:
         check_question_aware("--prompt", args.model_path, model)
-    picture, kept = draw_kept(model, processor, image, args.num_image_tokens, args.prompt)
+    picture, kept, total = draw_kept(model, processor, image, args.num_image_tokens, args.prompt, args.max_views)
     picture.save(args.output)
-    print(f"{args.output}: {kept} of {processor.num_patches} tokens")
+    print(f"{args.output}: {kept} of {total} tokens")

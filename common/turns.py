@@ -1,5 +1,7 @@
 """Questions about one image as one row, each trained or answered as if it were asked alone."""
 
+from itertools import islice
+
 import torch
 from lightvlm import LightVLMProcessor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,17 +23,17 @@ def pack_turns(
     Args:
         conversations: messages of each row, questions and answers by turns, as `load_llava` returns them.
         processor: for chat template and tokenizer.
-        num_image_tokens: K of every image, or of the images of each row.
+        num_image_tokens: K of every image, or a list with one for each image of all rows.
         num_images: of each row; one each if None.
 
     Returns:
         `input_ids`, `labels` and `position_ids` (batch, length), `attention_mask` (batch, 1, length, length, bool).
     """
     counts = num_images or [1] * len(conversations)
-    budgets = [num_image_tokens] * len(conversations) if isinstance(num_image_tokens, int) else num_image_tokens
+    budgets = iter([num_image_tokens] * sum(counts) if isinstance(num_image_tokens, int) else num_image_tokens)
     rows = [
-        lay_out(*tokenize_turns(messages, processor, count, budget))
-        for messages, count, budget in zip(conversations, counts, budgets, strict=True)
+        lay_out(*tokenize_turns(messages, processor, [*islice(budgets, count)]))
+        for messages, count in zip(conversations, counts, strict=True)
     ]
     padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": IGNORED, "position_ids": 0, "blocks": -1}
     batch = {
@@ -42,14 +44,14 @@ def pack_turns(
 
 
 def tokenize_turns(
-    messages: list[dict], processor: LightVLMProcessor, num_images: int, budget: int
+    messages: list[dict], processor: LightVLMProcessor, budgets: list[int]
 ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-    """Ids up to the end of the images, of which each has `budget` placeholders; and of each question and answer."""
+    """Ids up to the end of the images, each with its placeholders; and of each question and answer."""
     tokenizer, image_token_id = processor.tokenizer, processor.image_token_id
     first = tokenizer("")["input_ids"]  # <s> or the like, unless the chat template writes it
     prefix, turns = [], []
     for question, answer in zip(messages[::2], messages[1::2], strict=True):
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": question["content"]}]
+        content = [{"type": "image"}] * len(budgets) + [{"type": "text", "text": question["content"]}]
         asked = {**question, "content": content}
         prompt = processor.apply_chat_template([asked], add_generation_prompt=True)
         answered = processor.apply_chat_template([asked, answer]).removeprefix(prompt)
@@ -57,10 +59,10 @@ def tokenize_turns(
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answered)
         )
         prompt_ids = prompt_ids if prompt_ids[: len(first)] == first else first + prompt_ids
-        start = len(prompt_ids) - prompt_ids[::-1].index(image_token_id) if num_images else 0
-        prefix = [
-            copy for token in prompt_ids[:start] for copy in [token] * (budget if token == image_token_id else 1)
-        ]
+        start = len(prompt_ids) - prompt_ids[::-1].index(image_token_id) if budgets else 0
+        placeholders = iter(budgets)
+        copies = [next(placeholders) if token == image_token_id else 1 for token in prompt_ids[:start]]
+        prefix = [token for token, count in zip(prompt_ids, copies, strict=False) for _ in range(count)]
         turns.append((prompt_ids[start:], answer_ids))
     return prefix, turns
 

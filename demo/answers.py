@@ -96,8 +96,8 @@ class Answerer:
             streamer.end()  # or, after an error, its reader would wait for ever
         return 1000 * (streamer.first_token - start)
 
-    def draw(self, talk: Conversation, choice: Choice) -> tuple[Image.Image, int]:
-        """The picture of what is kept of the image, and how many tokens that is."""
+    def draw(self, talk: Conversation, choice: Choice) -> tuple[Image.Image, int, int]:
+        """The picture of what is kept of the image, how many tokens that is, and of how many."""
         question = talk.question if choice.by_question else None
         image = open_image(talk.image)
         return self.worker.submit(draw_kept, self.model, self.processor, image, choice.budget, question).result()
@@ -132,8 +132,7 @@ class Answerer:
         finally:
             stop.set()  # a visitor who leaves does not keep the model busy
         talk.history = history
-        picture, kept = self.draw(talk, choice)
-        patches = self.processor.num_patches
+        picture, kept, patches = self.draw(talk, choice)
         line = f"{kept} of {patches} tokens · first token after {first:.0f} ms"
         if kept < patches:
             job = self.worker.submit(self.chat, self.streamer(), talk, [*before], Choice(patches), max_new_tokens=1)

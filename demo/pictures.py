@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.views_lightvlm import joined_tiles, token_rows
 from PIL import Image, ImageDraw, ImageFont
 
 DIM, DIM_COLOR = 0.3, 60  # a dropped patch keeps so much of itself, and the rest is this grey
@@ -17,10 +18,39 @@ def as_seen(pixel_values: torch.Tensor, processor: LightVLMProcessor) -> np.ndar
     return (pixels * 255).round().clamp(0, 255).byte().numpy()
 
 
+def cut_patches(seen: np.ndarray, side: int) -> np.ndarray:
+    """The patches, (side * side, size, size, 3), of a view (height, width, 3); an encoder leaves out what remains."""
+    size = seen.shape[0] // side
+    rows = seen[: side * size, : side * size].reshape(side, size, side, size, 3)
+    return rows.swapaxes(1, 2).reshape(-1, size, size, 3)
+
+
+def join_patches(patches: np.ndarray) -> np.ndarray:
+    """The pixels, (rows * size, columns * size, ...), of patches (rows, columns, size, size, ...)."""
+    rows, columns, size = patches.shape[:3]
+    return patches.swapaxes(1, 2).reshape(rows * size, columns * size, *patches.shape[4:])
+
+
+def dim(pixels: np.ndarray) -> np.ndarray:
+    """What is dropped, almost grey."""
+    return (DIM * pixels + (1 - DIM) * DIM_COLOR).round().astype(np.uint8)
+
+
+def write_count(picture: Image.Image, label: str) -> Image.Image:
+    """The picture with the label in its lower left corner."""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(10, picture.height // 24))
+    place = (font.size // 2, picture.height - font.size // 2)
+    left, top, right, bottom = draw.textbbox(place, label, font=font, anchor="lb")
+    margin = font.size // 4
+    draw.rectangle((left - margin, top - margin, right + margin, bottom + margin), fill="black")
+    draw.text(place, label, font=font, anchor="lb", fill="white")
+    return picture
+
+
 def picture_kept(
     pixel_values: torch.Tensor, kept: torch.Tensor, processor: LightVLMProcessor, scale: int = 2
 ) -> Image.Image:
-    """The image as the encoder sees it, its dropped patches dimmed, and "64 / 576 tokens" written on it.
+    """An image of one view as the encoder sees it, its dropped patches dimmed, with "64 / 576 tokens" written on it.
 
     Args:
         pixel_values: (3, height, width) of the processor.
@@ -28,23 +58,48 @@ def picture_kept(
         processor: the checkpoint's.
         scale: pixels of the picture for each pixel that the encoder sees.
     """
-    seen, side = as_seen(pixel_values, processor), math.isqrt(processor.num_patches)
-    is_kept = np.zeros(side * side, dtype=bool)
-    is_kept[kept.cpu().numpy()] = True
-    patch = seen.shape[0] // side  # an encoder leaves out what remains at the right and at the bottom
-    seen = seen[: side * patch, : side * patch]
-    is_kept = is_kept.reshape(side, side).repeat(patch, axis=0).repeat(patch, axis=1)
-    pixels = np.where(is_kept[..., None], seen, DIM * seen + (1 - DIM) * DIM_COLOR).round().astype(np.uint8)
-    picture = Image.fromarray(pixels).resize((side * patch * scale,) * 2, Image.Resampling.NEAREST)
+    side = math.isqrt(processor.num_patches)
+    patches = cut_patches(as_seen(pixel_values, processor), side)
+    shown = dim(patches)
+    shown[kept.cpu().numpy()] = patches[kept.cpu().numpy()]
+    picture = Image.fromarray(join_patches(shown.reshape(side, side, *shown.shape[1:])))
+    picture = picture.resize((picture.width * scale,) * 2, Image.Resampling.NEAREST)
+    return write_count(picture, f"{len(kept)} / {processor.num_patches} tokens")
 
-    draw, label = ImageDraw.Draw(picture), f"{len(kept)} / {processor.num_patches} tokens"
-    font = ImageFont.load_default(size=max(10, picture.height // 24))
-    place = (font.size // 2, picture.height - font.size // 2)
-    left, top, right, bottom = draw.textbbox(place, label, font=font, anchor="lb")
-    margin = font.size // 4
-    draw.rectangle((left - margin, top - margin, right + margin, bottom + margin), fill="black")
-    draw.text(place, label, font=font, anchor="lb", fill="white")
-    return picture
+
+def picture_views(
+    pixel_values: torch.Tensor,
+    size: tuple[int, int],
+    kept: torch.Tensor,
+    model: LightVLM,
+    processor: LightVLMProcessor,
+) -> Image.Image:
+    """An image of many views: the kept patches of tiles as they are, and elsewhere those of the thumbnail, enlarged.
+
+    Args:
+        pixel_values: (views, 3, height, width) of the processor.
+        size: height and width of the image as the processor saw it.
+        kept: (K,) indices of the kept tokens.
+        model: for its configuration.
+        processor: the checkpoint's.
+    """
+    side = math.isqrt(processor.num_patches)
+    views = [cut_patches(as_seen(view, processor), side) for view in pixel_values]
+    patches, tokens = np.concatenate(views), token_rows(size, model.config)
+    source = tokens[0, kept.cpu()].long().numpy()
+    is_kept = np.zeros(len(patches), dtype=bool)
+    is_kept[source[source >= 0]] = True  # without newlines
+    joined = joined_tiles(size, model.config).numpy()  # (rows, columns) of patches
+    pixels = join_patches(patches[joined])
+
+    thumbnail = Image.fromarray(join_patches(views[0].reshape(side, side, *views[0].shape[1:])))
+    coarse = Image.fromarray(is_kept[: side * side].reshape(side, side))
+    whole = (pixels.shape[1], pixels.shape[0])
+    in_coarse = np.asarray(coarse.resize(whole, Image.Resampling.NEAREST))[..., None]
+    in_fine = is_kept[joined].repeat(patches.shape[1], axis=0).repeat(patches.shape[1], axis=1)[..., None]
+    shown = np.where(in_coarse, np.asarray(thumbnail.resize(whole, Image.Resampling.NEAREST)), dim(pixels))
+    picture = Image.fromarray(np.where(in_fine, pixels, shown))
+    return write_count(picture, f"{len(kept)} / {tokens.shape[1]} tokens")
 
 
 @torch.no_grad()
@@ -54,8 +109,9 @@ def draw_kept(
     image: Image.Image,
     num_image_tokens: int | str | None,
     question: str | None = None,
-) -> tuple[Image.Image, int]:
-    """`picture_kept` of an image, and how many tokens are kept.
+    max_views: int | None = None,
+) -> tuple[Image.Image, int, int]:
+    """The image with its dropped patches dimmed, how many tokens are kept, and of how many.
 
     Args:
         model: whose pruner chooses.
@@ -63,13 +119,17 @@ def draw_kept(
         image: of any mode and size.
         num_image_tokens: K, "dynamic" or "dynamic:64"; the checkpoint's if None.
         question: to choose the tokens by, for a pruner with `score="question"`.
+        max_views: of a large image, how many views are encoded; all if None.
 
     Raises:
-        ValueError: where the processor refuses the image or the budget, or cuts the image into views.
+        ValueError: where the processor refuses the image or the budget.
     """
-    options = {"num_image_tokens": num_image_tokens} | ({"question": question} if question else {})
+    options = {"num_image_tokens": num_image_tokens, "max_views": max_views}
+    options |= {"question": question} if question else {}
     inputs = processor(images=[image], return_tensors="pt", **options).to(model.device)
-    if "image_sizes" in inputs:
-        raise ValueError(f"The image of {image.width} x {image.height} is cut into views: give a smaller one to draw.")
     (kept,) = model.get_image_features(**inputs).kept_indices
-    return picture_kept(inputs["pixel_values"][0], kept, processor), len(kept)
+    if "image_sizes" not in inputs:
+        return picture_kept(inputs["pixel_values"][0], kept, processor), len(kept), processor.num_patches
+    height, width = inputs["image_sizes"][0].tolist()
+    picture = picture_views(inputs["pixel_values"][0], (height, width), kept, model, processor)
+    return picture, len(kept), processor.count_tokens((height, width))

@@ -13,6 +13,8 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import (
+    CHOOSERS,
+    OF_VIEWS,
     downsample,
     encode_with_keys,
     mixing_weights,
@@ -20,7 +22,10 @@ from lightvlm.evaluation.selectors import (
     prune_in_language_model,
 )
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from lightvlm.processing.processing_lightvlm import turn_upright
 from lightvlm.pruning_lightvlm import log_prior
+from lightvlm.views_lightvlm import Layout
+from PIL import Image
 from tqdm import tqdm
 
 TIMED_BATCHES = 8  # after a warm-up; the others only answer
@@ -69,11 +74,26 @@ class Questions:
         order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
-    def pixels(self, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixel values of the batch's images, each image once, and which of them each row is about."""
+    def count_tokens(self) -> tuple[int, int]:
+        """Tokens, before pruning, of the images that have the fewest and the most."""
+        if not self.processor.grid_pinpoints:
+            return self.processor.num_patches, self.processor.num_patches
+        counts = []
+        for path in {*self.paths}:
+            with Image.open(path) as image:  # reads the header
+                width, height = turn_upright(image).size
+            counts.append(self.processor.count_tokens((height, width)))
+        return min(counts), max(counts)
+
+    def open_images(self, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Pixel values of the batch's images, each image once, with their sizes if they have many views.
+
+        The third tensor, (rows,), says which image each row is about.
+        """
         unique = list(dict.fromkeys(self.paths[row] for row in batch))
-        pixels = self.processor(images=unique, return_tensors="pt")["pixel_values"]
-        return pixels, torch.tensor([unique.index(self.paths[row]) for row in batch])
+        inputs = self.processor(images=unique, return_tensors="pt")
+        about = torch.tensor([unique.index(self.paths[row]) for row in batch])
+        return inputs["pixel_values"], inputs.get("image_sizes"), about
 
     def question_ids(self, batch: list[int]) -> torch.Tensor:
         """Each row's question for a pruner with `score="question"`."""
@@ -89,6 +109,14 @@ class Questions:
         )
 
 
+def repeat_images(layout: Layout, images: torch.Tensor) -> Layout:
+    """The layout of these images, some of them several times."""
+    fields = ("source", "is_patch", "is_tile", "rows", "columns")
+    chosen = {name: getattr(layout, name)[images] for name in fields}
+    lengths, views = ([counts[image] for image in images.tolist()] for counts in (layout.lengths, layout.views))
+    return Layout(**chosen, lengths=lengths, views=views)
+
+
 class Batch:
     """Some of the questions, with their images encoded: what every selector starts from.
 
@@ -102,13 +130,23 @@ class Batch:
     def __init__(self, model: LightVLM, questions: Questions, rows: list[int], question_aware: bool):
         backbone = model.model
         self.model, self.questions, self.rows = model, questions, rows
-        self.pixels, self.images = (values.to(model.device) for values in questions.pixels(rows))
+        pixels, sizes, images = questions.open_images(rows)
+        self.pixels, self.images = pixels.to(model.device), images.to(model.device)
+        layout = backbone.lay_out(self.pixels, sizes)
+        if layout is not None:
+            self.pixels = torch.cat([image[:n] for image, n in zip(self.pixels, layout.views, strict=True)])
         encoded = encode_with_keys(backbone, self.pixels)
+        if layout is not None:
+            encoded = [layout.gather(values) for values in encoded]
         self.features, self.prior, self.keys = (values[self.images] for values in encoded)
-        self.scores = {"": backbone.pruner.score(self.features, self.prior), "cls": log_prior(self.prior)}
+        self.layout = None if layout is None else repeat_images(layout, self.images)
+        attention = log_prior(self.prior)
+        if layout is not None:
+            attention = attention.masked_fill(~self.layout.is_patch, -torch.inf)
+        self.scores = {"": backbone.pruner.score(self.features, self.prior, layout=self.layout), "cls": attention}
         if question_aware:
             asked = backbone.embed_questions(questions.question_ids(rows).to(model.device))
-            self.scores["question"] = backbone.pruner.score(self.features, self.prior, asked)
+            self.scores["question"] = backbone.pruner.score(self.features, self.prior, asked, self.layout)
 
     def timed(self, function: Callable, *args, **kwargs) -> tuple[Any, float]:
         """What a function returns, and how many milliseconds it took for each question."""
@@ -125,8 +163,12 @@ class Batch:
         name, _, score = selector.partition("+")
         if isinstance(budget, str):
             (largest,), means = self.questions.processor.resolve_budgets(budget, 1)
-            budgets = [largest] * len(self.rows)
-            return backbone.prune(self.features, self.prior, budgets, mean_image_tokens=means).pooler_output
+            budgets = [min(largest, length) for length in self.lengths]
+            kept = backbone.pruner(self.features, self.prior, budgets, means=means, layout=self.layout)
+            return backbone.project(self.features, kept, self.layout)
+        if self.layout is not None:
+            kept = self.choose_of_views(name, self.scores[score], budget)
+            return backbone.project(self.features, kept, self.layout)
         compared = self.keys if name == "merge" else self.features
         if name == "max-min":
             compared = backbone.multi_modal_projector(self.features)
@@ -136,6 +178,23 @@ class Batch:
         else:
             features = weights @ self.features
         return list(project(backbone, features, weights))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row's image before pruning."""
+        return [self.features.shape[1]] * len(self.rows) if self.layout is None else self.layout.lengths
+
+    def choose_of_views(self, name: str, scores: torch.Tensor, budget: int) -> list[torch.Tensor]:
+        """The tokens of each row's image that a selector keeps, (K,) in raster order.
+
+        Raises:
+            ValueError: where the selector knows one square of patches alone.
+        """
+        if name == "all":
+            return [torch.arange(length, device=scores.device) for length in self.lengths]
+        if name not in OF_VIEWS:
+            raise ValueError(f"{name} is not for images of many views: choose among {', '.join(OF_VIEWS)}.")
+        return list(CHOOSERS[name](scores, self.features, budget).sort(dim=-1).values)
 
     def answer(self, selector: str, budget: int | str, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
         """Greedy answers from K tokens of each image, their mean K, and milliseconds of selection and prefill."""

@@ -2,6 +2,7 @@
 
 import torch
 from lightvlm import LightVLM, LightVLMConfig
+from lightvlm.common.views import cut_views
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, SiglipImageProcessorPil, set_seed
 
 # Sizes are those of the checkpoints' config.json: openai/clip-vit-large-patch14-336, google/siglip-so400m-patch14-384,
@@ -104,5 +105,7 @@ def image_processor(config: LightVLMConfig):
     size = config.vision_config.image_size
     square = {"height": size, "width": size}
     if config.vision_config.model_type == "clip_vision_model":
-        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
-    return SiglipImageProcessorPil(size=square)
+        one_view = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
+    else:
+        one_view = SiglipImageProcessorPil(size=square)
+    return cut_views(one_view, config.image_grid_pinpoints) if config.image_grid_pinpoints else one_view

@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 def select_random(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
     """Patches by chance. Shapes as in `select_topk`."""
-    return torch.rand_like(scores).argsort(dim=-1)[:, :count]
+    chances = torch.rand_like(scores).masked_fill(scores == -torch.inf, -1)  # of many views, what is no patch
+    return chances.argsort(dim=-1, descending=True)[:, :count]
 
 
 def grid_side(count: int) -> int:
@@ -174,6 +175,7 @@ CHOOSERS = {
 }
 MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything, "all": everything}
 SELECTORS = [name for name in (*CHOOSERS, *MIXERS) if name != "all"]
+OF_VIEWS = ("topk", "diverse", "k-center", "determinantal", "random")  # what else there is compares squares of patches
 SCORED = ("topk", "diverse", "k-center", "determinantal", "dedup", "merge")  # the others do not read the scores
 
 

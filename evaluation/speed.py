@@ -22,6 +22,7 @@ import torch
 from lightvlm import LightVLM, modeling_lightvlm
 from lightvlm.common.inference import compile_for_inference
 from lightvlm.processing.processing_lightvlm import shrink, to_rgb
+from lightvlm.views_lightvlm import token_rows
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -39,6 +40,7 @@ PREPROCESSING, ENCODER, SCORING, SELECTION, PROJECTOR, PREFILL = STAGES = (
 QUEUED, TTFT = "LLM prefill, queued", "TTFT"
 LLAVA, PUBLISHED, LLAVA_COMPILED = "Llava", "Llava, output_attentions", "Llava, compiled"
 LIGHTVLM, DYNAMIC, COMPILED = "LightVLM", "LightVLM, dynamic", "LightVLM, compiled"
+ALL_VIEWS, SOME_VIEWS, ONE_VIEW = "all views", "{} of the views", "one view"
 IMAGE_SIZE = (640, 480)  # a photograph in COCO, most often
 QUEUE_MS = 50  # longer than the host takes to fill a GPU's queue, which holds about a thousand launches
 
@@ -285,6 +287,37 @@ def configurations(
     return found
 
 
+def run_views(
+    model: LightVLM, budget: int, max_views: int | None, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **text
+):
+    """LightVLM's forward on images of many views, of which it encodes all or some."""
+    limits = {} if max_views is None else {"max_views": counts(max_views, pixel_values)}
+    budgets = counts(budget, pixel_values)
+    return model(**text, pixel_values=pixel_values, image_sizes=image_sizes, num_image_tokens=budgets, **limits)
+
+
+def view_configurations(
+    model: LightVLM, budgets: list[int], stopwatch: Stopwatch, size: tuple[int, int], max_views: list[int]
+) -> list[Configuration]:
+    """All tokens of all views, what they are pruned to with all views encoded and with some, and the thumbnail alone.
+
+    Args:
+        model: whose `image_grid_pinpoints` have a grid for these images.
+        budgets: K.
+        stopwatch: of all stages.
+        size: (height, width) of the images.
+        max_views: how many views are encoded where not all are.
+    """
+    stages, total = stages_of(model), token_rows(size, model.config).shape[1]
+    wanted = [(ALL_VIEWS, total, None), *((ALL_VIEWS, budget, None) for budget in budgets)]
+    wanted += [(SOME_VIEWS.format(views), budget, views) for views in max_views for budget in budgets]
+    wanted.append((ONE_VIEW, model.config.num_patches, 1))
+    return [
+        Configuration(name, budget, model, partial(run_views, model, budget, views), stages, budget)
+        for name, budget, views in wanted
+    ]
+
+
 def reset_peak_memory(device: torch.device) -> bool:
     """Forget the peak so far, and say whether the next one will be known."""
     if device.type == "cuda":
@@ -348,6 +381,7 @@ class Trial:
         images: in each row.
         prompt_tokens: of text in each row, besides the images'.
         new_tokens: to decode.
+        image_size: (width, height).
     """
 
     def __init__(
@@ -359,12 +393,13 @@ class Trial:
         images: int,
         prompt_tokens: int,
         new_tokens: int,
+        image_size: tuple[int, int] = IMAGE_SIZE,
     ):
         self.model, self.image_processor, self.stopwatch = model, image_processor, stopwatch
         self.batch_size, self.images_a_row = batch_size, images
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
         generator = np.random.default_rng(0)
-        shape = (batch_size * images, IMAGE_SIZE[1], IMAGE_SIZE[0], 3)
+        shape = (batch_size * images, image_size[1], image_size[0], 3)
         self.images = [Image.fromarray(pixels) for pixels in generator.integers(0, 256, shape, dtype=np.uint8)]
 
     def text(self, placeholders: int) -> dict[str, torch.Tensor]:
@@ -390,12 +425,12 @@ class Trial:
         self.synchronize()
         start = time.perf_counter()
         images = [shrink(to_rgb(image), self.image_processor) for image in self.images]
-        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        inputs = self.image_processor(images, return_tensors="pt")
         preprocessed = time.perf_counter()
         with self.stopwatch.stage(ENCODER):
-            pixel_values = pixel_values.to(device, self.model.dtype)
+            inputs["pixel_values"] = inputs["pixel_values"].to(device, self.model.dtype)
         with self.stopwatch.stage(PREFILL):
-            output = configuration.prefill(pixel_values=pixel_values, use_cache=True, logits_to_keep=1, **text)
+            output = configuration.prefill(**inputs, use_cache=True, logits_to_keep=1, **text)
             first = output.logits[:, -1].argmax(dim=-1)
         first.tolist()
         answered = time.perf_counter()
@@ -473,6 +508,8 @@ def measure(
     images: tuple[int, ...] = (1,),
     methods: tuple[str, ...] = ("published", "lightvlm"),
     compile_mode: str = "default",
+    views: tuple[int, int] | None = None,
+    max_views: tuple[int, ...] = (),
 ) -> Iterator[dict]:
     """Time all configurations, in turn within each repetition, so that a machine's drift hits all alike.
 
@@ -488,6 +525,8 @@ def measure(
         images: in each row; every number with every batch size.
         methods: as in `configurations`, and so is compile_mode.
         compile_mode: of `torch.compile`.
+        views: (width, height) of images that are cut into views; then `view_configurations` are compared.
+        max_views: as there.
 
     Yields:
         `batch_size`, `images` and `rows`, one for each configuration with `method`, `num_image_tokens`, `positions` of
@@ -495,9 +534,13 @@ def measure(
         memory for cost their own row only.
     """
     stopwatch = Stopwatch(model.device)
-    compared = configurations(model, budgets, stopwatch, methods, compile_mode)
+    if views is None:
+        compared = configurations(model, budgets, stopwatch, methods, compile_mode)
+    else:
+        compared = view_configurations(model, budgets, stopwatch, views[::-1], [*max_views])
     for batch_size, count in itertools.product(batch_sizes, images):
-        trial = Trial(model, image_processor, stopwatch, batch_size, count, prompt_tokens, new_tokens)
+        size = views or IMAGE_SIZE
+        trial = Trial(model, image_processor, stopwatch, batch_size, count, prompt_tokens, new_tokens, size)
         samples, failed = [[] for _ in compared], set()
         for repetition in tqdm(range(warmup + repetitions), desc=f"Batch size {batch_size}, images {count}"):
             for index, configuration in enumerate(compared):

@@ -25,9 +25,10 @@ MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before t
 
 
 class LightVLMImagesKwargs(ImagesKwargs, total=False):
-    """Image options of a call: transformers' own, K, and the question that the choice of tokens depends on."""
+    """Image options of a call: transformers' own, K, views, and the question that the choice of tokens depends on."""
 
     num_image_tokens: int | str | list[int | str] | None
+    max_views: int | None
     question: str | list[str] | None
 
 
@@ -134,6 +135,13 @@ def shrink(image: Image.Image, image_processor: Any) -> Image.Image:
     return image
 
 
+def check_max_views(max_views: Any) -> int | None:
+    """The number of views of a call; ValueError unless it is None or a whole number from 1."""
+    if max_views is not None and (type(max_views) is not int or max_views < 1):
+        raise ValueError(f"max_views={max_views!r}: give a whole number from 1, or None for all views.")
+    return max_views
+
+
 class LightVLMProcessor(ProcessorMixin):
     """Turn images and text into model inputs, with K `<image>` placeholders for each image.
 
@@ -142,7 +150,8 @@ class LightVLMProcessor(ProcessorMixin):
     `processor.apply_chat_template(..., processor_kwargs={"num_image_tokens": 64})`. In place of a number, "dynamic" or
     "dynamic:64" gives each image as many tokens as it needs, on average `mean_image_tokens` or 64 over many images;
     the prompt then has a placeholder for every patch, and the model drops the surplus. `question`, one text or one for
-    each image, is what a pruner with `score="question"` chooses tokens for.
+    each image, is what a pruner with `score="question"` chooses tokens for. Of a large image's views, `max_views` are
+    encoded: the thumbnail, and the tiles where it has most to show; K is then at most the tokens of one view.
 
     Args:
         image_processor: any transformers image processor of fixed output size; LLaVA-NeXT's, which has
@@ -204,6 +213,10 @@ class LightVLMProcessor(ProcessorMixin):
         unpadded: Any = LlavaNextProcessor._get_unpadded_features  # it needs nothing of its instance
         patches, newlines = unpadded(self, *size, side, side, rows, columns)
         return int(self.num_patches + patches + newlines * self.image_newline)
+
+    def largest_budget(self, size: tuple[int, int], max_views: int | None) -> int:
+        """The largest K of an image of this (height, width): all its tokens, or with `max_views` those of a view."""
+        return self.count_tokens(size) if max_views is None else self.num_patches
 
     @property
     def max_image_tokens(self) -> int:
@@ -292,12 +305,14 @@ class LightVLMProcessor(ProcessorMixin):
         self,
         images: Any,
         num_image_tokens: int | str | list[int | str] | None = None,
+        max_views: int | None = None,
         question: str | list[str] | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], list[str]]:
         """Pixel values, budgets and questions of all images, and the placeholders of each."""
         images = make_flat_list_of_images(images)
         budgets, means = self.resolve_budgets(num_image_tokens, len(images))
+        check_max_views(max_views)
         shrinks = not kwargs.keys() & {"do_resize", "resample", "size"}
         images = [
             self.prepare_image(image, f"Image {index}", shrinks) if isinstance(image, Image.Image) else image
@@ -305,7 +320,7 @@ class LightVLMProcessor(ProcessorMixin):
         ]
         processed = self.image_processor(images, **kwargs)
         if "image_sizes" in processed:
-            budgets = [*map(min, budgets, self.trim_views(processed))]
+            budgets = [*map(min, budgets, self.trim_views(processed, max_views))]
         processed["num_image_tokens"] = budgets
         if any(means):
             processed["mean_image_tokens"] = means
@@ -313,8 +328,8 @@ class LightVLMProcessor(ProcessorMixin):
             processed["question_ids"] = self.encode_questions(question, len(images))
         return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
 
-    def trim_views(self, processed: dict[str, Any]) -> list[int]:
-        """Take from LLaVA-NeXT's image inputs the tiles of images that are one view; returns each image's tokens.
+    def trim_views(self, processed: dict[str, Any], max_views: int | None) -> list[int]:
+        """Take from LLaVA-NeXT's image inputs the tiles of images that are one view; returns each image's largest K.
 
         If all of them are, the inputs become those of images without views.
         """
@@ -325,7 +340,9 @@ class LightVLMProcessor(ProcessorMixin):
         processed["pixel_values"] = pixels[:, views] if hasattr(pixels, "ndim") else [each[views] for each in pixels]
         if tiles == 1:
             processed.pop("image_sizes")
-        return [*map(self.count_tokens, sizes)]
+        elif max_views is not None:
+            processed["max_views"] = [max_views] * len(sizes)
+        return [self.largest_budget(size, max_views) for size in sizes]
 
     def encode_questions(self, question: str | list[str], num_images: int) -> list[list[int]]:
         """Token ids of each image's question, padded with -1 to the same length."""
@@ -345,7 +362,9 @@ class LightVLMProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         budgets, means = self.resolve_budgets(kwargs.get("num_image_tokens"), len(image_sizes))
-        budgets = [*map(min, budgets, map(self.count_tokens, image_sizes))]
+        max_views = check_max_views(kwargs.get("max_views"))
+        largest = [self.largest_budget(size, max_views) for size in image_sizes]
+        budgets = [*map(min, budgets, largest)]
         if any(means):
             raise ValueError(
                 f"vLLM places an image's tokens before it has seen the image, so no budget can be dynamic: give "

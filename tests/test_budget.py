@@ -69,6 +69,7 @@ def run(data, monkeypatch, **options):
     options = {
         "model_name_or_path": data / "model",
         "output_dir": data / "out",
+        "features_dir": data / "features",
         "data_path": data / "data.json",
         "image_folder": data,
         "means": "4 9 20",
@@ -104,13 +105,13 @@ def test_the_need_is_the_smallest_budget_that_is_nearly_as_good_as_everything(mo
     model, processor = make_model(), make_processor()
     rewards = {2: [-3.0, -1.0], 4: [-0.5, -3.0], 8: [-0.3, -3.0], NUM_PATCHES: [-0.25, -0.95]}
     monkeypatch.setattr(
-        budget.PolicyGradient, "reward", lambda self, features, kept, inputs: torch.tensor([rewards[kept.shape[-1]]])
+        budget.PolicyGradient, "reward", lambda self, features, kept, *rest: torch.tensor([rewards[kept.shape[-1]]])
     )
     examples = [{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}] * 2
     features, prior = torch.randn(2, NUM_PATCHES, 32), torch.rand(2, NUM_PATCHES)
-    need = budget.needed_tokens(model, processor, examples, features, prior, [2, 4, 8], 0.1)
+    need = budget.needed_tokens(model, processor, examples, features, prior, None, [2, 4, 8], 0.1)
     assert need.tolist() == [8, 2]
-    need = budget.needed_tokens(model, processor, examples, features, prior, [2, 4, 8], 0.01)
+    need = budget.needed_tokens(model, processor, examples, features, prior, None, [2, 4, 8], 0.01)
     assert need.tolist() == [NUM_PATCHES, NUM_PATCHES]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from lightvlm.common.checkpoint import SHIPPED
-from lightvlm.demo.pictures import as_seen, draw_kept, picture_kept
+from lightvlm.demo.pictures import as_seen, draw_kept, picture_kept, picture_views
 from lightvlm_cli.main import main
 from PIL import Image
 from tiny import GRIDS, make_image, make_model, make_processor
@@ -91,8 +91,36 @@ def test_show_names_what_is_wrong(tmp_path, capsys):
     assert "nonsense" in capsys.readouterr().err
 
 
-def test_an_image_of_many_views_is_refused():
+def test_of_many_views_kept_patches_of_tiles_are_as_they_were_and_of_the_thumbnail_enlarged():
     model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
-    assert draw_kept(model, processor, make_image(), 9)[1] == 9
-    with pytest.raises(ValueError, match="of 250 x 240 is cut into views: give a smaller one"):
-        draw_kept(model, processor, make_image(0, (250, 240)), 9)
+    rows, columns = np.meshgrid(np.arange(200), np.arange(250), indexing="ij")
+    image = Image.fromarray(np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8))
+    inputs = processor(images=[image], return_tensors="pt")
+    size = tuple(inputs["image_sizes"][0].tolist())
+    total = processor.count_tokens(size)
+    pixels = inputs["pixel_values"][0]
+
+    def draw(kept):
+        kept = torch.tensor(kept, dtype=torch.long)
+        return np.asarray(picture_views(pixels, size, kept, model, processor)).astype(int)
+
+    whole, nothing = draw([*range(36, total)]), draw([])
+    assert whole.shape == (196, 252, 3)  # 14 of 18 rows of patches are no padding
+    assert np.abs(whole[:150] - np.asarray(image.resize((252, 202)))[3:153]).max() < 4
+    tile = draw([36 + 18 * 2 + 5])
+    changed = (tile != nothing).any(axis=-1)
+    changed[150:] = False  # the label
+    assert [values.min() // 14 for values in np.nonzero(changed)] == [2, 5] and changed.sum() > 0.9 * 14 * 14
+    assert (tile[28:42, 70:84] == whole[28:42, 70:84]).all()
+    coarse = (draw([6]) != nothing).any(axis=-1)  # the first patch of the thumbnail's second row
+    coarse[150:] = False
+    rows, columns = np.nonzero(coarse)
+    assert rows.min() in (32, 33) and rows.max() in (64, 65, 66) and (columns.min(), columns.max()) == (0, 41)
+
+
+def test_a_large_picture_is_drawn_with_its_count():
+    model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
+    assert draw_kept(model, processor, make_image(), 9)[1:] == (9, 36)
+    picture, kept, total = draw_kept(model, processor, make_image(0, (252, 252)), 30)
+    assert (kept, total) == (30, 360) and picture.size == (252, 252)
+    assert draw_kept(model, processor, make_image(0, (252, 252)), 30, max_views=2)[1:] == (30, 360)

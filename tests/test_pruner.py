@@ -12,7 +12,8 @@ from lightvlm.common.turns import pack_turns
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training import pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
-from tiny import NUM_PATCHES, make_image, make_model, make_processor
+from PIL import Image
+from tiny import GRIDS, NUM_PATCHES, make_image, make_model, make_processor
 from transformers import TrainingArguments
 from trl import TrlParser
 
@@ -46,7 +47,7 @@ def test_the_baseline_of_a_sample_is_the_mean_of_the_others():
 class Planted(pruner.PolicyGradient):
     """Pays for keeping the one patch whose features carry a mark."""
 
-    def reward(self, features, kept, inputs):
+    def reward(self, features, kept, inputs, layout):
         wanted = features[..., 0].argmax(dim=-1)
         return (kept == wanted[:, None]).any(dim=-1).float()
 
@@ -64,7 +65,8 @@ def learn(objective, batches, steps=150):
 def marked(batch: int = 32) -> dict:
     features = torch.randn(batch, NUM_PATCHES, 32)
     features[torch.arange(batch), torch.randint(NUM_PATCHES, (batch,)), 0] += 8
-    return {"features": features, "prior": torch.full((batch, NUM_PATCHES), 1 / NUM_PATCHES), "num_image_tokens": 2}
+    prior, sizes = torch.full((batch, NUM_PATCHES), 1 / NUM_PATCHES), torch.full((batch, 2), 84)
+    return {"features": features, "prior": prior, "sizes": sizes, "num_image_tokens": 2}
 
 
 def test_one_informative_patch_per_image_is_found_with_near_certainty():
@@ -78,7 +80,7 @@ def test_one_informative_patch_per_image_is_found_with_near_certainty():
 class Asked(pruner.PolicyGradient):
     """Pays for keeping a patch that carries the mark of the question, one of two."""
 
-    def reward(self, features, kept, inputs):
+    def reward(self, features, kept, inputs, layout):
         wanted = features[torch.arange(len(features)), :, inputs["mark"]].argmax(dim=-1)
         return (kept == wanted[:, None]).any(dim=-1).float()
 
@@ -125,6 +127,7 @@ def settings(data, **options):
         "data_path": data / "data.json",
         "image_folder": data,
         "output_dir": data / "out",
+        "features_dir": data / "features",
         "image_tokens": 4,
         "per_device_train_batch_size": 6,
         "max_steps": 2,
@@ -231,6 +234,33 @@ def test_the_reward_is_the_mean_log_probability_of_the_answers_with_the_kept_tok
         found = model(**inputs, mm_encoder_outputs=images).logits[0, :-1].log_softmax(dim=-1)
         found = found[labels >= 0].gather(-1, labels[labels >= 0][:, None])
         torch.testing.assert_close(rewards[sample, image], found.clamp_min(-6).mean())
+
+
+def test_the_scores_of_tiles_learn_from_images_of_many_views(data, monkeypatch):
+    for index in range(0, 6, 2):
+        Image.open(data / f"{index}.png").resize((250, 90 + 40 * index)).save(data / f"{index}.png")
+    make_model(num_image_tokens=9, image_grid_pinpoints=GRIDS).save_pretrained(data / "model")
+    make_processor(pinpoints=GRIDS).save_pretrained(data / "model")
+    changed = changed_parts(data, train(data, monkeypatch, max_steps=10))
+    assert "model.pruner.tile_score.weight" in changed
+    assert all(".scorer." in name or "_score." in name for name in changed)
+
+
+@torch.no_grad()
+def test_the_reward_of_many_views_is_that_of_the_model_with_these_tokens():
+    model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
+    torch.nn.init.normal_(model.model.pruner.tile_embedding.weight)
+    ask, say = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}
+    inputs = processor(images=[make_image(0, (250, 240)), make_image(1)], num_image_tokens=20, return_tensors="pt")
+    encoded = model.get_image_features(**inputs)
+    layout = model.model.lay_out(inputs["pixel_values"], inputs["image_sizes"])
+    packed = pack_turns([[ask, say]] * 2, processor, 20)
+    kept = torch.stack(encoded.kept_indices)[None]
+    (found,) = pruner.PolicyGradient(model).reward(encoded.last_hidden_state, kept, {**packed}, layout)
+    labels = packed.pop("labels")[:, 1:]
+    logits = model(**packed, mm_encoder_outputs={"image": encoded}).logits[:, :-1].log_softmax(dim=-1)
+    chosen = logits.gather(-1, labels.clamp_min(0)[..., None])[..., 0].clamp_min(-6) * (labels >= 0)
+    torch.testing.assert_close(found, chosen.sum(dim=1) / (labels >= 0).sum(dim=1))
 
 
 @pytest.mark.parametrize(

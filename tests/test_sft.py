@@ -22,13 +22,14 @@ from lightvlm.training.prepare_easy_vqa import llava_row
 from peft import PeftModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import NUM_PATCHES, make_image, make_model, make_processor
+from tiny import GRIDS, NUM_PATCHES, make_image, make_model, make_processor
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import BatchSampler, DataLoader
 from trl import SFTConfig, TrlParser
 
 TRAINING = Path(sft.__file__).parent
-CONFIGS = [path for path in sorted((TRAINING / "configs").glob("*.yaml")) if "pruner" not in path.stem]
+OTHERS = ("pruner", "views")  # configurations of other scripts
+CONFIGS = [path for path in sorted((TRAINING / "configs").glob("*.yaml")) if not path.stem.endswith(OTHERS)]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 FSDP_ON_CPU = """  # accelerate shards on GPUs alone; two CPU processes pass for them
 from accelerate import DistributedType, PartialState
@@ -152,6 +153,20 @@ def test_training_learns_from_the_image_and_leaves_a_folder_that_loads(data, mon
     assert processor.num_image_tokens == model.config.num_image_tokens == 9
     files = {file.name for file in (data / "model").iterdir()}
     assert {file.name for file in (data / "out").iterdir()} == files | {"README.md"}
+
+
+@pytest.mark.parametrize("options", [{}, {"independent_turns": True}, {"lora_r": 2}, {"num_image_tokens": 200}])
+def test_training_learns_from_images_of_one_view_and_of_many(data, monkeypatch, options, logs):
+    for index in range(0, 8, 2):
+        Image.open(data / f"{index}.png").resize((250, 90 + 40 * index)).save(data / f"{index}.png")
+    make_model(num_image_tokens=9, image_grid_pinpoints=GRIDS).save_pretrained(data / "model")
+    make_processor(pinpoints=GRIDS).save_pretrained(data / "model")
+    model, processor = train(data, monkeypatch, num_train_epochs=3, **options)
+    losses = [each["loss"] for each in logs if "loss" in each]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert model.model.pruner.tile_embedding.weight.any()
+    inputs = processor(images=make_image(0, (250, 240)), return_tensors="pt")
+    assert len(model.get_image_features(**inputs).pooler_output[0]) == options.get("num_image_tokens", 9)
 
 
 def test_only_the_named_parts_learn(data, monkeypatch):

@@ -17,7 +17,9 @@ from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMP
 from lightvlm.common.budgets import find_kappa
 from lightvlm.common.turns import pack_turns
 from lightvlm.pruning_lightvlm import pool_important
-from lightvlm.training.pruner import PolicyGradient, encode_rows, extend_card, load_rows
+from lightvlm.training.features import encode_rows, lay_out_batch, stack_features
+from lightvlm.training.pruner import PolicyGradient, extend_card, load_rows
+from lightvlm.views_lightvlm import Layout
 from tqdm import tqdm
 from trl import TrlParser
 
@@ -35,6 +37,9 @@ class BudgetArguments:
     )
     image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
+    features_dir: str | None = field(
+        default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
+    )
     max_images: int = field(default=2400, metadata={"help": "take so many rows of all, by chance"})
     sweep: list[int] = field(
         default_factory=lambda: [2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 144],
@@ -74,6 +79,7 @@ def needed_tokens(
     examples: list[dict],
     features: torch.Tensor,
     prior: torch.Tensor,
+    layout: Layout | None,
     sweep: list[int],
     delta: float,
 ) -> torch.Tensor:
@@ -83,23 +89,22 @@ def needed_tokens(
         model: whose own selector chooses.
         processor: the checkpoint's.
         examples: a batch of `encode_rows`, for its `messages`.
-        features: (images, patches, dim) of the same, in float32.
-        prior: (images, patches).
+        features, prior, layout: of the same, of `lay_out_batch`.
         sweep: the K that are tried, rising.
         delta: by how much the mean log-probability of an answer's token may be less.
     """
     judge, pruner, device = PolicyGradient(model), model.model.pruner, model.device
-    order = pruner.select(pruner.score(features, prior), features, sweep[-1])
-    patches = torch.arange(features.shape[1], device=device).expand(len(features), -1)
+    whole = model.config.num_patches  # of many views, too, as many as one view has
+    order = pruner.select(pruner.score(features, prior, layout=layout), features, whole)
     rewards = []
-    for kept in (*(order[:, :budget].sort(dim=-1).values for budget in sweep), patches):
+    for kept in (order[:, :budget].sort(dim=-1).values for budget in (*sweep, whole)):
         inputs = pack_turns([example["messages"] for example in examples], processor, kept.shape[1])
         inputs = {name: value.to(device) for name, value in inputs.items()}
         with torch.autocast(device.type, torch.bfloat16):
-            rewards.append(judge.reward(features, kept[None], inputs)[0])
+            rewards.append(judge.reward(features, kept[None], inputs, layout)[0])
     *some, full = rewards
     is_enough = torch.stack([full - reward <= delta for reward in some] + [torch.ones_like(full, dtype=torch.bool)])
-    budgets = torch.tensor([*sweep, features.shape[1]], device=device)
+    budgets = torch.tensor([*sweep, whole], device=device)
     return budgets[is_enough.int().argmax(dim=0)]
 
 
@@ -161,18 +166,16 @@ def main() -> None:
     rows = load_rows(args, args.seed)
     if len(rows) < 2 * FOLDS:
         raise ValueError(f"{len(rows)} images: give {2 * FOLDS} or more to fit and calibrate on, better thousands.")
-    examples = encode_rows(model, processor, rows, args.num_workers)
+    examples = encode_rows(model, processor, rows, args.num_workers, args.features_dir)
 
     pruner, needs, pooled = model.model.pruner, [], []
     for start in tqdm(range(0, len(examples), args.batch_size), "Trying budgets"):
         batch = examples[start : start + args.batch_size]
-        features, prior = (
-            torch.stack([example[name] for example in batch]).to(model.device) for name in ("features", "prior")
-        )
-        features = features.float()
-        needs.append(needed_tokens(model, processor, batch, features, prior, args.sweep, args.delta))
+        stacked = {name: value.to(model.device) for name, value in stack_features(batch).items()}
+        features, prior, layout = lay_out_batch(**stacked, config=model.config)
+        needs.append(needed_tokens(model, processor, batch, features, prior, layout, args.sweep, args.delta))
         with torch.no_grad():
-            pooled.append(pool_important(features, pruner.score(features, prior)))
+            pooled.append(pool_important(features, pruner.score(features, prior, layout=layout)))
     need, pooled = torch.cat(needs).log(), torch.cat(pooled)
     half, dtype = len(examples) // 2, config.dtype or torch.float32  # rows are in random order
     penalty = choose_penalty(pooled[:half], need[:half], args.ridge)

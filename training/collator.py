@@ -147,10 +147,10 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
     def pack(self, examples: list[dict]) -> dict:
         """A batch of `pack_turns`, with the images."""
         conversations, images = [row["messages"] for row in examples], [row["images"] for row in examples]
-        (placeholders,), _ = self.processor.resolve_budgets(None, 1)
-        batch = pack_turns(conversations, self.processor, placeholders, [*map(len, images)])
         flat = [image for row in images for image in row]
-        return {**batch, **self.processor(images=flat, return_tensors="pt")} if flat else batch
+        inputs = self.processor(images=flat, return_tensors="pt") if flat else {}
+        budgets = inputs["num_image_tokens"].tolist() if flat else []
+        return {**pack_turns(conversations, self.processor, budgets, [*map(len, images)]), **inputs}
 
 
 def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:

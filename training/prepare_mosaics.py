@@ -185,11 +185,11 @@ def ask_place(objects: dict[str, str], rng: random.Random) -> tuple[str, str]:
     return f"what shape is in the {place or 'image'}?", shape
 
 
-def ask_existence(objects: dict[str, str], rng: random.Random) -> tuple[str, str]:
+def ask_existence(names: list[str], rng: random.Random) -> tuple[str, str]:
     """Whether a colour, a shape or both are there: one yes to one no, as far as the image allows."""
     everything = [list(PALETTE), list(SHAPES), OBJECTS]
-    shown = [sorted({name.split()[0] for name in objects.values()}), sorted({n.split()[1] for n in objects.values()})]
-    shown.append(sorted(set(objects.values())))
+    shown = [sorted({name.split()[0] for name in names}), sorted({name.split()[1] for name in names})]
+    shown.append(sorted({*names}))
     # Nearly every crowded image has all three shapes, so that asking for a shape would be asking for a yes.
     kind = rng.choice((0, 2) if len(shown[1]) == len(SHAPES) else (0, 1, 2))
     absent = [name for name in everything[kind] if name not in shown[kind]]
@@ -198,26 +198,34 @@ def ask_existence(objects: dict[str, str], rng: random.Random) -> tuple[str, str
     return f"is there a {name}{' shape' if kind == 0 else ''}?", answer
 
 
-def ask_count(objects: dict[str, str], rng: random.Random) -> tuple[str, str]:
+def ask_count(names: list[str], rng: random.Random) -> tuple[str, str]:
     """How many objects there are, of any kind, of a shape, or of a colour."""
-    names = [name.split() for name in objects.values()]
+    words = [name.split() for name in names]
     kind = rng.choice(("all", "shape", "color"))
     if kind == "all":
-        return "how many shapes are there?", str(len(names))
+        return "how many shapes are there?", str(len(words))
     if kind == "shape":
         shape = rng.choice(SHAPES)
-        return f"how many {shape}s are there?", str(sum(name[1] == shape for name in names))
-    color = rng.choice([*(name[0] for name in names), rng.choice(list(PALETTE))])
-    return f"how many {color} shapes are there?", str(sum(name[0] == color for name in names))
+        return f"how many {shape}s are there?", str(sum(name[1] == shape for name in words))
+    color = rng.choice([*(name[0] for name in words), rng.choice(list(PALETTE))])
+    return f"how many {color} shapes are there?", str(sum(name[0] == color for name in words))
 
 
-def ask(objects: dict[str, str], count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Up to `count` different questions and answers: half name a place, a quarter ask what exists, a quarter count."""
+def ask(objects: dict[str, str], names: list[str], count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Up to `count` different questions and answers: half name a place, a quarter ask what exists, a quarter count.
+
+    Args:
+        objects: those that a place has a name for, by place; may be empty.
+        names: of all objects.
+        count: how many.
+        rng: decides.
+    """
     questions = {}
+    places_asked = (ask_place, ask_place) if objects else ()
     for _ in range(4 * count):
         if len(questions) < count:
-            kind = rng.choice((ask_place, ask_place, ask_existence, ask_count))
-            questions.update([kind(objects, rng)])
+            kind = rng.choice((*places_asked, ask_existence, ask_count))
+            questions.update([kind(objects if kind is ask_place else names, rng)])
     return list(questions.items())
 
 
@@ -253,7 +261,7 @@ def write_train(images: dict[str, dict[str, str]], data_dir: Path, questions: in
     """One conversation an image, and its caption in a file of their own."""
     rows, described = [], []
     for name, objects in images.items():
-        turns = [(DESCRIBE, caption(objects, rng)), *ask(objects, questions, rng)]
+        turns = [(DESCRIBE, caption(objects, rng)), *ask(objects, [*objects.values()], questions, rng)]
         described.append(llava_row(name, name, turns[:1]))
         rng.shuffle(turns)
         rows.append(llava_row(name, name, turns))
@@ -264,7 +272,9 @@ def write_train(images: dict[str, dict[str, str]], data_dir: Path, questions: in
 
 def write_calibration(images: dict[str, dict[str, str]], data_dir: Path, questions: int, rng: random.Random) -> None:
     """One conversation an image."""
-    rows = [llava_row(name, name, ask(objects, questions, rng)) for name, objects in images.items()]
+    rows = [
+        llava_row(name, name, ask(objects, [*objects.values()], questions, rng)) for name, objects in images.items()
+    ]
     (data_dir / "mosaics_calibration.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"calibration: {len(rows):,} images, {sum(len(row['conversations']) // 2 for row in rows):,} questions")
 
@@ -277,7 +287,7 @@ def write_test(images: dict[str, dict[str, str]], data_dir: Path, questions: int
             rows = []
             for name, objects in images.items():
                 if name.startswith(f"mosaics/test/{kind}_"):
-                    asked = ask(objects, questions, rng)
+                    asked = ask(objects, [*objects.values()], questions, rng)
                     about = {"objects": len(objects)}
                     rows += [llava_row(f"{name}-{number}", name, [turn]) | about for number, turn in enumerate(asked)]
             (data_dir / f"mosaics_test_{kind}.json").write_text(json.dumps(rows, indent=1) + "\n")

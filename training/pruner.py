@@ -13,7 +13,6 @@ The encoder runs once for each image, and its features are kept in memory: 1.2 M
 
 import random
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -23,13 +22,14 @@ from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMP
 from lightvlm.common.llava_data import load_llava
 from lightvlm.common.turns import pack_turns
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from lightvlm.training.features import encode_rows, lay_out_batch, stack_features
+from lightvlm.views_lightvlm import Layout
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from trl import TrlParser
 
-STATIC_TERMS = ("scorer", "row_score", "column_score")
+STATIC_TERMS = ("scorer", "row_score", "column_score", "tile_score")
+NEVER = -1e4  # the score of what is no patch, for which the logarithm of a probability has no gradient
 QUESTION_TERM = ("patch_projection", "row_key", "column_key", "question_projection")
 
 
@@ -41,6 +41,9 @@ class PrunerArguments:
     data_path: list[str] = field(metadata={"help": "LLaVA JSON files; rows count that have one image"})
     image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
+    features_dir: str | None = field(
+        default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
+    )
     max_images: int = field(default=3000, metadata={"help": "take so many rows of all, by chance"})
     image_tokens: list[int] = field(
         default_factory=lambda: [16, 36, 64], metadata={"help": "K is drawn from these for each batch"}
@@ -106,6 +109,7 @@ class PolicyGradient(nn.Module):
         self,
         features: torch.Tensor,
         prior: torch.Tensor,
+        sizes: torch.Tensor,
         num_image_tokens: int,
         question_ids: torch.LongTensor | None = None,
         **inputs: torch.Tensor,
@@ -113,36 +117,38 @@ class PolicyGradient(nn.Module):
         """The loss, and the mean reward of all samples.
 
         Args:
-            features: (batch, patches, dim) of the vision encoder.
-            prior: (batch, patches), the encoder's attention.
+            features, prior, sizes: of `stack_features`.
             num_image_tokens: K.
             question_ids: (batch, words), padded with -1.
             inputs: for the language model, with labels, of `pack_turns`.
         """
-        backbone, features = self.model.model, features.float()
+        backbone = self.model.model
+        features, prior, layout = lay_out_batch(features, prior, sizes, self.model.config)
         questions = backbone.embed_questions(question_ids) if self.question_aware else None
-        scores = backbone.pruner.score(features, prior, questions)
+        scores = backbone.pruner.score(features, prior, questions, layout)
+        scores = scores.clamp_min(NEVER)
         orders = sample_orders(scores.detach(), self.num_samples)
-        rewards = self.reward(features, orders[..., :num_image_tokens].sort(dim=-1).values, inputs)
+        rewards = self.reward(features, orders[..., :num_image_tokens].sort(dim=-1).values, inputs, layout)
         log_probability = order_log_probability(scores, orders, num_image_tokens)
         return {"loss": -(leave_one_out(rewards) * log_probability).mean(), "reward": rewards.mean()}
 
     @torch.no_grad()
-    def reward(self, features: torch.Tensor, kept: torch.LongTensor, inputs: dict) -> torch.Tensor:
+    def reward(
+        self, features: torch.Tensor, kept: torch.LongTensor, inputs: dict, layout: Layout | None = None
+    ) -> torch.Tensor:
         """Mean log-probability of the answers' tokens, of each no less than -6, when only some patches are seen.
 
         Args:
             features: (batch, patches, dim).
             kept: (samples, batch, K) patches in raster order.
             inputs: of `pack_turns`, for the batch.
+            layout: of images of many views, whose tokens take the place of patches.
 
         Returns:
             (samples, batch).
         """
         backbone, samples = self.model.model, len(kept)
-        images = torch.arange(len(features), device=features.device)[:, None]
-        tokens = backbone.multi_modal_projector(features[images, kept])  # [samples, B, K, hidden]
-        chosen = list(backbone.pruner.add_positions(tokens, kept).flatten(0, 1))
+        chosen = [tokens for sample in kept for tokens in backbone.project(features, list(sample), layout)]
         inputs = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
         labels = inputs.pop("labels")[:, 1:]
         hidden = backbone(**inputs, mm_encoder_outputs={"image": LightVLMImageFeatures(pooler_output=chosen)})[0]
@@ -168,25 +174,6 @@ class PrunerTrainer(Trainer):
                 self.log({"reward": torch.stack(self.rewards).mean().item()})
             self.rewards.clear()
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-
-def open_images(rows: list[dict], processor: LightVLMProcessor) -> tuple[list[list[dict]], torch.Tensor]:
-    """The `messages` and the pixels of rows that have one image each."""
-    pixels = processor(images=[row["images"][0] for row in rows], return_tensors="pt")["pixel_values"]
-    return [row["messages"] for row in rows], pixels
-
-
-@torch.no_grad()
-def encode_rows(
-    model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, rows: Dataset, num_workers: int = 0
-) -> list[dict]:
-    """Each row's `messages`, and its image's bf16 `features` (patches, dim) and `prior` (patches,), on the CPU."""
-    examples, collate = [], partial(open_images, processor=processor)
-    for messages, pixels in tqdm(DataLoader(rows, 16, collate_fn=collate, num_workers=num_workers), "Encoding images"):
-        features, prior = model.model.encode(pixels)
-        encoded = zip(messages, features.cpu().bfloat16(), prior.cpu(), strict=True)
-        examples += [{"messages": row, "features": patches, "prior": weights} for row, patches, weights in encoded]
-    return examples
 
 
 def split_turns(examples: list[dict]) -> list[dict]:
@@ -221,8 +208,7 @@ class PrunerCollator:
         budget = random.choice(self.image_tokens)
         questions = [example["messages"][0]["content"] for example in examples]
         return {
-            "features": torch.stack([example["features"] for example in examples]),
-            "prior": torch.stack([example["prior"] for example in examples]),
+            **stack_features(examples),
             "num_image_tokens": budget,
             "question_ids": torch.tensor(self.processor.encode_questions(questions, len(questions))),
             **pack_turns([example["messages"] for example in examples], self.processor, budget),
@@ -285,7 +271,7 @@ def main() -> None:
     score = "question" if args.question_aware else "positional" if config.score == "cls" else config.score
     model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, score=score, dtype=torch.float32)
     rows, num_workers = load_rows(args, training_args.seed), training_args.dataloader_num_workers
-    examples = encode_rows(model.to(training_args.device), processor, rows, num_workers)
+    examples = encode_rows(model.to(training_args.device), processor, rows, num_workers, args.features_dir)
     if args.question_aware:
         examples = split_turns(examples)
         center_questions(model, processor, examples)

@@ -78,7 +78,9 @@ class LightVLMArguments:
     min_image_tokens: int | None = field(
         default=None, metadata={"help": "draw K per optimizer step, log-uniform from this on"}
     )
-    max_image_tokens: int | None = field(default=None, metadata={"help": "the largest K drawn; all patches if None"})
+    max_image_tokens: int | None = field(
+        default=None, metadata={"help": "the largest K drawn; the patches of a view if None"}
+    )
     log_uniform_max: int | None = field(
         default=None, metadata={"help": "the largest K of the log-uniform draws; max_image_tokens if None"}
     )
@@ -108,16 +110,16 @@ class LightVLMArguments:
         return [part for part in self.train_parts if part not in adapted]
 
 
-def budget_problems(args: LightVLMArguments, num_patches: int) -> dict[str, bool]:
+def budget_problems(args: LightVLMArguments, largest: int) -> dict[str, bool]:
     """Messages, and whether they are true of the numbers of image tokens."""
     bounds = [args.min_image_tokens, args.log_uniform_max, args.max_image_tokens]
     bounds = [budget for budget in bounds if budget is not None]
     budgets = [*bounds, *(args.eval_image_tokens or [])]
     budgets += [] if args.num_image_tokens is None else [args.num_image_tokens]
     shares = [args.full_share, args.min_share]
-    in_range = all(1 <= budget <= num_patches for budget in budgets)
+    in_range = all(1 <= budget <= largest for budget in budgets)
     return {
-        f"an image has {num_patches} tokens, so give numbers from 1 to {num_patches}": not in_range,
+        f"an image has {largest} tokens at most, so give numbers from 1 to {largest}": not in_range,
         "log_uniform_max and max_image_tokens need min_image_tokens": bounds and args.min_image_tokens is None,
         "min_image_tokens, log_uniform_max and max_image_tokens must not decrease": bounds != sorted(bounds),
         "full_share and min_share are shares, and together at most 1": min(shares) < 0 or sum(shares) > 1,
@@ -153,9 +155,9 @@ def model_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[st
     }
 
 
-def check_arguments(args: LightVLMArguments, training_args: SFTConfig, num_patches: int) -> None:
+def check_arguments(args: LightVLMArguments, training_args: SFTConfig, largest: int) -> None:
     """ValueError with all that is wrong with the arguments, before anything heavy is loaded."""
-    problems = budget_problems(args, num_patches)
+    problems = budget_problems(args, largest)
     problems |= data_problems(args, training_args) | model_problems(args, training_args)
     if any(problems.values()):
         raise ValueError("; ".join(message for message, is_wrong in problems.items() if is_wrong) + ".")
@@ -344,7 +346,7 @@ def main() -> None:
     parser = TrlParser((LightVLMArguments, SFTConfig))
     args, training_args = parser.parse_args_and_config()
     config = LightVLMConfig.from_pretrained(args.model_name_or_path)
-    check_arguments(args, training_args, config.num_patches)
+    check_arguments(args, training_args, config.max_image_tokens)
     args.num_image_tokens = args.num_image_tokens or config.num_image_tokens
     args.max_image_tokens = args.max_image_tokens or config.num_patches
     args.eval_image_tokens = args.eval_image_tokens or [args.num_image_tokens]

@@ -403,6 +403,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         mean_image_tokens: Means | None = None,
         question_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        max_views: Tensor | None = None,
         **kwargs: Any,
     ) -> LightVLMImageFeatures:
         """Encode images and keep K tokens of each.
@@ -418,6 +419,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             question_ids: (images, words), the tokens of the question about each image, padded with -1, for a pruner
                 with `score="question"`.
             image_sizes: (images, 2), the heights and widths of images of many views, as the processor returned them.
+            max_views: (images,), how many of an image's views are encoded: the thumbnail, and the tiles where it is
+                most important. K is then at most the tokens of one view.
 
         Raises:
             ValueError: if the budgets do not fit the images or the calibration, or there are more or fewer questions
@@ -432,9 +435,16 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             pixel_values = torch.cat([image[:n] for image, n in zip(pixel_values, layout.views, strict=True)])
         if means is None and layout is None:
             outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
+        elif layout is None or max_views is None:
+            features, prior = self.encode(pixel_values, vision_feature_layer)
+            outputs = self.prune(features, prior, budgets, question_ids, means, layout)
         else:
-            encoded = self.encode(pixel_values, vision_feature_layer)
-            outputs = self.prune(*encoded, budgets, question_ids, means, layout)
+            if max(budgets) > self.config.num_patches:
+                raise ValueError(
+                    f"num_image_tokens={max(budgets)}: with max_views give up to {self.config.num_patches}."
+                )
+            seen = self.encode_some(pixel_values, vision_feature_layer, layout, max_views, question_ids)
+            outputs = self.prune(*seen[:2], budgets, question_ids, means, seen[2])
         names = ("output_hidden_states", "output_attentions")
         asked = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
         if any(asked.values()):  # the pruner needs neither, so the layers run again
@@ -461,6 +471,28 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         place = {} if tower.device.type == "meta" else {"device": tower.device}  # offloaded modules move their inputs
         return encode_patches(tower, pixel_values.to(dtype=tower.dtype, **place), layers, self.config.prior_layer)
 
+    def encode_some(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None,
+        layout: Layout,
+        max_views: Tensor,
+        question_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Layout]:
+        """`encode` of the thumbnails, then of the tiles that they choose, and the layout of these views."""
+        is_thumbnail = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+        starts = torch.tensor([0, *layout.views[:-1]], device=pixel_values.device).cumsum(0)
+        is_thumbnail[starts] = True
+        features, prior = self.encode(pixel_values[is_thumbnail], vision_feature_layer)
+        questions = None if question_ids is None else self.embed_questions(question_ids)
+        is_kept = layout.choose_views(self.pruner.score(features, prior, questions), max_views)
+        is_tile = is_kept & ~is_thumbnail
+        if is_tile.any():
+            tiles = self.encode(pixel_values[is_tile], vision_feature_layer)
+            order = torch.cat([starts, is_tile.nonzero()[:, 0].to(starts)]).argsort()
+            features, prior = (torch.cat(pair)[order] for pair in zip((features, prior), tiles, strict=True))
+        return features, prior, layout.without_views(is_kept, self.config.num_patches)
+
     def prune(
         self,
         features: Tensor,
@@ -482,18 +514,28 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             features, prior = layout.gather(features), layout.gather(prior)
         questions = None if question_ids is None else self.embed_questions(question_ids)
         kept = self.pruner(features, prior, budgets, questions, mean_image_tokens, layout)
+        return LightVLMImageFeatures(
+            last_hidden_state=features,
+            pooler_output=self.project(features, kept, layout),
+            kept_indices=kept,
+            lengths=layout.lengths if layout else None,
+        )
+
+    def project(self, features: Tensor, kept: list[Tensor], layout: Layout | None = None) -> list[Tensor]:
+        """The tokens (K, hidden) of each image's kept patches, with the embeddings of their places.
+
+        Args:
+            features: (images, patches, dim) of the vision encoder, or (images, tokens, dim) as in the layout.
+            kept: (K,) indices of each image.
+            layout: of images of many views; None if each is one view.
+        """
         patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
         tokens = self.multi_modal_projector(patches)  # [sum of K, hidden]
         if layout is None:
             tokens = self.pruner.add_positions(tokens, torch.cat(kept))
         else:
             tokens = self.place(tokens, layout.at(kept))
-        return LightVLMImageFeatures(
-            last_hidden_state=features,
-            pooler_output=list(tokens.split([len(each) for each in kept])),
-            kept_indices=kept,
-            lengths=layout.lengths if layout else None,
-        )
+        return list(tokens.split([len(each) for each in kept]))
 
     def place(self, tokens: Tensor, kept: Layout) -> Tensor:
         """Tokens (sum of K, hidden) with the embeddings of their places, and newline tokens as they are."""
@@ -536,6 +578,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         mean_image_tokens: Means | None = None,
         question_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        max_views: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -561,8 +604,9 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             return super().forward(**inputs)
         else:
             budgets, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
-            asked = {"num_image_tokens": budgets, "mean_image_tokens": means, "question_ids": question_ids}
-            asked["image_sizes"] = image_sizes
+            asked: dict[str, Any] = {"num_image_tokens": budgets, "mean_image_tokens": means}
+            asked |= {"question_ids": question_ids}
+            asked |= {"image_sizes": image_sizes, "max_views": max_views}
             layer = inputs.pop("vision_feature_layer", None)
             features = self.get_image_features(pixel_values, layer, return_dict=True, **asked)
         if means is None and not self.moves_positions(features):
@@ -669,6 +713,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         mean_image_tokens: Means | None = None,
         question_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        max_views: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -689,6 +734,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             mean_image_tokens=mean_image_tokens,
             question_ids=question_ids,
             image_sizes=image_sizes,
+            max_views=max_views,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -797,7 +843,14 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         if given := kwargs.get("mm_encoder_outputs"):
             features, budgets = given["image"], [len(tokens) for tokens in given["image"].pooler_output]
         else:
-            names = ("pixel_values", "num_image_tokens", "mean_image_tokens", "question_ids", "image_sizes")
+            names = (
+                "pixel_values",
+                "num_image_tokens",
+                "mean_image_tokens",
+                "question_ids",
+                "image_sizes",
+                "max_views",
+            )
             asked = {name: kwargs.pop(name, None) for name in names}
             features = self.model.get_image_features(**asked, return_dict=True)
             images = len(features.pooler_output)
@@ -813,6 +866,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         question: str,
         history: list[dict[str, Any]] | None = None,
         num_image_tokens: int | str | list[int | str] | None = None,
+        max_views: int | None = None,
         question_aware: bool = False,
         streamer: BaseStreamer | None = None,
         processor: Any = None,
@@ -826,6 +880,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             history: messages so far. The question and its answer are appended once the answer is complete.
             num_image_tokens: K, "dynamic" or "dynamic:64", or a list with one for each image of the conversation; the
                 default's if None.
+            max_views: of a large image, how many views are encoded; all if None.
             question_aware: whether the kept tokens depend on the question, for a pruner with `score="question"`.
             streamer: a transformers streamer that receives the answer while it is generated.
             processor: a `LightVLMProcessor`; by default the one saved beside the weights.
@@ -846,6 +901,8 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         content = [{"type": "image", "image": each} for each in images]
         asked = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         options = {} if num_image_tokens is None else {"num_image_tokens": num_image_tokens}
+        if max_views is not None:
+            options["max_views"] = max_views
         if question_aware:
             options["question"] = question
         inputs = processor.apply_chat_template(

@@ -15,7 +15,8 @@ from .configuration_lightvlm import LightVLMConfig
 from .views_lightvlm import Layout
 
 NOTHING_NEW = 1e-6  # a distance within float32's rounding error; such patches are ordered by their scores alone
-BLOCK = 1024  # patches compared with all others at a time, so that memory is linear in those of many views
+CANDIDATES = 2048  # all patches of a view; of nine views, the first 64 patches chosen are the same as from all
+BLOCK = 1024  # candidates compared with all others at a time, which bounds the memory
 QUESTION_RANK = 32  # so that the pruner of a 7B model stays below a million parameters
 
 
@@ -115,17 +116,21 @@ def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: fl
 
     With q = exp(score), patches are ordered by q^alpha * min over those of higher score of (1 - cosine), computed here
     as a logarithm: a constant added to an image's scores changes nothing. Weighted k-center, which asks each patch to
-    be unlike the chosen ones alone, must choose one after the other; this takes no loop. Shapes as in `select_topk`.
+    be unlike the chosen ones alone, must choose one after the other; this takes no loop. Of many views' patches only
+    the most important `CANDIDATES`, and at least `count`, are compared. Shapes as in `select_topk`.
     """
-    directions = nn.functional.normalize(features.float(), dim=-1)
-    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    order = select_topk(scores, features, max(CANDIDATES, count))  # [B, M], the most important first
+    directions = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1])).float()
+    directions = nn.functional.normalize(directions, dim=-1)
+    rank = torch.arange(order.shape[1], device=order.device)
     nearest = []
-    for some, ranks in zip(directions.split(BLOCK, dim=1), rank.split(BLOCK, dim=1), strict=True):
-        is_lower = rank[:, :, None] >= ranks[:, None]  # [B, other, patch]: the other has no higher score
+    for some, ranks in zip(directions.split(BLOCK, dim=1), rank.split(BLOCK), strict=True):
+        is_lower = rank[:, None] >= ranks  # [other, patch]: the other has no higher score
         distances = (1 - similarity(directions, some)).masked_fill(is_lower, 2.0)  # 2 is the largest there is
         nearest.append(distances.amin(dim=1))
-    peaks = alpha * scores.float() + torch.cat(nearest, dim=1).clamp_min(NOTHING_NEW).log()  # [B, N]
-    return select_topk(peaks, features, count)
+    novelty = torch.cat(nearest, dim=1).clamp_min(NOTHING_NEW).log()
+    peaks = alpha * scores.gather(1, order).float() + novelty  # [B, M]
+    return order.gather(1, select_topk(peaks, features, count))
 
 
 SELECTORS = {"topk": select_topk, "diverse": select_density_peaks}

@@ -7,7 +7,8 @@ processor saw them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,34 @@ class Layout:
         """(views, patches, ...) of the encoder as (images, tokens, ...), zero where there is no patch."""
         values = values.flatten(0, 1)[self.source]
         return values * self.is_patch.view(*self.is_patch.shape, *[1] * (values.dim() - 2)).to(values)
+
+    def choose_views(self, scores: Tensor, max_views: Tensor) -> Tensor:
+        """Which views are worth encoding: each thumbnail, and the tiles that its scores find most important.
+
+        Args:
+            scores: (images, patches) of the thumbnails, logarithms of importance.
+            max_views: (images,), the thumbnail included.
+
+        Returns:
+            (views,) of booleans.
+        """
+        patches = scores.shape[1]
+        nearest = self.rows.round().long() * isqrt(patches) + self.columns.round().long()
+        importance = scores.softmax(dim=-1).gather(1, nearest) * (self.is_tile & self.is_patch)  # (images, tokens)
+        importance = importance.new_zeros(sum(self.views)).index_add(
+            0, (self.source // patches).flatten(), importance.flatten()
+        )
+        by_image = nn.utils.rnn.pad_sequence([*importance.split(self.views)], batch_first=True, padding_value=-1)
+        by_image[:, 0] = torch.inf  # the thumbnail
+        rank = by_image.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        is_kept = rank < max_views.to(rank.device)[:, None]
+        return torch.cat([row[:count] for row, count in zip(is_kept, self.views, strict=True)])
+
+    def without_views(self, is_kept: Tensor, patches: int) -> "Layout":
+        """The same tokens, of which those of the views that are not kept, (views,), are no patches any more."""
+        view = self.source // patches
+        source = (is_kept.cumsum(0) - 1)[view] * patches + self.source % patches
+        return replace(self, source=source * is_kept[view], is_patch=self.is_patch & is_kept[view])
 
     def at(self, kept: list[Tensor]) -> "Layout":
         """That of the kept tokens, in one row: (1, sum of K)."""

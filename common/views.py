@@ -1,0 +1,31 @@
+"""Turn a processor of one view of an image into one of many."""
+
+import re
+
+from transformers import LlavaNextImageProcessorPil
+
+
+def parse_grids(grids: list[str], view: int) -> list[list[int]]:
+    """`image_grid_pinpoints`, heights and widths in pixels, of grids such as "2x3", rows x columns of views.
+
+    Raises:
+        ValueError: where a grid is written otherwise.
+    """
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", grid) for grid in grids]
+    if not all(found):
+        raise ValueError(f"grids={' '.join(grids)}: write rows x columns, such as 1x1 1x2 2x2.")
+    return [[int(match[1]) * view, int(match[2]) * view] for match in found if match]
+
+
+def cut_views(image_processor, image_grid_pinpoints: list[list[int]]) -> LlavaNextImageProcessorPil:
+    """LLaVA-NeXT's image processor, with the view, the filter and the colours of an image processor of one view."""
+    size = image_processor.crop_size or image_processor.size
+    view = {"height": size["height"], "width": size["width"]}
+    return LlavaNextImageProcessorPil(
+        image_grid_pinpoints=image_grid_pinpoints,
+        size=view,
+        crop_size=view,
+        resample=image_processor.resample,
+        image_mean=image_processor.image_mean,
+        image_std=image_processor.image_std,
+    )

@@ -1,0 +1,162 @@
+"""The language model learns to answer from the tokens that the pruner keeps, on features that were encoded once.
+
+    python training/decoder.py --config training/configs/tiny_views.yaml
+
+For small checkpoints with many views, whose encoder would be most of each step. Encoder and score are frozen; language
+model, projector, and the embeddings of a kept token's place learn. `sft.py` is for all else.
+"""
+
+import math
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.common.turns import IGNORED, pack_turns
+from lightvlm.common.views import cut_views, parse_grids
+from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from lightvlm.training.features import encode_rows, lay_out_batch, stack_features
+from lightvlm.training.pruner import extend_card, load_rows
+from torch import nn
+from tqdm import tqdm
+from transformers import Trainer, TrainingArguments, set_seed
+from trl import TrlParser
+
+PLACES = ("row_embedding", "column_embedding", "tile_embedding")
+
+
+@dataclass
+class DecoderArguments:
+    """What the language model learns from."""
+
+    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
+    data_path: list[str] = field(metadata={"help": "LLaVA JSON files; rows count that have one image"})
+    image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
+    features_dir: str | None = field(
+        default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
+    )
+    max_images: list[int] = field(
+        default_factory=lambda: [3000], metadata={"help": "take so many rows of each file, by chance; or of all files"}
+    )
+    max_turns: int = field(default=8, metadata={"help": "questions about an image in a step, drawn anew each time"})
+    min_image_tokens: int = field(default=16, metadata={"help": "the smallest K that is drawn"})
+    log_uniform_max: int = field(default=192, metadata={"help": "K is log-uniform up to this"})
+    full_share: float = field(default=0.1, metadata={"help": "share of the steps with as many tokens as one view has"})
+    grids: list[str] = field(
+        default_factory=list,
+        metadata={"help": "for a checkpoint of one view: grids to cut images into, rows x columns, such as 1x1 2x2"},
+    )
+
+
+@torch.no_grad()
+def rank_patches(model: LightVLMForConditionalGeneration, examples: list[dict], count: int) -> None:
+    """Give each example its `order`: the first `count` of its image's tokens, best first, as the pruner chooses."""
+    pruner = model.model.pruner
+    for example in tqdm(examples, "Choosing patches"):
+        stacked = {name: value.to(model.device) for name, value in stack_features([example]).items()}
+        features, prior, layout = lay_out_batch(**stacked, config=model.config)
+        scores = pruner.score(features, prior, layout=layout)
+        example["order"] = pruner.select(scores, features, count)[0].to("cpu", torch.int32)
+
+
+class Reader(nn.Module):
+    """A model whose loss is that of answers from kept tokens; encoder and score are frozen."""
+
+    def __init__(self, model: LightVLMForConditionalGeneration):
+        super().__init__()
+        self.accepts_loss_kwargs = False
+        self.model = model
+        model.model.vision_tower.requires_grad_(False)
+        for name, module in model.model.pruner.named_children():
+            module.requires_grad_(name in PLACES)
+
+    def forward(
+        self, features: torch.Tensor, prior: torch.Tensor, sizes: torch.Tensor, kept: torch.Tensor, **inputs
+    ) -> dict[str, torch.Tensor]:
+        """The mean loss of the answers' tokens.
+
+        Args:
+            features, prior, sizes: of `stack_features`.
+            kept: (batch, K), in raster order.
+            inputs: of `pack_turns`, with labels.
+        """
+        backbone, labels = self.model.model, inputs.pop("labels")
+        features, _, layout = lay_out_batch(features, prior, sizes, self.model.config)
+        tokens = backbone.project(features, list(kept), layout)
+        hidden = backbone(**inputs, mm_encoder_outputs={"image": LightVLMImageFeatures(pooler_output=tokens)})[0]
+        is_answer = labels[:, 1:] != IGNORED
+        logits = self.model.lm_head(hidden[:, :-1][is_answer])
+        return {"loss": nn.functional.cross_entropy(logits.float(), labels[:, 1:][is_answer])}
+
+
+@dataclass
+class ReaderCollator:
+    """A batch for `Reader`, with a K drawn for it, and some of each image's questions."""
+
+    processor: LightVLMProcessor
+    args: DecoderArguments
+
+    def __call__(self, examples: list[dict]) -> dict:
+        low, high = math.log(self.args.min_image_tokens), math.log(self.args.log_uniform_max)
+        budget = round(math.exp(random.uniform(low, high)))
+        if random.random() < self.args.full_share:
+            budget = self.processor.num_patches
+        conversations = [draw_turns(example["messages"], self.args.max_turns) for example in examples]
+        kept = torch.stack([example["order"][:budget].sort().values for example in examples]).long()
+        return {**stack_features(examples), "kept": kept, **pack_turns(conversations, self.processor, budget)}
+
+
+def draw_turns(messages: list[dict], count: int) -> list[dict]:
+    """Up to `count` questions of a conversation with their answers."""
+    starts = range(0, len(messages), 2)
+    chosen = random.sample(starts, min(count, len(starts)))
+    return [message for start in chosen for message in messages[start : start + 2]]
+
+
+def load_files(args: DecoderArguments, seed: int) -> Dataset:
+    """Rows of all files, of each up to its number of `max_images`."""
+    counts = args.max_images * (len(args.data_path) if len(args.max_images) == 1 else 1)
+    if len(counts) != len(args.data_path):
+        raise ValueError(f"max_images={counts}: give one number, or one for each of {len(args.data_path)} files.")
+    files = zip(args.data_path, counts, strict=True)
+    return concatenate_datasets([load_rows(replace(args, data_path=[path], max_images=n), seed) for path, n in files])
+
+
+def main() -> None:
+    args, training_args = TrlParser((DecoderArguments, TrainingArguments)).parse_args_and_config()
+    set_seed(training_args.seed)
+    training_args.remove_unused_columns = False
+    config = LightVLMConfig.from_pretrained(args.model_name_or_path)
+    processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
+    if args.grids:
+        config.image_grid_pinpoints = parse_grids(args.grids, config.vision_config.image_size)
+        processor.image_processor = cut_views(processor.image_processor, config.image_grid_pinpoints)
+    model = LightVLMForConditionalGeneration.from_pretrained(
+        args.model_name_or_path, config=config, dtype=torch.float32
+    )
+    rows = load_files(args, training_args.seed)
+    num_workers = training_args.dataloader_num_workers
+    examples = encode_rows(model.to(training_args.device), processor, rows, num_workers, args.features_dir)
+    rank_patches(model, examples, config.num_patches)
+    trainer = Trainer(
+        Reader(model), training_args, data_collator=ReaderCollator(processor, args), train_dataset=examples
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        model.to(config.dtype or torch.float32).save_pretrained(training_args.output_dir)
+        processor.save_pretrained(training_args.output_dir)
+        files = ", ".join(Path(path).name for path in args.data_path)
+        losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+        line = (
+            f"- decoder: {trainer.state.global_step} steps on {len(examples):,} images of {files}, encoded once, K "
+            f"log-uniform from {args.min_image_tokens} to {args.log_uniform_max}, or all of a view's in "
+            f"{args.full_share:.0%} of the steps; the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
+        )
+        extend_card(args.model_name_or_path, training_args.output_dir, line)
+
+
+if __name__ == "__main__":
+    main()

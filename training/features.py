@@ -1,0 +1,142 @@
+"""Features of a dataset's images, encoded once for all runs and processes, on disk, and mapped into memory."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.views_lightvlm import Layout, lay_out
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+SHARD = 256  # images in a file: 300 MB for CLIP ViT-L/14-336
+BATCH = 16
+
+
+def open_images(rows: list[dict], processor: LightVLMProcessor) -> dict[str, torch.Tensor]:
+    """`pixel_values`, and for images of many views `image_sizes`, of rows that have one image each."""
+    inputs = processor(images=[row["images"][0] for row in rows], return_tensors="pt")
+    return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+
+
+def name_features(model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, rows: Dataset) -> str:
+    """A name that changes with the encoder, its layers, how images are prepared, and the images' files."""
+    digest, config = hashlib.sha256(), model.config
+    for name, tensor in model.model.vision_tower.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    settings = (config.vision_feature_layer, config.prior_layer, processor.image_processor.to_json_string())
+    digest.update(repr(settings).encode())
+    for images in rows.with_format("arrow")["images"].to_pylist():
+        for image in images:
+            stat = os.stat(image["path"]) if image["bytes"] is None else None
+            digest.update(repr((image["path"], stat.st_size, stat.st_mtime_ns) if stat else image["bytes"]).encode())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def encode_shard(
+    model: LightVLMForConditionalGeneration, batches: Iterable[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file: `features` (views, patches, dim), `prior` (views, patches), and of each image where its
+    views end and its height and width, in a batch without many views those of a view."""
+    parts = {"features": [], "prior": [], "views": [], "sizes": []}
+    for batch in batches:
+        pixels, sizes = batch["pixel_values"], batch.get("image_sizes")
+        layout = model.model.lay_out(pixels, sizes)
+        views = [1] * len(pixels) if layout is None else layout.views
+        if layout is not None:
+            pixels = torch.cat([image[:count] for image, count in zip(pixels, views, strict=True)])
+        features, prior = model.model.encode(pixels)
+        parts["features"].append(features.cpu().bfloat16())
+        parts["prior"].append(prior.cpu())
+        parts["views"].append(torch.tensor(views))
+        view = model.config.vision_config.image_size
+        parts["sizes"].append(torch.full((len(views), 2), view) if sizes is None else sizes.cpu().long())
+    shard = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return {**shard, "ends": shard.pop("views").cumsum(dim=0)}
+
+
+def encode_rows(
+    model: LightVLMForConditionalGeneration,
+    processor: LightVLMProcessor,
+    rows: Dataset,
+    num_workers: int = 0,
+    folder: str | Path | None = None,
+) -> list[dict]:
+    """Encode the images that no earlier run did, each by one of the processes, and wait for all.
+
+    Args:
+        model, processor: of the checkpoint.
+        rows: of `load_llava`, with one image each.
+        num_workers: processes that open images.
+        folder: for the features, in a folder named after encoder and images; by default beside the cache of
+            `datasets`. A run that was interrupted goes on with the first missing file.
+
+    Returns:
+        For each row its `messages`, and `features` (views, patches, dim) in bf16, `prior` (views, patches) and `size`
+        (height, width) of its image, as the image processor saw it. Tensors are read from the files when used.
+    """
+    state = PartialState()
+    folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE, "lightvlm"), name_features(model, processor, rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(rows), SHARD)
+    files = [folder / f"{start:08d}-of-{len(rows):08d}.safetensors" for start in starts]
+    mine = list(zip(starts, files, strict=True))[state.process_index :: state.num_processes]
+    missing = [(start, file) for start, file in mine if not file.exists()]
+    shards = [range(start, min(start + SHARD, len(rows))) for start, _ in missing]
+    batches = [shard[first : first + BATCH] for shard in shards for first in range(0, len(shard), BATCH)]
+    loader = DataLoader(
+        rows, batch_sampler=batches, collate_fn=partial(open_images, processor=processor), num_workers=num_workers
+    )
+    progress = iter(tqdm(loader, "Encoding images", disable=not batches))
+    for shard, (_, file) in zip(shards, missing, strict=True):
+        encoded = encode_shard(model, islice(progress, math.ceil(len(shard) / BATCH)))
+        unfinished = file.with_suffix(".part")
+        save_file(encoded, unfinished)
+        unfinished.rename(file)
+    state.wait_for_everyone()
+    return read_rows(rows["messages"], files)
+
+
+def read_rows(messages: list[list[dict]], files: list[Path]) -> list[dict]:
+    """What `encode_rows` returns, of its files."""
+    examples, conversations = [], iter(messages)
+    for file in files:
+        shard = load_file(file)  # maps the file: nothing is read yet
+        ends = shard["ends"].tolist()
+        for start, end, size in zip([0, *ends], ends, shard["sizes"].tolist(), strict=False):
+            features, prior = shard["features"][start:end], shard["prior"][start:end]
+            examples.append({"messages": next(conversations), "features": features, "prior": prior, "size": size})
+    return examples
+
+
+def stack_features(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """`features` (views, patches, dim), `prior` (views, patches) and `sizes` (images, 2) of a batch of examples."""
+    return {
+        "features": torch.cat([example["features"] for example in examples]),
+        "prior": torch.cat([example["prior"] for example in examples]),
+        "sizes": torch.tensor([example["size"] for example in examples]),
+    }
+
+
+def lay_out_batch(
+    features: torch.Tensor, prior: torch.Tensor, sizes: torch.Tensor, config: LightVLMConfig
+) -> tuple[torch.Tensor, torch.Tensor, Layout | None]:
+    """Of `stack_features`'s batch: features (images, tokens, dim) in float32, prior (images, tokens), and the layout.
+
+    The layout is None for a checkpoint that sees one view, whose tokens are its patches.
+    """
+    if config.image_grid_pinpoints is None:
+        return features.float(), prior, None
+    layout = lay_out([(int(height), int(width)) for height, width in sizes], config, features.device)
+    return layout.gather(features).float(), layout.gather(prior), layout
