@@ -8,7 +8,8 @@ from lightvlm.common.llava_data import load_llava
 from lightvlm.evaluation.accuracy import Batch, Questions, accuracy, table, wilson_interval
 from lightvlm.evaluation.metrics import POPE, ExactMatch
 from lightvlm.evaluation.selectors import SELECTORS, encode_with_keys
-from tiny import make_image, make_model, make_processor
+from lightvlm.training.prepare_easy_vqa import llava_row
+from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor
 
 
 def test_wilson_interval_of_a_textbook_case():
@@ -40,6 +41,30 @@ def test_right_answers_are_counted_whatever_the_batch(tmp_path, selector):
         assert (result["accuracy"], result["total"]) == (pytest.approx(4 / 6), 6)
         assert full["of_full"] == (1 if full["accuracy"] else None)
         assert result["prefill_ms"] > 0 and result["selection_ms"] > 0
+
+
+@pytest.mark.parametrize("selector", ["diverse", "diverse+question", "topk", "all", "dynamic"])
+def test_answers_about_images_of_many_views_are_those_of_the_model(tmp_path, selector):
+    select = "topk" if selector == "topk" else "diverse"
+    model = make_dynamic(image_grid_pinpoints=GRIDS, score="question", select=select)
+    processor = make_processor(pinpoints=GRIDS)
+    torch.nn.init.normal_(model.model.pruner.question_projection.weight)
+    budget = {"all": 360, "dynamic": "dynamic:8"}.get(selector, 20)
+    options = {"num_image_tokens": budget, "processor": processor, "max_new_tokens": 16}
+    rows = []
+    for index, size in enumerate([(250, 240), (100, 300), (84, 84), (250, 240)]):
+        make_image(index, size).save(tmp_path / f"{index}.png")
+        asked = selector.endswith("+question")
+        answer = model.chat(make_image(index, size), "what color?", question_aware=asked, **options)
+        rows.append(llava_row(index, f"{index}.png", [("what color?", answer if index else f"not {answer}")]))
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    data = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
+    assert data.count_tokens() == (36, 360)
+    setting = (select if selector == "dynamic" else selector, budget)
+    (result,) = accuracy(model, data, [setting], ExactMatch(), batch_size=3)
+    assert result["accuracy"] == 3 / 4
+    with pytest.raises(ValueError, match="pool is not for images of many views"):
+        accuracy(model, data, [("pool", 9)], ExactMatch())
 
 
 def test_a_selector_may_score_by_the_encoders_attention_alone(tmp_path):

@@ -86,7 +86,7 @@ def test_answers_are_right_and_questions_differ(parts, grid):
     rng = random.Random(1)
     for _ in range(40):
         objects = draw_mosaic(*parts, "flat", grid, rng, 84).objects
-        asked = ask(objects, 8, rng)
+        asked = ask(objects, [*objects.values()], 8, rng)
         assert len(dict(asked)) == len(asked) and 6 <= len(asked) <= 8
         for question, expected in asked:
             assert answer(question, objects) == expected, (question, objects)
@@ -97,7 +97,9 @@ def test_yes_and_no_are_about_as_frequent(parts):
     answers = []
     for _ in range(300):
         objects = draw_mosaic(*parts, "flat", 3, rng, 84).objects
-        answers += [found for question, found in ask(objects, 8, rng) if question.startswith("is there")]
+        answers += [
+            found for question, found in ask(objects, [*objects.values()], 8, rng) if question.startswith("is there")
+        ]
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
 
 

@@ -128,6 +128,19 @@ def test_the_language_model_sees_the_kept_tokens_only(tiny, budget):
             assert sample["kv_cache_bytes"] == 2 * (6 + budget) * bytes_per_position
 
 
+@torch.no_grad()
+def test_of_many_views_all_some_or_one_are_encoded_and_the_language_model_sees_k():
+    model = make_model(image_grid_pinpoints=[[84, 84], [252, 252]], num_image_tokens=9)
+    processor = make_processor(pinpoints=[[84, 84], [252, 252]])
+    encoded, encode = [], model.model.encode
+    model.model.encode = lambda pixels, layer=None: encoded.append(len(pixels)) or encode(pixels, layer)
+    results = measure(model, processor.image_processor, [2], [20], 6, 2, 1, 0, views=(252, 252), max_views=(4,))
+    rows = next(results)["rows"]
+    assert [row["method"] for row in rows] == ["all views", "all views", "4 of the views", "one view"]
+    assert [row["positions"] for row in rows] == [366, 26, 26, 42]
+    assert encoded == [20, 20, 2, 6, 2]
+
+
 ESTIMATOR = {"means": [1, 36], "kappas": [1, 36], "exponent": 1, "minimum": 1, "maximum": 36}
 
 
