@@ -157,52 +157,46 @@ class Batch:
         wait()
         return result, 1000 * (time.perf_counter() - start) / len(self.rows)
 
-    def choose(self, selector: str, budget: int | str) -> list[torch.Tensor]:
-        """Image tokens of each row, (K, hidden)."""
+    def choose(self, selector: str, budget: int | str) -> LightVLMImageFeatures:
+        """Image tokens of each row; mixed tokens have no index, and so are always at consecutive positions."""
         backbone = self.model.model
         name, _, score = selector.partition("+")
         if isinstance(budget, str):
             (largest,), means = self.questions.processor.resolve_budgets(budget, 1)
             budgets = [min(largest, length) for length in self.lengths]
             kept = backbone.pruner(self.features, self.prior, budgets, means=means, layout=self.layout)
-            return backbone.project(self.features, kept, self.layout)
-        if self.layout is not None:
-            kept = self.choose_of_views(name, self.scores[score], budget)
-            return backbone.project(self.features, kept, self.layout)
+            return backbone.keep(self.features, kept, self.layout)
+        if self.layout is not None and name not in ("all", *OF_VIEWS):
+            raise ValueError(f"{name} is not for images of many views: choose among {', '.join(OF_VIEWS)}.")
+        if name == "all":
+            kept = [torch.arange(length, device=self.features.device) for length in self.lengths]
+            return backbone.keep(self.features, kept, self.layout)
         compared = self.keys if name == "merge" else self.features
         if name == "max-min":
             compared = backbone.multi_modal_projector(self.features)
+        if name in CHOOSERS:
+            kept = CHOOSERS[name](self.scores[score], compared, budget).sort(dim=-1).values
+            return backbone.keep(self.features, list(kept), self.layout)
         weights = mixing_weights(name, self.scores[score], compared, budget)
         if name == "downsample":
             features = downsample(backbone, self.pixels, budget)[self.images]
         else:
             features = weights @ self.features
-        return list(project(backbone, features, weights))
+        return LightVLMImageFeatures(pooler_output=list(project(backbone, features, weights)))
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row's image before pruning."""
         return [self.features.shape[1]] * len(self.rows) if self.layout is None else self.layout.lengths
 
-    def choose_of_views(self, name: str, scores: torch.Tensor, budget: int) -> list[torch.Tensor]:
-        """The tokens of each row's image that a selector keeps, (K,) in raster order.
-
-        Raises:
-            ValueError: where the selector knows one square of patches alone.
-        """
-        if name == "all":
-            return [torch.arange(length, device=scores.device) for length in self.lengths]
-        if name not in OF_VIEWS:
-            raise ValueError(f"{name} is not for images of many views: choose among {', '.join(OF_VIEWS)}.")
-        return list(CHOOSERS[name](scores, self.features, budget).sort(dim=-1).values)
-
     def answer(self, selector: str, budget: int | str, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
         """Greedy answers from K tokens of each image, their mean K, and milliseconds of selection and prefill."""
         model, processor = self.model, self.questions.processor
-        tokens, selection = self.timed(self.choose, selector, budget)
-        inputs = self.questions.tokenize(self.rows, [len(row) for row in tokens]).to(model.device)
-        options = {"mm_encoder_outputs": {"image": LightVLMImageFeatures(pooler_output=tokens)}}
-        measured = {"tokens": statistics.fmean(budget if selector == "fastv" else len(row) for row in tokens)}
+        images, selection = self.timed(self.choose, selector, budget)
+        lengths = [len(tokens) for tokens in images.pooler_output]
+        inputs = self.questions.tokenize(self.rows, lengths).to(model.device)
+        options = {"mm_encoder_outputs": {"image": images}}
+        measured = {"tokens": budget if selector == "fastv" else statistics.fmean(lengths)}
         measured["selection_ms"] = selection
         with prune_in_language_model(model, **inputs, count=budget) if selector == "fastv" else nullcontext():
             if time_prefill:

@@ -23,7 +23,6 @@ from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.common.llava_data import load_llava
 from lightvlm.common.turns import pack_turns
 from lightvlm.evaluation.markdown import markdown_table
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.pruning_lightvlm import allot_budgets
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -91,14 +90,10 @@ class Encoded:
         """Of each image's answers, (questions,) each: whether they are right, and the log-probability of a token."""
         backbone = self.model.model
         kept = [order[:budget].sort().values for order, budget in zip(self.order, budgets, strict=True)]
-        tokens = [
-            backbone.pruner.add_positions(backbone.multi_modal_projector(features[indices]), indices)
-            for features, indices in zip(self.features, kept, strict=True)
-        ]
         inputs = pack_turns(self.turns, self.processor, budgets)
         labels = inputs.pop("labels")[:, 1:]
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        outputs = backbone(**inputs, mm_encoder_outputs={"image": LightVLMImageFeatures(pooler_output=tokens)})
+        outputs = backbone(**inputs, mm_encoder_outputs={"image": backbone.keep(self.features, kept)})
         results = []
         for states, wanted in zip(outputs[0][:, :-1].cpu(), labels, strict=True):
             places = (wanted >= 0).nonzero()[:, 0]

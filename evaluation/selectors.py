@@ -173,8 +173,8 @@ CHOOSERS = {
     "max-min": select_max_min,
     "dedup": select_deduplicated,
 }
-MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything, "all": everything}
-SELECTORS = [name for name in (*CHOOSERS, *MIXERS) if name != "all"]
+MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything}
+SELECTORS = [*CHOOSERS, *MIXERS]
 OF_VIEWS = ("topk", "diverse", "k-center", "determinantal", "random")  # what else there is compares squares of patches
 SCORED = ("topk", "diverse", "k-center", "determinantal", "dedup", "merge")  # the others do not read the scores
 

@@ -106,8 +106,10 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
         llava: folder or Hub name of a checkpoint of `LlavaForConditionalGeneration`, such as llava-hf/llava-1.5-7b-hf,
             or of `LlavaNextForConditionalGeneration`, such as llava-hf/llava-v1.6-mistral-7b-hf.
         output_dir: the Hub folder to write.
-        config: for `LightVLMConfig`, such as `num_image_tokens` or `score`.
+        config: for `LightVLMConfig`, such as `num_image_tokens` or `score`. `position_ids` are "original" by default:
+            the language model has not learned that patches are missing, nor where kept ones stood.
     """
+    config = {"position_ids": "original", **config}
     model_type = AutoConfig.from_pretrained(llava).model_type
     if model_type not in ("llava", "llava_next"):
         raise ValueError(f"{llava} is a {model_type} checkpoint, and neither of LLaVA nor of LLaVA-NeXT.")

@@ -1,13 +1,14 @@
 """Accuracy is what the pipeline's own answers give, and its interval is Wilson's."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from lightvlm.common.llava_data import load_llava
 from lightvlm.evaluation.accuracy import Batch, Questions, accuracy, table, wilson_interval
 from lightvlm.evaluation.metrics import POPE, ExactMatch
-from lightvlm.evaluation.selectors import SELECTORS, encode_with_keys
+from lightvlm.evaluation.selectors import CHOOSERS, SELECTORS, encode_with_keys
 from lightvlm.training.prepare_easy_vqa import llava_row
 from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor
 
@@ -92,7 +93,12 @@ def test_merge_compares_keys_and_max_min_projected_patches(tmp_path, monkeypatch
         compared[name] = features
         return scores.new_ones(1, count, 36)
 
+    def choose(name, scores, features, count):
+        return weigh(name, scores, features, count).cumsum(dim=-2)[..., 0].long()
+
     monkeypatch.setattr("lightvlm.evaluation.accuracy.mixing_weights", weigh)
+    for name in ("dedup", "max-min"):
+        monkeypatch.setitem(CHOOSERS, name, partial(choose, name))
     with torch.no_grad():
         batch = Batch(model, Questions(load_llava(tmp_path / "data.json", tmp_path), processor), [0], False)
         for selector in ("merge+cls", "max-min", "dedup+cls"):
@@ -100,6 +106,24 @@ def test_merge_compares_keys_and_max_min_projected_patches(tmp_path, monkeypatch
         assert torch.equal(compared["merge"], encode_with_keys(model.model, batch.pixels)[2])
         assert torch.equal(compared["max-min"], model.model.multi_modal_projector(batch.features))
         assert torch.equal(compared["dedup"], batch.features)
+
+
+@pytest.mark.parametrize("selector", ["diverse", "topk", "all", "dynamic"])
+def test_with_original_position_ids_answers_are_those_of_the_model(tmp_path, selector):
+    model, processor = make_dynamic(position_ids="original", text="llama"), make_processor()
+    budget = {"all": 36, "dynamic": "dynamic:8"}.get(selector, 9)
+    make_image(0).save(tmp_path / "0.png")
+    (tmp_path / "data.json").write_text(json.dumps([llava_row(0, "0.png", [("what color?", "red")])]))
+    questions = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
+    batch, name = Batch(model, questions, [0], False), "topk" if selector == "topk" else "diverse"
+    model.model.pruner.select = CHOOSERS[name]
+    found, _ = batch.answer(name if selector in ("topk", "dynamic") else selector, budget, time_prefill=False)
+    options = {"num_image_tokens": budget, "processor": processor, "max_new_tokens": 16}
+    expected = model.chat(make_image(0), "what color?", **options)
+    assert found[0].strip() == expected
+    model.config.position_ids = "consecutive"
+    if selector != "all":
+        assert model.chat(make_image(0), "what color?", **options) != expected
 
 
 def test_images_are_encoded_once_for_all_settings(tmp_path, monkeypatch):

@@ -151,6 +151,7 @@ def test_a_llava_checkpoint_becomes_a_hub_folder(tmp_path):
     assert all(getattr(part, name) == budgets[name] for part in (model.config, processor) for name in budgets)
     assert isinstance(model, LightVLM)
     assert isinstance(processor, LightVLMProcessor)
+    assert model.config.position_ids == "original"  # nothing of it has learned what pruning does
     assert isinstance(model.chat(make_image(), "what?", max_new_tokens=3), str)
 
 

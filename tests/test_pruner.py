@@ -246,6 +246,22 @@ def test_the_scores_of_tiles_learn_from_images_of_many_views(data, monkeypatch):
     assert all(".scorer." in name or "_score." in name for name in changed)
 
 
+@pytest.mark.parametrize("position_ids", ["consecutive", "original"])
+@torch.no_grad()
+def test_the_reward_is_that_of_the_models_own_position_ids(position_ids):
+    model, processor = make_model(position_ids=position_ids, text="llama"), make_processor()
+    ask, say = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}
+    inputs = processor(images=make_image(), num_image_tokens=5, return_tensors="pt")
+    encoded = model.get_image_features(**inputs)
+    packed = pack_turns([[ask, say]], processor, 5)
+    kept = torch.stack(encoded.kept_indices)[None]
+    (found,) = pruner.PolicyGradient(model).reward(encoded.last_hidden_state, kept, {**packed})
+    # One question is a row like any other: the model counts its positions.
+    logits, labels = model(input_ids=packed["input_ids"], **inputs).logits[0, :-1], packed["labels"][0, 1:]
+    chosen = logits.log_softmax(dim=-1)[labels >= 0].gather(-1, labels[labels >= 0][:, None])
+    torch.testing.assert_close(found[0], chosen.clamp_min(-6).mean())
+
+
 @torch.no_grad()
 def test_the_reward_of_many_views_is_that_of_the_model_with_these_tokens():
     model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)

@@ -22,7 +22,7 @@ from lightvlm.training.prepare_easy_vqa import llava_row
 from peft import PeftModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import GRIDS, NUM_PATCHES, make_image, make_model, make_processor
+from tiny import GRIDS, NUM_PATCHES, make_dynamic, make_image, make_model, make_processor
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import BatchSampler, DataLoader
 from trl import SFTConfig, TrlParser
@@ -167,6 +167,45 @@ def test_training_learns_from_images_of_one_view_and_of_many(data, monkeypatch, 
     assert model.model.pruner.tile_embedding.weight.any()
     inputs = processor(images=make_image(0, (250, 240)), return_tensors="pt")
     assert len(model.get_image_features(**inputs).pooler_output[0]) == options.get("num_image_tokens", 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "consecutive"),
+        ({"position_ids": "original"}, "original"),
+        ({"train_parts": "multi_modal_projector"}, "original"),
+        ({"train_parts": "multi_modal_projector", "position_ids": "consecutive"}, "consecutive"),
+    ],
+)
+def test_position_ids_become_consecutive_where_embeddings_of_places_learn(data, monkeypatch, options, expected):
+    make_model(num_image_tokens=9, position_ids="original").save_pretrained(data / "model")
+    model, _ = train(data, monkeypatch, max_steps=1, **options)
+    assert model.config.position_ids == expected
+    assert f"- position ids: {expected}" in (data / "out/README.md").read_text()
+    with pytest.raises(ValueError, match="position_ids is consecutive or original"):
+        train(data, monkeypatch, position_ids="both")
+
+
+@pytest.mark.parametrize("budget", [9, "dynamic:8"])
+@torch.no_grad()
+def test_independent_turns_at_original_positions_are_each_turn_alone(data, budget):
+    model, processor = make_dynamic(position_ids="original", text="llama"), make_processor()
+    processor.num_image_tokens = budget
+    (row,) = load_llava(data / "data.json", data).select([3]).to_list()
+    row["images"] = [Image.open(data / "2.png")]
+    packed = LightVLMCollator(processor, independent_turns=True)([row])
+    logits = model(**packed).logits
+    for turn in (0, 2):
+        alone = LightVLMCollator(processor, independent_turns=True)(
+            [{**row, "messages": row["messages"][turn : turn + 2]}]
+        )
+        wanted = packed["labels"][0, 1:] != -100
+        answer = alone["labels"][0, 1:] != -100
+        expected = model(**alone).logits[0, :-1][answer]
+        found = logits[0, :-1][wanted]
+        start = 0 if turn == 0 else len(found) - len(expected)
+        torch.testing.assert_close(found[start : start + len(expected)], expected, **TOLERANCE)
 
 
 def test_only_the_named_parts_learn(data, monkeypatch):

@@ -16,7 +16,6 @@ from datasets import Dataset, concatenate_datasets
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.common.turns import IGNORED, pack_turns
 from lightvlm.common.views import cut_views, parse_grids
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training.features import encode_rows, lay_out_batch, stack_features
 from lightvlm.training.pruner import extend_card, load_rows
 from torch import nn
@@ -85,8 +84,7 @@ class Reader(nn.Module):
         """
         backbone, labels = self.model.model, inputs.pop("labels")
         features, _, layout = lay_out_batch(features, prior, sizes, self.model.config)
-        tokens = backbone.project(features, list(kept), layout)
-        hidden = backbone(**inputs, mm_encoder_outputs={"image": LightVLMImageFeatures(pooler_output=tokens)})[0]
+        hidden = backbone(**inputs, mm_encoder_outputs={"image": backbone.keep(features, list(kept), layout)})[0]
         is_answer = labels[:, 1:] != IGNORED
         logits = self.model.lm_head(hidden[:, :-1][is_answer])
         return {"loss": nn.functional.cross_entropy(logits.float(), labels[:, 1:][is_answer])}

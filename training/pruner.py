@@ -82,6 +82,16 @@ def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards - rewards.mean(dim=0)) * len(rewards) / (len(rewards) - 1)
 
 
+def join_images(batches: list[LightVLMImageFeatures]) -> LightVLMImageFeatures:
+    """The images of several batches as one batch."""
+    lengths = [batch.lengths for batch in batches]
+    return LightVLMImageFeatures(
+        pooler_output=[tokens for batch in batches for tokens in batch.pooler_output],
+        kept_indices=[indices for batch in batches for indices in batch.kept_indices],
+        lengths=None if lengths[0] is None else sum(lengths, []),
+    )
+
+
 class PolicyGradient(nn.Module):
     """A model and the loss whose gradient teaches its scorer.
 
@@ -148,10 +158,10 @@ class PolicyGradient(nn.Module):
             (samples, batch).
         """
         backbone, samples = self.model.model, len(kept)
-        chosen = [tokens for sample in kept for tokens in backbone.project(features, list(sample), layout)]
+        images = join_images([backbone.keep(features, list(sample), layout) for sample in kept])
         inputs = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
         labels = inputs.pop("labels")[:, 1:]
-        hidden = backbone(**inputs, mm_encoder_outputs={"image": LightVLMImageFeatures(pooler_output=chosen)})[0]
+        hidden = backbone(**inputs, mm_encoder_outputs={"image": images})[0]
         is_answer = labels >= 0
         logits = self.model.lm_head(hidden[:, :-1][is_answer]).float()
         found = -nn.functional.cross_entropy(logits, labels[is_answer], reduction="none").clamp_max(6)

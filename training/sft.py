@@ -86,6 +86,13 @@ class LightVLMArguments:
     )
     full_share: float = field(default=0.15, metadata={"help": "share of the drawn K that are the largest"})
     min_share: float = field(default=0.0, metadata={"help": "share of the drawn K that are the smallest"})
+    position_ids: str | None = field(
+        default=None,
+        metadata={
+            "help": "consecutive or original; by default consecutive where the pruner's embeddings of places learn, "
+            "which make original ones needless, and otherwise as loaded"
+        },
+    )
     independent_turns: bool = field(
         default=False, metadata={"help": "train each question of a row as if it were asked alone"}
     )
@@ -148,6 +155,7 @@ def model_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[st
     loads_best = training_args.load_best_model_at_end
     return {
         "projector_learning_rate needs multi_modal_projector in train_parts": has_rate and not has_projector,
+        "position_ids is consecutive or original": args.position_ids not in (None, "consecutive", "original"),
         "lora_r is a rank, 1 or more": args.lora_r is not None and args.lora_r < 1,
         "save_dtype is float32, bfloat16 or float16": args.save_dtype not in ("float32", "bfloat16", "float16"),
         "load_best_model_at_end is not supported; each checkpoint-* loads as it is": loads_best,
@@ -315,6 +323,7 @@ class LightVLMTrainer(SFTTrainer):
             "data": ", ".join(Path(path).name for path in args.data_path),
             "image tokens": (drawn if args.min_image_tokens else "") + f"{args.num_image_tokens} by default",
             "trained": ", ".join(learned),
+            "position ids": config.position_ids,
             "steps": f"{self.state.global_step:,} of {self.get_total_train_batch_size(self.args)} rows each",
             **{f"final {name}": f"{value:.4f}" for name, value in losses.items()},
         }
@@ -356,6 +365,8 @@ def main() -> None:
     processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
     model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     model.config.num_image_tokens = processor.num_image_tokens = args.num_image_tokens
+    learns_places = "pruner" in args.train_parts and config.score in ("positional", "question")
+    model.config.position_ids = args.position_ids or ("consecutive" if learns_places else config.position_ids)
     # FSDP wraps these alone: vision encoder layers are called in parts, which it does not allow. The model's own list
     # has them too, because device_map must not split them.
     model._no_split_modules = model.model.language_model._no_split_modules

@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_lightvlm import LightVLMConfig
@@ -38,6 +39,8 @@ from .pruning_lightvlm import (
     received_attention,
 )
 from .views_lightvlm import Layout, lay_out
+
+logger = logging.get_logger(__name__)
 
 NEEDS_IDS = (
     "Dynamic budgets and original position ids need input_ids: inputs_embeds do not tell where placeholders are."
@@ -327,6 +330,11 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             # vLLM reads the class; the module itself stays, because a second one would draw random weights once more
             # and so change the initialisation of everything after it.
             layer.self_attn.__class__ = whole_attention
+        if config.position_ids == "original" and config.text_config._attn_implementation == "vllm":
+            logger.warning_once(
+                "vLLM counts positions itself: kept image tokens and what follows are at consecutive ones there, "
+                'and not at original ones, as this checkpoint says (config.position_ids="original").'
+            )
         self.pruner = TokenPruner(config)
         self.image_newline = None
         if config.image_newline:
@@ -514,19 +522,14 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             features, prior = layout.gather(features), layout.gather(prior)
         questions = None if question_ids is None else self.embed_questions(question_ids)
         kept = self.pruner(features, prior, budgets, questions, mean_image_tokens, layout)
-        return LightVLMImageFeatures(
-            last_hidden_state=features,
-            pooler_output=self.project(features, kept, layout),
-            kept_indices=kept,
-            lengths=layout.lengths if layout else None,
-        )
+        return self.keep(features, kept, layout)
 
-    def project(self, features: Tensor, kept: list[Tensor], layout: Layout | None = None) -> list[Tensor]:
-        """The tokens (K, hidden) of each image's kept patches, with the embeddings of their places.
+    def keep(self, features: Tensor, kept: list[Tensor], layout: Layout | None = None) -> LightVLMImageFeatures:
+        """Project each image's kept patches, and add the embeddings of their places.
 
         Args:
             features: (images, patches, dim) of the vision encoder, or (images, tokens, dim) as in the layout.
-            kept: (K,) indices of each image.
+            kept: (K,) indices of each image, in raster order.
             layout: of images of many views; None if each is one view.
         """
         patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
@@ -535,7 +538,12 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             tokens = self.pruner.add_positions(tokens, torch.cat(kept))
         else:
             tokens = self.place(tokens, layout.at(kept))
-        return list(tokens.split([len(each) for each in kept]))
+        return LightVLMImageFeatures(
+            last_hidden_state=features,
+            pooler_output=list(tokens.split([len(each) for each in kept])),
+            kept_indices=kept,
+            lengths=layout.lengths if layout else None,
+        )
 
     def place(self, tokens: Tensor, kept: Layout) -> Tensor:
         """Tokens (sum of K, hidden) with the embeddings of their places, and newline tokens as they are."""
