@@ -175,6 +175,16 @@ build/dynamic/$(WEIGHTS): build/trained/$(WEIGHTS) $(DATA)/mosaics_calibration.j
 	$(BIN)/python training/budget.py --model_name_or_path $(<D) --output_dir $(@D) \
 		--data_path $(DATA)/mosaics_calibration.json --image_folder $(DATA)/images
 
+# Photographs of free licences, as backgrounds, from two packages of Debian: one for training, one for tests.
+data/wallpapers/ready:
+	mkdir -p $(@D)
+	cd $(@D) && apt-get download plasma-workspace-wallpapers mate-backgrounds
+	cd $(@D) && for package in *.deb; do dpkg-deb --extract $$package $${package%%_*}; done && rm *.deb
+	touch $@
+
+$(DATA)/scenes_train.json: $(DATA)/test.json data/wallpapers/ready
+	$(BIN)/python training/prepare_scenes.py --data-dir $(DATA)
+
 $(DATA)/test.json: .venv/ready
 	$(BIN)/python training/prepare_easy_vqa.py --output-dir $(DATA)
 

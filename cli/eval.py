@@ -30,6 +30,10 @@ selectors:
                        or the score is the encoder's attention alone, which is how topk+cls (FasterVLM), merge+cls and
                        dedup+cls were published
 
+random is always there, and downsample where K is a square number and images are one view. "where a smaller image
+fails" counts the questions that downsample gets wrong at the same K, which a plainly smaller image does not answer.
+"yes_excess" is how much more often than right the answer to a yes-or-no question is yes.
+
 "selection" is the time from scores to projected tokens; scoring itself is not in it. "dynamic:64" among the budgets
 gives each image as many tokens as it needs, 64 on average, chosen by the checkpoint's own selector.
 """
@@ -37,6 +41,7 @@ gives each image as many tokens as it needs, 64 on average, chosen by the checkp
 import argparse
 import itertools
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -113,7 +118,11 @@ def run(args: argparse.Namespace) -> None:
                 f"others: give fewer than {fewest}, or {most} for all of all."
             )
         settings = [("all", budget) for budget in numbers if budget >= most]
-        settings += itertools.product(selectors, (budget for budget in numbers if budget < most))
+        fewer = [budget for budget in numbers if budget < most]
+        settings += itertools.product(selectors, fewer)
+        settings += [("random", budget) for budget in fewer if "random" not in selectors]
+        if "downsample" not in selectors and most == processor.num_patches:
+            settings += [("downsample", budget) for budget in fewer if math.isqrt(budget) ** 2 == budget]
         settings += [(own, budget) for budget in dynamic]
         for result in accuracy(model, questions, settings, metric, args.batch_size, args.seed):
             results.append({"data": name, **result})

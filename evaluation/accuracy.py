@@ -28,6 +28,8 @@ from lightvlm.views_lightvlm import Layout
 from PIL import Image
 from tqdm import tqdm
 
+NO_HARD = {"hard": None, "hard_accuracy": None}
+HARD = "where a smaller image fails"
 TIMED_BATCHES = 8  # after a warm-up; the others only answer
 
 
@@ -230,7 +232,9 @@ def accuracy(
         For each setting `selector`, `num_image_tokens`, the mean `tokens`, `total`, the metric's values, `low` and
         `high`, the 95 % interval of the accuracy, `of_full`, its share of the accuracy of "all" (None without it); and
         in milliseconds a question, medians of the first batches, `prefill_ms` of the language model, `selection_ms`,
-        which for "fastv" is part of it. The interval is a proportion's, and too wide for partial credit, as in VQA
+        which for "fastv" is part of it. Where "downsample" is among the selectors at the same K: `hard`, how many
+        questions it gets wrong, on which pruning has to prove itself (VTC-Bench, arXiv 2510.07143), and
+        `hard_accuracy` on these; else None. The interval is a proportion's, and too wide for partial credit, as in VQA
         accuracy.
     """
     torch.manual_seed(seed)
@@ -253,6 +257,10 @@ def accuracy(
         low, high = wilson_interval(values["accuracy"] * total, total)
         setting = {"selector": selector, "num_image_tokens": budget, "tokens": tokens[selector, budget] / total}
         results.append({**setting, "total": total, **values, "low": low, "high": high})
+    for (selector, budget), result in zip(answers, results, strict=True):
+        hard = hard_questions(answers.get(("downsample", budget)), questions.references, metric)
+        scores = [metric.score(answers[selector, budget][row], questions.references[row]) for row in hard]
+        result |= {"hard": len(hard), "hard_accuracy": statistics.fmean(scores)} if hard else NO_HARD
     full = next((result["accuracy"] for result in results if result["selector"] == "all"), None)
     for result, measured in zip(results, times.values(), strict=True):
         result["of_full"] = result["accuracy"] / full if full else None
@@ -262,6 +270,11 @@ def accuracy(
     return results
 
 
+def hard_questions(answers: dict[int, str] | None, references: list, metric: AnswerMetric) -> list[int]:
+    """The questions, by number, that a smaller image of as many tokens gets wrong; none if it was not asked."""
+    return [row for row in sorted(answers or {}) if metric.score(answers[row], references[row]) < 0.5]
+
+
 def is_dynamic(result: dict) -> bool:
     """Whether each image had as many tokens as it needs."""
     return isinstance(result["num_image_tokens"], str)
@@ -269,8 +282,8 @@ def is_dynamic(result: dict) -> bool:
 
 def table(results: list[dict]) -> str:
     """Markdown: a line for each file, selector and budget."""
-    others = [kind for kind in ("precision", "recall", "f1", "yes_rate") if kind in results[0]]
-    heads = ["data", "selector", "tokens", "accuracy", "95 % interval", "of full", *others]
+    others = [kind for kind in ("precision", "recall", "f1", "yes_rate", "yes_excess") if kind in results[0]]
+    heads = ["data", "selector", "tokens", "accuracy", "95 % interval", "of full", HARD, *others]
     lines = []
     for row in results:
         cells = [
@@ -280,7 +293,8 @@ def table(results: list[dict]) -> str:
             f"{row['accuracy']:.2%}",
             f"{row['low']:.2%} – {row['high']:.2%}",
             "–" if row["of_full"] is None else f"{row['of_full']:.1%}",
-            *(f"{row[kind]:.2%}" for kind in others),
+            f"{row['hard_accuracy']:.2%} of {row['hard']:,}" if row.get("hard") else "–",
+            *(f"{row[kind]:+.2%}" if kind == "yes_excess" else f"{row[kind]:.2%}" for kind in others),
             f"{row['total']:,}",
             f"{row['prefill_ms']:.2f} ms",
             "in prefill" if row["selector"] == "fastv" else f"{row['selection_ms']:.2f} ms",

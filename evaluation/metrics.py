@@ -6,6 +6,7 @@ All of them take the generated texts as predictions and return proportions.
 """
 
 import re
+from typing import Any
 
 from datasets import Features, List, Value
 from evaluate import Metric, MetricInfo
@@ -87,17 +88,35 @@ class AnswerMetric(Metric):
     def __init__(self, **kwargs):
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
+    def score(self, prediction: str, reference: Any) -> float:
+        """How right one answer is, from 0 to 1."""
+        raise NotImplementedError
+
+    def _compute(self, predictions: list[str], references: list) -> dict[str, float]:
+        scores = [self.score(found, answer) for found, answer in zip(predictions, references, strict=True)]
+        return {"accuracy": sum(scores) / len(scores)}
+
     def _info(self) -> MetricInfo:
         features = Features({"predictions": Value("string"), "references": self.reference})
         return MetricInfo(description=type(self).__doc__, citation="", inputs_description="", features=features)
 
 
 class ExactMatch(AnswerMetric):
-    """Share of answers that equal the reference except for case, surrounding space and a full stop; GQA's accuracy."""
+    """Share of answers that equal the reference except for case, surrounding space and a full stop; GQA's accuracy.
+
+    Where some references are yes or no, also `yes_excess`: the share of yes among the answers to these questions, less
+    the share among their references. A model that sees what is not there has a positive one.
+    """
+
+    def score(self, prediction: str, reference: str) -> float:
+        return float(normalise(prediction) == normalise(reference))
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        right = [normalise(found) == normalise(answer) for found, answer in zip(predictions, references, strict=True)]
-        return {"accuracy": sum(right) / len(right)}
+        pairs = zip(map(normalise, predictions), map(normalise, references), strict=True)
+        closed = [(found, answer) for found, answer in pairs if answer in ("yes", "no")]
+        yes = [found == "yes" for found, _ in closed], [answer == "yes" for _, answer in closed]
+        excess = {"yes_excess": (sum(yes[0]) - sum(yes[1])) / len(closed)} if closed else {}
+        return super()._compute(predictions, references) | excess
 
 
 class VQAAccuracy(AnswerMetric):
@@ -105,31 +124,30 @@ class VQAAccuracy(AnswerMetric):
 
     reference = List(Value("string"))
 
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        scores = [vqa_accuracy(found, answers) for found, answers in zip(predictions, references, strict=True)]
-        return {"accuracy": sum(scores) / len(scores)}
+    def score(self, prediction: str, reference: list[str]) -> float:
+        return vqa_accuracy(prediction, reference)
 
 
 class POPE(AnswerMetric):
     """Object hallucination (Li et al. 2023, arXiv 2305.10355): accuracy, precision, recall and F1 of yes; yes-rate."""
 
+    def score(self, prediction: str, reference: str) -> float:
+        return float(says_yes(prediction) == (normalise(reference) == "yes"))
+
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         found = [says_yes(prediction) for prediction in predictions]
         truth = [normalise(answer) == "yes" for answer in references]
-        pairs = list(zip(found, truth, strict=True))
-        hits, claims, objects = pairs.count((True, True)), sum(found), sum(truth)
-        return {
-            "accuracy": sum(said == true for said, true in pairs) / len(pairs),
+        hits, claims, objects = sum(map(all, zip(found, truth, strict=True))), sum(found), sum(truth)
+        return super()._compute(predictions, references) | {
             "precision": hits / max(1, claims),
             "recall": hits / max(1, objects),
             "f1": 2 * hits / max(1, claims + objects),
-            "yes_rate": claims / len(pairs),
+            "yes_rate": claims / len(found),
         }
 
 
 class ScienceQA(AnswerMetric):
     """Share of right option letters (Lu et al. 2022, arXiv 2209.09513); an answer that names no letter is wrong."""
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        right = [option_letter(found) == answer for found, answer in zip(predictions, references, strict=True)]
-        return {"accuracy": sum(right) / len(right)}
+    def score(self, prediction: str, reference: str) -> float:
+        return float(option_letter(prediction) == reference)

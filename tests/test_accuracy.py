@@ -143,6 +143,27 @@ def test_images_are_encoded_once_for_all_settings(tmp_path, monkeypatch):
     assert encoded == [(2, 3, 84, 84), (2, 3, 28, 28)]  # and the small images of "downsample"
 
 
+def test_questions_that_a_smaller_image_gets_wrong_are_counted_apart(tmp_path, monkeypatch):
+    model, processor = make_model(), make_processor()
+    make_image(0).save(tmp_path / "0.png")
+    rows = [llava_row(index, "0.png", [(f"what {index}?", "red")]) for index in range(4)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    questions = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
+    said = {"topk": ["red", "blue", "red", "red"], "downsample": ["red", "red", "blue", "blue"]}
+
+    def answer(self, selector, budget, time_prefill):
+        times = {"prefill_ms": 1, "selection_ms": 1, "tokens": budget}
+        return [said[selector][row] if budget == 4 else "red" for row in self.rows], times
+
+    monkeypatch.setattr(Batch, "answer", answer)
+    settings = [("topk", 4), ("downsample", 4), ("topk", 9), ("downsample", 9), ("topk", 5)]
+    results = accuracy(model, questions, settings, ExactMatch())
+    found = [(row["accuracy"], row["hard"], row["hard_accuracy"]) for row in results]
+    nothing = (None, None)
+    assert found == [(3 / 4, 2, 1), (1 / 2, 2, 0), (1, *nothing), (1, *nothing), (1, *nothing)]
+    assert "100.00% of 2" in table([{"data": "d", **row} for row in results])
+
+
 def test_full_accuracy_is_the_measure_of_the_others():
     row = {
         "data": "d",
@@ -154,7 +175,7 @@ def test_full_accuracy_is_the_measure_of_the_others():
         "high": 0.5,
     }
     row |= {"of_full": 0.5, "total": 1234, "prefill_ms": 1.234, "selection_ms": 0.056}
-    assert "| 45.00% | 40.00% – 50.00% | 50.0% | 1,234 | 1.23 ms | 0.06 ms |" in table([row])
+    assert "| 45.00% | 40.00% – 50.00% | 50.0% | – | 1,234 | 1.23 ms | 0.06 ms |" in table([row])
     assert "| 50.0% | 81.00% | 1,234 |" in table([row | {"f1": 0.81}])
     assert "| 3.7 (dynamic:4) |" in table([row | {"num_image_tokens": "dynamic:4", "tokens": 3.71}])
     assert "| – |" in table([row | {"of_full": None}]) and "| in prefill |" in table([row | {"selector": "fastv"}])

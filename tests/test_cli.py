@@ -18,7 +18,7 @@ from lightvlm_cli.options import SHIPPED as DEFAULT
 from lightvlm_cli.quiet import silence_libraries
 from PIL import Image
 from saved import broken_images, save_parts
-from tiny import make_image, make_model, make_processor
+from tiny import GRIDS, make_image, make_model, make_processor
 from transformers.utils.logging import tqdm as transformers_bar
 
 
@@ -216,7 +216,7 @@ def test_eval_prints_a_table_and_writes_json_and_a_plot(checkpoint, data, capsys
     assert "lightvlm eval --model-path" in out and "batches of 3, float32, on CPU" in out
     results = json.loads(report.read_text())["results"]
     names = [(row["selector"], row["num_image_tokens"], row["total"]) for row in results]
-    assert names == [("all", 36, 4), ("topk", 4, 4), ("random", 4, 4), ("fastv", 4, 4)]
+    assert names == [("all", 36, 4), ("topk", 4, 4), ("random", 4, 4), ("fastv", 4, 4), ("downsample", 4, 4)]
     assert Image.open(picture).size[0] > 500
     assert evaluate(checkpoint, data, "--limit", "2") == 0
     assert "| 2 |" in capsys.readouterr().out
@@ -242,9 +242,31 @@ def test_eval_spends_a_dynamic_budget_by_the_checkpoints_own_selector(data, caps
     found = [
         (row["selector"], row["num_image_tokens"]) for row in json.loads((data / "out.json").read_text())["results"]
     ]
-    assert found == [("diverse", 16), ("topk", 16), ("diverse", "dynamic:16")]
+    always = [("random", 16), ("downsample", 16)]
+    assert found == [("diverse", 16), ("topk", 16), *always, ("diverse", "dynamic:16")]
     assert evaluate(str(SHIPPED), data, "--selectors", "topk", *options) == 2
     assert "add diverse to --selectors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ("360,20", [("all", 360), ("topk", 20), ("random", 20)]),
+        ("36", "36 are all of some and not of others: give fewer than 36, or 360"),
+    ],
+)
+def test_eval_of_large_pictures(data, numbers, expected, capsys):
+    for part in (make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)):
+        part.save_pretrained(data / "views")
+    Image.open(data / "0.png").resize((250, 240)).save(data / "0.png")
+    options = ["--num-image-tokens", numbers, "--output", str(data / "out.json")]
+    if isinstance(expected, str):
+        assert evaluate(str(data / "views"), data, *options) == 2
+        assert expected in capsys.readouterr().err
+    else:
+        assert evaluate(str(data / "views"), data, *options) == 0
+        rows = json.loads((data / "out.json").read_text())["results"]
+        assert [(row["selector"], row["num_image_tokens"]) for row in rows] == expected
 
 
 def test_eval_tells_files_apart_by_their_names(checkpoint, data, capsys):

@@ -73,7 +73,18 @@ def test_vqa_accuracy_is_the_mean_over_questions():
 
 def test_exact_match_ignores_case_space_and_a_full_stop():
     predictions, references = [" Yes.\n", "no", "left side"], ["yes", "yes", "left"]
-    assert ExactMatch().compute(predictions=predictions, references=references) == {"accuracy": pytest.approx(1 / 3)}
+    result = ExactMatch().compute(predictions=predictions, references=references)
+    assert result["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_exact_match_tells_how_much_too_often_yes_is_said():
+    references = ["yes", "no", "no", "no", "red"]
+    for predictions, excess in (
+        (["yes", "yes", "Yes.", "no", "yes"], 0.5),
+        (["no", "no", "maybe", "no", "red"], -0.25),
+    ):
+        assert ExactMatch().compute(predictions=predictions, references=references)["yes_excess"] == excess
+    assert ExactMatch().compute(predictions=["yes"], references=["red"]) == {"accuracy": 0}
 
 
 @pytest.mark.parametrize(
