@@ -176,6 +176,6 @@ def test_full_accuracy_is_the_measure_of_the_others():
     }
     row |= {"of_full": 0.5, "total": 1234, "prefill_ms": 1.234, "selection_ms": 0.056}
     assert "| 45.00% | 40.00% – 50.00% | 50.0% | – | 1,234 | 1.23 ms | 0.06 ms |" in table([row])
-    assert "| 50.0% | 81.00% | 1,234 |" in table([row | {"f1": 0.81}])
+    assert "| 50.0% | – | 81.00% | 1,234 |" in table([row | {"f1": 0.81}])
     assert "| 3.7 (dynamic:4) |" in table([row | {"num_image_tokens": "dynamic:4", "tokens": 3.71}])
     assert "| – |" in table([row | {"of_full": None}]) and "| in prefill |" in table([row | {"selector": "fastv"}])
