@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", type=positive, help="of a preset's language model; the vision encoder keeps all of its own"
     )
     add_precision(parser)
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU, if there is one")
-    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (the GPU, if there is one)")
+    parser.add_argument("--attn-implementation", default="sdpa", help="sdpa, eager, flash_attention_2 (sdpa)")
     parser.add_argument("--batch-sizes", type=positive_list, default=[1, 4, 16], help="1,4,16")
     parser.add_argument("--images", type=positive_list, default=[1], help="in each row: 1, or several such as 1,4,16")
     parser.add_argument(
@@ -117,14 +117,14 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
     import transformers
-    from lightvlm.common.checkpoint import load
+    from lightvlm.common.checkpoint import check_device, load
     from lightvlm.common.inference import int8_config
     from lightvlm.evaluation.presets import image_processor, preset_config, random_model
     from lightvlm.evaluation.speed import measure
     from lightvlm.evaluation.speed_report import describe, growth_plot, plot, table
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no GPU here.")
+    if args.device:
+        check_device(args.device)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for path in (args.output, args.plot, args.growth):
         if path:
@@ -141,15 +141,14 @@ def run(args: argparse.Namespace) -> None:
 
             quantize_(model.model.language_model, int8)
     else:
-        model, processor = load(args.model_path, args.dtype, args.int8)
-        model = model.to(device)
+        model, processor = load(args.model_path, args.dtype, args.int8, device)
         images = processor.image_processor
         if args.views and not processor.grid_pinpoints:
             raise ValueError(f"--views: {args.model_path} sees one view of an image.")
     if args.max_views and not args.views:
         raise ValueError("--max-views needs --views.")
     model.model.resolve_budgets(args.num_image_tokens, len(args.num_image_tokens))
-    model.set_attn_implementation(args.attention)
+    model.set_attn_implementation(args.attn_implementation)
     compared = (
         args.methods
         if args.methods is not None
@@ -164,9 +163,9 @@ def run(args: argparse.Namespace) -> None:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": args.preset or args.model_path,
         "layers": args.layers,
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu,
         "dtype": str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else ""),
-        "attention": args.attention,
+        "attention": args.attn_implementation,
         "compile_mode": args.compile_mode if "compiled" in compared else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

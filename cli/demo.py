@@ -8,11 +8,13 @@ examples:
 import argparse
 import importlib.util
 
-from lightvlm_cli.options import add_model_path
+from lightvlm_cli.options import add_device, add_model_path, add_precision, loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
+    add_precision(parser)
+    add_device(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (127.0.0.1)")
     parser.add_argument("--port", type=int, help="the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="also through a public address of Gradio's")
@@ -25,4 +27,4 @@ def run(args: argparse.Namespace) -> None:
     from lightvlm.common.checkpoint import load
     from lightvlm.demo.app import launch
 
-    launch(*load(args.model_path), args.host, args.port, share=args.share)
+    launch(*load(args.model_path, **loading(args)), args.host, args.port, share=args.share)

@@ -45,7 +45,7 @@ import math
 import shlex
 from pathlib import Path
 
-from lightvlm_cli.options import add_model_path, add_precision, budget_list, positive
+from lightvlm_cli.options import add_device, add_model_path, add_precision, budget_list, loading, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,dynamic:64")
     parser.add_argument("--batch-size", type=positive, default=64)
     add_precision(parser)
+    add_device(parser)
     parser.add_argument("--limit", type=positive, help="only the first so many rows")
     parser.add_argument("--seed", type=int, default=0, help="for the random selector (0)")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         files, metric = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}, ExactMatch()
         if len(files) < len(args.data_path):
             raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
-    model, processor = load(args.model_path, args.dtype, args.int8)
+    model, processor = load(args.model_path, **loading(args))
     for name in selectors:
         if name.endswith("+question"):
             check_question_aware(name, args.model_path, model)

@@ -1,32 +1,56 @@
-"""Ask questions about images, at one or several token budgets side by side.
+"""Ask questions about images: at several token budgets side by side, or many, in batches, to a file.
+
+With --output answers are written as they come, one JSON object a line, and the same command goes on after a kill. Rows
+and images that cannot be read are reported at the end, with their numbers, and the others are answered.
 
 examples:
   lightvlm infer --image photo.jpg --prompt "What is in this image?"
   lightvlm infer --image a.png b.png --prompt "what color is the shape?" --num-image-tokens 576,144,64
-  lightvlm infer --image a.png --prompt "is there a circle?" --num-image-tokens 64 --format json
+  lightvlm infer --image photos "more/*.jpg" --prompt "is there a circle?" --num-image-tokens 64 --output answers.jsonl
+  lightvlm infer --input questions.jsonl --image-folder images --output answers.jsonl --batch-size 64
+  find photos -name "*.png" | lightvlm infer --image - --prompt "is there a circle?" --output answers.jsonl
 """
 
 import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
-from lightvlm_cli.options import add_model_path, add_precision, budget_list, positive
+from lightvlm_cli.options import add_device, add_model_path, add_precision, budget_list, loading, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
-    parser.add_argument("--image", nargs="+", required=True, help="image files")
-    parser.add_argument("--prompt", nargs="+", required=True, help="questions; each is asked about each image")
+    parser.add_argument("--image", nargs="+", help="files, folders, patterns, URLs; - for a list of them on stdin")
+    parser.add_argument("--prompt", nargs="+", help="questions; each is asked about each image")
+    parser.add_argument("--input", help="JSON lines or LLaVA JSON with questions, in place of the two; - for stdin")
+    parser.add_argument("--image-folder", help="folder that --input's image paths are relative to")
+    parser.add_argument("--output", type=Path, help="write answers to this file of JSON lines, in batches")
+    parser.add_argument("--batch-size", type=positive, default=32, help="questions at a time, with --output (32)")
     parser.add_argument(
         "--num-image-tokens", type=budget_list, default=[None], help="K, or several: 576,144,dynamic:64"
     )
     parser.add_argument("--max-views", type=positive, help="of a large image, how many views are encoded (all)")
     parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
     add_precision(parser)
+    add_device(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=64)
-    parser.add_argument("--format", choices=["text", "json"], default="text")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (0)")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest words of this share")
+    parser.add_argument("--num-beams", type=positive, default=1, help="of beam search (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    parser.add_argument("--format", choices=["text", "json"], default="text", help="without --output (text)")
+
+
+def generation(args: argparse.Namespace) -> dict:
+    """Arguments for `generate`."""
+    options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": args.temperature > 0}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    return options | (sampling if options["do_sample"] else {})
 
 
 def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None, args: argparse.Namespace) -> dict:
@@ -46,7 +70,7 @@ def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None
         processor_kwargs=options,
     ).to(model.device)
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, **generation(args))
         images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         features = model.get_image_features(**images)
         kept, prefill = len(features.kept_indices[0]), inputs["input_ids"]
@@ -70,18 +94,59 @@ def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None
 
 
 def run(args: argparse.Namespace) -> None:
-    from lightvlm.common.checkpoint import check_question_aware, load
-    from lightvlm.processing.processing_lightvlm import open_image
+    if bool(args.input) == bool(args.image and args.prompt) or bool(args.image) != bool(args.prompt):
+        raise ValueError("give either --image and --prompt, or --input")
+    if args.input and not args.output:
+        raise ValueError("--input needs --output, a file for the answers")
+    if args.temperature < 0 or not 0 < (args.top_p or 1) <= 1:
+        raise ValueError("--temperature is 0 or more, and --top-p more than 0 and at most 1")
 
-    images = [(path, open_image(path)) for path in args.image]
-    model, processor = load(args.model_path, args.dtype, args.int8)
+    from lightvlm.common.checkpoint import check_question_aware, load
+    from lightvlm.evaluation.many import expand_images
+    from lightvlm.processing.processing_lightvlm import open_images
+    from transformers import set_seed
+
+    names = expand_images(args.image) if args.image else []
+    images = (
+        [] if args.output else [(name, open_images([Path(name) if "://" not in name else name])[0]) for name in names]
+    )
+    model, processor = load(args.model_path, **loading(args))
     if args.question_aware:
         check_question_aware("--question-aware", args.model_path, model)
+    set_seed(args.seed)
+    if args.output:
+        write_answers(args, model, processor, names)
+        return
     results = []
     for (path, image), prompt, budget in itertools.product(images, args.prompt, args.num_image_tokens):
         answer = ask(model, processor, image, prompt, budget, args)
         results.append({"image": path, "prompt": prompt, **answer})
     print(json.dumps(results, indent=2) if args.format == "json" else table(results))
+
+
+def write_answers(args: argparse.Namespace, model, processor, names: list[str]) -> None:
+    """Answer everything into the output file; ValueError, at the end, with what could not be answered."""
+    from lightvlm.evaluation.many import Ask, answer_all, read_asks
+
+    if args.input:
+        asks, errors = read_asks(args.input, args.image_folder)
+    else:
+        pairs = enumerate(itertools.product(names, args.prompt))
+        asks, errors = [Ask(row, row, [name], prompt) for row, (name, prompt) in pairs], {}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for budget in args.num_image_tokens:
+        limits = (budget, args.max_views, args.question_aware, args.batch_size)
+        errors |= answer_all(model, processor, asks, args.output, *limits, generation(args))
+    if errors:
+        lines = [f"row {row}: {error}" for row, error in sorted(errors.items())]
+        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+        total = len(asks) + len(errors.keys() - {ask.row for ask in asks})
+        raise ValueError(
+            f"{len(errors)} of {total} rows could not be answered; the others are in {args.output}\n  "
+            + "\n  ".join(lines[:10])
+            + more
+        )
+    print(f"{args.output}: {len(asks)} questions answered", file=sys.stderr)
 
 
 def table(results: list[dict]) -> str:

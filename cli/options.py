@@ -15,6 +15,19 @@ def add_model_path(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--device", help="cpu, cuda, cuda:1, mps (the GPU, if there is one)")
+    place.add_argument("--device-map", help="auto: spread the model over GPUs, memory and disk, by accelerate")
+    parser.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2 (the best there is)")
+
+
+def loading(args: argparse.Namespace) -> dict[str, str | bool | None]:
+    """What `load` takes of the options that a verb has."""
+    names = ("dtype", "int8", "device", "device_map", "attn_implementation")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
 def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int8", action="store_true", help="int8 weights in the language model's linear layers")
     parser.add_argument(

@@ -13,7 +13,7 @@ import socket
 from dataclasses import fields
 from pathlib import Path
 
-from lightvlm_cli.options import add_model_path, add_precision, positive
+from lightvlm_cli.options import add_device, add_model_path, add_precision, loading, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="(8000); 0 takes a free one")
     add_precision(parser)
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU, if there is one")
+    add_device(parser)
     parser.add_argument("--max-body-bytes", type=positive, default=32 * 2**20, help="of a request (33554432)")
     parser.add_argument("--max-images", type=positive, default=8, help="of a request (8)")
     parser.add_argument("--max-pixels", type=positive, default=4096 * 4096, help="of an image (16777216)")
@@ -37,19 +37,15 @@ def run(args: argparse.Namespace) -> None:
     if not is_serve_available():
         raise ValueError('serving needs fastapi, uvicorn, openai and pydantic: pip install "lightvlm[serve]"')
 
-    import torch
     import uvicorn
     from lightvlm.common.checkpoint import load
     from lightvlm.serving.server import Limits, Server, build_app
     from transformers.utils import logging
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no GPU here.")
     logging.set_verbosity_error()
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family) as listener:  # taken ports fail before loading
-        model, processor = load(args.model_path, args.dtype, args.int8)
-        model = model.to(args.device or model.device)
+        model, processor = load(args.model_path, **loading(args))
         name = Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path
         limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in fields(Limits)})
         config = uvicorn.Config(

@@ -10,11 +10,13 @@ examples:
 import argparse
 from pathlib import Path
 
-from lightvlm_cli.options import add_model_path, budget, positive
+from lightvlm_cli.options import add_device, add_model_path, add_precision, budget, loading, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
+    add_precision(parser)
+    add_device(parser)
     parser.add_argument("--image", required=True, help="image file")
     parser.add_argument("--prompt", help='let this question choose the tokens, if the pruner has score="question"')
     parser.add_argument("--num-image-tokens", type=budget, help="K, or dynamic:64 (the checkpoint's)")
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from lightvlm.processing.processing_lightvlm import open_image
 
     image = open_image(args.image)
-    model, processor = load(args.model_path)
+    model, processor = load(args.model_path, **loading(args))
     if args.prompt:
         check_question_aware("--prompt", args.model_path, model)
     picture, kept, total = draw_kept(model, processor, image, args.num_image_tokens, args.prompt, args.max_views)

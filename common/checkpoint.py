@@ -6,28 +6,40 @@ FLOAT32_ONLY = ("DEFAULT", "NO AVX", "AVX2")  # capabilities of CPUs
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "lightvlm-tiny"
 
 
-def load(model_path: str, dtype: str | None = None, int8: bool = False):
-    """Model, in evaluation mode and on the GPU if there is one, and processor.
+def load(
+    model_path: str,
+    dtype: str | None = None,
+    int8: bool = False,
+    device: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+):
+    """Model, in evaluation mode, and processor.
 
     Args:
         model_path: folder or Hub name of a checkpoint.
         dtype: "float32", "bfloat16", "float16" or, for the checkpoint's own, "auto"; by default the checkpoint's, but
             float32 on a CPU whose vector units know nothing else: PyTorch's bf16 products are many times slower there.
         int8: weights of the language model's linear layers.
+        device: "cpu", "cuda:1" or the like; by default the GPU if there is one.
+        device_map: "auto" or another of accelerate's, in place of a device.
+        attn_implementation: as in `from_pretrained`.
 
     Raises:
-        ValueError: where there is no such checkpoint, it is of another kind or broken, its weights don't fit, or
-            torchao is missing.
+        ValueError: where the device is missing, there is no such checkpoint, it is of another kind or broken, its
+            weights don't fit, or torchao is missing.
     """
     import torch
     from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
     from lightvlm.common.inference import int8_config
     from transformers import AutoConfig
 
-    on_gpu = torch.cuda.is_available()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     if dtype is None:
-        dtype = "float32" if not on_gpu and torch.backends.cpu.get_cpu_capability() in FLOAT32_ONLY else "auto"
-    options = {"dtype": dtype}
+        dtype = "float32" if device == "cpu" and torch.backends.cpu.get_cpu_capability() in FLOAT32_ONLY else "auto"
+    options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     if int8:
         options["quantization_config"] = int8_config()
     # Whatever goes wrong in here, and transformers raises of every kind, it is this checkpoint that is at fault.
@@ -51,7 +63,17 @@ def load(model_path: str, dtype: str | None = None, int8: bool = False):
             f"The weights of {model_path} do not fit its config.json: {', '.join(unfit[:5])} (of {len(unfit)}) are "
             "missing, superfluous, or of another shape. Save the checkpoint again, or correct its config.json."
         )
-    return model.eval().to("cuda" if on_gpu else "cpu"), processor
+    return (model.eval() if device_map else model.eval().to(device)), processor
+
+
+def check_device(device: str) -> None:
+    """ValueError where PyTorch does not know the device, or does not find it here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: PyTorch finds none here ({str(error).splitlines()[0]:.80}).") from None
 
 
 def check_question_aware(option: str, model_path: str, model) -> None:

@@ -77,6 +77,7 @@ def answer(
     wanted: dict,
     num_image_tokens: int | str | None = None,
     question_aware: bool = False,
+    max_views: int | None = None,
 ) -> list[str]:
     """An answer to each conversation of a batch.
 
@@ -88,12 +89,14 @@ def answer(
         wanted: `generation_kwargs` of the task. Without `max_new_tokens` the checkpoint's own limit holds, or 256.
         num_image_tokens: K of every image, "dynamic" or "dynamic:64"; the processor's default if None.
         question_aware: whether the last message helps to choose the kept tokens.
+        max_views: of a large image, how many views are encoded; all if None.
 
     Raises:
         ValueError: where a conversation holds video or audio, or the processor refuses an image or K.
     """
     conversations = [clean(conversation, processor.image_token) for conversation in conversations]
-    options = {"padding": True} | ({} if num_image_tokens is None else {"num_image_tokens": num_image_tokens})
+    limits = {"num_image_tokens": num_image_tokens, "max_views": max_views}
+    options = {"padding": True} | {name: limit for name, limit in limits.items() if limit is not None}
     if question_aware:
         options["question"] = [text for conversation in conversations for text in questions(conversation)]
     inputs = processor.apply_chat_template(

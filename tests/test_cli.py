@@ -321,7 +321,16 @@ def bench(*options):
 def test_bench_prints_tables_writes_json_and_draws(checkpoint, tmp_path, capsys):
     report, picture = tmp_path / "new" / "out.json", tmp_path / "new" / "out.png"
     files = ["--output", str(report), "--plot", str(picture)]
-    options = ["--num-image-tokens", "36,4", "--batch-sizes", "1,2", "--dtype", "bfloat16", "--attention", "eager"]
+    options = [
+        "--num-image-tokens",
+        "36,4",
+        "--batch-sizes",
+        "1,2",
+        "--dtype",
+        "bfloat16",
+        "--attn-implementation",
+        "eager",
+    ]
     assert bench("--model-path", checkpoint, *options, *files) == 0
     out = capsys.readouterr().out
     assert out.count("| Llava, output_attentions | 4 |") == 2

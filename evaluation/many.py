@@ -1,0 +1,199 @@
+"""Many questions, read from a file, answered in batches, and written line by line, so that a killed run goes on."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.common.llava_data import IMAGE_MARK, attempt, find_image, read_rows
+from lightvlm.evaluation.answers import answer
+from lightvlm.processing.processing_lightvlm import open_images
+from PIL import Image
+from tqdm import tqdm
+
+QUESTION_KEYS = ("question", "prompt", "text")
+BEGINNING = '{"row": '  # of each line of answers
+WINDOW = 16  # batches that are sorted by size together
+
+
+@dataclass
+class Ask:
+    """A question about images, which are paths or URLs, with its place in the input."""
+
+    row: int
+    id: str | int
+    images: list[str]
+    question: str
+
+
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def to_ask(number: int, row: Any, image_folder: str | Path | None) -> Ask:
+    """The question of a row, whose files exist; ValueError or OSError where it has none."""
+    if isinstance(row, Exception):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"{row!r:.80} is no object")
+    turns = row.get("conversations")
+    if isinstance(turns, list):
+        question = next((turn.get("value") for turn in turns if turn.get("from") == "human"), None)
+    else:
+        question = next((row[key] for key in QUESTION_KEYS if row.get(key)), None)
+    if not isinstance(question, str) or not question.replace(IMAGE_MARK, "").strip():
+        raise ValueError(f"no question: it is looked for under {', '.join(QUESTION_KEYS)} and in conversations")
+    names = row.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the image {names!r:.80} is no path")
+    images = [name if is_url(name) else locate(name, image_folder) for name in names]
+    row_id = row.get("question_id", row.get("id", number))
+    return Ask(number, row_id, images, question.replace(IMAGE_MARK, "").strip())
+
+
+def locate(name: str, image_folder: str | Path | None) -> str:
+    """Path of a file, in the folder if one is given; OSError where there is none."""
+    if image_folder is not None:
+        return find_image(name, image_folder)
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"{name!r} is missing")
+    return name
+
+
+def read_asks(path: str, image_folder: str | Path | None = None) -> tuple[list[Ask], dict[int, Exception]]:
+    """The questions of a file, and the errors of the rows that have none, by number from 0.
+
+    Args:
+        path: JSON lines (.jsonl, or - for standard input) or a JSON list, of rows of LLaVA's data, of which the first
+            question counts, or of its evaluation files: `{"question_id"?, "image", "text"}`, where `text` may also be
+            called `question` or `prompt`, and `question_id` `id`.
+        image_folder: what `image` is relative to; the working directory if None. URLs are read as they are.
+    """
+    rows = (attempt(json.loads, line) for line in sys.stdin if line.strip()) if path == "-" else read_rows(path)
+    results = [attempt(to_ask, number, row, image_folder) for number, row in enumerate(rows)]
+    errors = {number: result for number, result in enumerate(results) if isinstance(result, Exception)}
+    return [result for result in results if isinstance(result, Ask)], errors
+
+
+def expand_images(names: list[str]) -> list[str]:
+    """Paths and URLs of images, given as such, as folders, as patterns such as "photos/*.jpg", or by - on standard
+    input, one a line; ValueError where there are none."""
+    found: list[str] = []
+    for name in names:
+        if name == "-":
+            found += [line.strip() for line in sys.stdin if line.strip()]
+        elif is_url(name) or Path(name).is_file():
+            found.append(name)
+        elif Path(name).is_dir():
+            suffixes = Image.registered_extensions()
+            inside = sorted(path for path in Path(name).iterdir() if path.suffix.lower() in suffixes)
+            if not inside:
+                raise ValueError(f"the folder {name} has no images")
+            found += map(str, inside)
+        else:
+            path = Path(name)
+            pattern = path.relative_to(path.anchor) if path.anchor else path
+            matches = sorted(Path(path.anchor or ".").glob(str(pattern)))
+            found += map(str, matches or [path])  # what does not exist is told when it is opened
+    return found
+
+
+def read_done(output: Path) -> dict[tuple[int, int | str | None], dict]:
+    """The answers that an earlier run wrote, by row and K; a last line that was cut off is removed."""
+    if not output.exists():
+        return {}
+    text = output.read_text(encoding="utf-8")
+    whole, last = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        done = {(row["row"], row["num_image_tokens"]): row for row in rows}
+        if last and not BEGINNING.startswith(last[: len(BEGINNING)]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{output} is no file of answers: choose another, or remove it") from None
+    if last:
+        output.write_text(whole, encoding="utf-8")
+    return done
+
+
+def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcessor) -> Iterator[list[Ask]]:
+    """Batches of questions of like length about pictures of as many views."""
+
+    def size(ask: Ask) -> tuple[int, int]:
+        views = [attempt(count_views, image, processor) for image in ask.images if not is_url(image)]
+        return sum(count for count in views if isinstance(count, int)), len(ask.question)
+
+    asks = iter(asks)
+    while window := [*islice(asks, WINDOW * batch_size)]:
+        window.sort(key=size)
+        for start in range(0, len(window), batch_size):
+            yield window[start : start + batch_size]
+
+
+def count_views(image: str, processor: LightVLMProcessor) -> int:
+    """Tiles of an image, of which the header is read."""
+    with Image.open(image) as opened:
+        rows, columns = processor.tile_grid((opened.height, opened.width))
+    return rows * columns
+
+
+def to_conversation(ask: Ask) -> list[dict]:
+    """A message with the opened images; ValueError where one cannot be read."""
+    content = [{"type": "image", "image": image} for image in open_images(ask.images)]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": ask.question}]}]
+
+
+def answer_all(
+    model: LightVLM,
+    processor: LightVLMProcessor,
+    asks: list[Ask],
+    output: Path,
+    num_image_tokens: int | str | None = None,
+    max_views: int | None = None,
+    question_aware: bool = False,
+    batch_size: int = 32,
+    wanted: dict | None = None,
+) -> dict[int, Exception]:
+    """Append the answers that the output has not yet; the errors of images that cannot be read, by row.
+
+    Args:
+        model: in evaluation mode.
+        processor: the checkpoint's.
+        asks: the questions.
+        output: JSON lines of `row`, `id`, `image`, `question`, `num_image_tokens` and `answer`, in the order in which
+            they were answered.
+        num_image_tokens, max_views, question_aware: as in `answer`.
+        batch_size: questions at a time.
+        wanted: `generation_kwargs`, as in `answer`.
+
+    Raises:
+        ValueError: where the output has answers to other questions, or the processor refuses K.
+    """
+    done = read_done(output)
+    for ask in asks:
+        row = done.get((ask.row, num_image_tokens), {"image": ask.images, "question": ask.question})
+        if (row["image"], row["question"]) != (ask.images, ask.question):
+            raise ValueError(f"{output} has answers to other questions: choose another --output, or remove it")
+    left, errors = [ask for ask in asks if (ask.row, num_image_tokens) not in done], {}
+    processor.resolve_budgets(num_image_tokens, 1)
+    with open(output, "a", encoding="utf-8") as file, tqdm(total=len(left), unit=" answers", disable=None) as bar:
+        for batch in in_batches(left, batch_size, processor):
+            results = [attempt(to_conversation, ask) for ask in batch]
+            pairs = list(zip(batch, results, strict=True))
+            errors |= {ask.row: talk for ask, talk in pairs if isinstance(talk, Exception)}
+            opened = [(ask, talk) for ask, talk in pairs if not isinstance(talk, Exception)]
+            if opened:
+                options = (wanted or {}, num_image_tokens, question_aware, max_views)
+                texts = answer(model, processor, [talk for _, talk in opened], *options)
+                for (ask, _), text in zip(opened, texts, strict=True):
+                    about = {"row": ask.row, "id": ask.id, "image": ask.images, "question": ask.question}
+                    line = about | {"num_image_tokens": num_image_tokens, "answer": text}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+            bar.update(len(batch))
+    return errors

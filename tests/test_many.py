@@ -1,0 +1,178 @@
+"""Many questions are answered in batches, as each alone would be, and a killed run goes on where it stopped."""
+
+import io
+import json
+
+import pytest
+from lightvlm.evaluation import many
+from lightvlm_cli.main import main
+from PIL import Image
+from tiny import GRIDS, make_dynamic, make_image, make_processor
+
+QUESTIONS = ["what color?", "is there a circle in this image?", "what shape is in the top left?"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Six pictures of several sizes, and a checkpoint of many views with dynamic budgets."""
+    (tmp_path / "pictures").mkdir()
+    for index in range(6):
+        size = [(84, 84), (250, 240), (100, 300)][index % 3]
+        make_image(index, size).save(tmp_path / f"pictures/{index}.png")
+    (tmp_path / "pictures/notes.txt").write_text("no picture")
+    make_dynamic(image_grid_pinpoints=GRIDS).save_pretrained(tmp_path / "model")
+    make_processor(pinpoints=GRIDS).save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def infer(data, *options):
+    model = ["--model-path", str(data / "model"), "--max-new-tokens", "5", "--batch-size", "4"]
+    return main(["infer", *model, *map(str, options)])
+
+
+def lines(file):
+    return sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda line: line["row"])
+
+
+def write_questions(data, rows):
+    (data / "questions.jsonl").write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+
+
+@pytest.mark.parametrize("budget", ["9", "dynamic:8"])
+def test_answers_are_those_of_each_question_alone(data, budget, capsys):
+    options = ["--image", data / "pictures", "--prompt", *QUESTIONS, "--num-image-tokens", budget]
+    assert infer(data, *options, "--output", data / "answers.jsonl") == 0
+    answers = lines(data / "answers.jsonl")
+    assert len(answers) == 18
+    capsys.readouterr()
+    assert infer(data, *options, "--format", "json") == 0
+    alone = json.loads(capsys.readouterr().out)
+    for line, one in zip(answers, alone, strict=True):
+        assert line["image"] == [one["image"]] and line["question"] == one["prompt"]
+        assert line["answer"].strip() == one["answer"]
+
+
+def test_files_folders_patterns_and_standard_input_name_images(data, monkeypatch):
+    folder = data / "pictures"
+    every = [str(folder / f"{index}.png") for index in range(6)]
+    assert many.expand_images([str(folder)]) == every
+    assert many.expand_images([str(folder / "[01].png"), every[5]]) == [every[0], every[1], every[5]]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{every[2]}\n\nhttps://a.b/c.png\n"))
+    assert many.expand_images(["-"]) == [every[2], "https://a.b/c.png"]
+    (data / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no images"):
+        many.expand_images([str(data / "empty")])
+
+
+def test_questions_are_read_from_every_form_of_file(data, monkeypatch):
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
+    rows = [
+        {"id": "a", "image": "0.png", "conversations": turns},
+        {"question_id": 7, "image": "1.png", "text": "where?"},
+        {"image": ["0.png", "1.png"], "prompt": "which?"},
+        {"question": "who are you?"},
+    ]
+    write_questions(data, rows)
+    asks, errors = many.read_asks(str(data / "questions.jsonl"), data / "pictures")
+    found = [(ask.id, len(ask.images), ask.question) for ask in asks]
+    assert found == [("a", 1, "what?"), (7, 1, "where?"), (2, 2, "which?"), (3, 0, "who are you?")] and not errors
+    (data / "questions.json").write_text(json.dumps(rows))
+    assert many.read_asks(str(data / "questions.json"), data / "pictures") == (asks, {})
+    monkeypatch.setattr("sys.stdin", io.StringIO((data / "questions.jsonl").read_text()))
+    assert many.read_asks("-", data / "pictures") == (asks, {})
+    assert (
+        infer(
+            data,
+            "--input",
+            data / "questions.jsonl",
+            "--image-folder",
+            data / "pictures",
+            "--output",
+            data / "out.jsonl",
+        )
+        == 0
+    )
+    assert [line["id"] for line in lines(data / "out.jsonl")] == ["a", 7, 2, 3]
+
+
+def test_bad_rows_are_named_and_the_others_answered(data, capsys):
+    (data / "pictures/2.png").write_bytes((data / "pictures/2.png").read_bytes()[:200])
+    good = {"image": "0.png", "question": "what?"}
+    rows = [good, "{", {"image": "9.png", "question": "what?"}, {"image": "0.png"}, {**good, "image": "2.png"}, good]
+    write_questions(data, rows)
+    options = ["--input", data / "questions.jsonl", "--image-folder", data / "pictures"]
+    assert infer(data, *options, "--output", data / "out.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "4 of 6 rows could not be answered" in error
+    for words in ("row 1: ", "row 2: ", "9.png' is missing", "row 3: no question", "row 4: ", "2.png cannot be read"):
+        assert words in error, words
+    assert [line["row"] for line in lines(data / "out.jsonl")] == [0, 5]
+
+
+def test_a_killed_run_goes_on_without_asking_twice(data, monkeypatch, capsys):
+    options = ["--image", data / "pictures", "--prompt", *QUESTIONS, "--output", data / "answers.jsonl"]
+    asked, answer = [], many.answer
+
+    def until_killed(model, processor, conversations, *rest):
+        asked.extend(conversations)
+        if len(asked) > 8:
+            raise KeyboardInterrupt
+        return answer(model, processor, conversations, *rest)
+
+    monkeypatch.setattr(many, "answer", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        infer(data, *options)
+    first = (data / "answers.jsonl").read_text()
+    assert first.count("\n") == 8
+    (data / "answers.jsonl").write_text(first + '{"row": 17, "id"')  # a line that was cut off
+
+    asked.clear()
+    monkeypatch.setattr(many, "answer", lambda *args: asked.extend(args[2]) or answer(*args))
+    assert infer(data, *options) == 0
+    assert len(asked) == 10 and (data / "answers.jsonl").read_text().startswith(first)
+    assert [line["row"] for line in lines(data / "answers.jsonl")] == [*range(18)]
+    asked.clear()
+    assert infer(data, *options) == 0 and not asked
+    assert infer(data, *options, "--num-image-tokens", "4,9") == 0 and len(asked) == 36
+
+    assert infer(data, "--image", data / "pictures", "--prompt", "else?", "--output", data / "answers.jsonl") == 2
+    assert "answers to other questions" in capsys.readouterr().err
+    assert infer(data, *options[:-1], data / "pictures/notes.txt") == 2
+    assert "is no file of answers" in capsys.readouterr().err
+    assert (data / "pictures/notes.txt").read_text() == "no picture"
+
+
+def test_pictures_of_as_many_views_are_answered_together(data):
+    processor = make_processor(pinpoints=GRIDS)
+    asks = [many.Ask(row, row, [str(data / f"pictures/{row % 6}.png")], "what?") for row in range(12)]
+    batches = [*many.in_batches(asks, 4, processor)]
+    sizes = [{Image.open(ask.images[0]).size for ask in batch} for batch in batches]
+    assert [len(batch) for batch in batches] == [4, 4, 4] and all(len(size) == 1 for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --image and --prompt, or --input"),
+        (["--image", "a.png"], "give either"),
+        (["--input", "a.jsonl"], "--input needs --output"),
+        (["--image", "a.png", "--prompt", "b", "--temperature", "-1"], "--temperature is 0 or more"),
+        (["--image", "a.png", "--prompt", "b", "--top-p", "2"], "--top-p more than 0"),
+        (["--image", "a.png", "--prompt", "b"], "a.png cannot be read"),
+        (["--input", "a.jsonl", "--output", "b.jsonl"], "a.jsonl"),
+        (["--image", "pictures", "--prompt", "b", "--device", "nonsense"], "--device nonsense: PyTorch finds none"),
+    ],
+)
+def test_impossible_options_are_refused(data, monkeypatch, options, message, capsys):
+    monkeypatch.chdir(data)
+    assert infer(data, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sampling_follows_the_seed(data, capsys):
+    options = ["--image", data / "pictures/0.png", "--prompt", *QUESTIONS, "--format", "json", "--temperature", "5"]
+    found = []
+    for seed in (1, 1, 2):
+        assert infer(data, *options, "--seed", seed) == 0
+        found.append([line["answer"] for line in json.loads(capsys.readouterr().out)])
+    assert found[0] == found[1] != found[2]
