@@ -1,7 +1,9 @@
 """Read LLaVA JSON files as a `datasets` dataset of `messages` and `images`, the columns that SFTTrainer takes."""
 
+import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+import datasets
 import PIL.Image
-from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock
 
 IMAGE_MARK = "<image>"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
@@ -180,20 +185,59 @@ def stream_rows(data_path: str | Path, image_folder: str | Path | None, bad: set
             yield to_row(number, row, image_folder)
 
 
+def name_rows(data_path: str | Path, image_folder: str | Path | None, skip_bad_rows: bool) -> str:
+    """A name that changes with the file, its place, and how it is read."""
+    path, stat = Path(data_path).resolve(), os.stat(data_path)
+    folder = None if image_folder is None else str(Path(image_folder).absolute())
+    about = (str(path), stat.st_size, stat.st_mtime_ns, folder, skip_bad_rows)
+    return f"{path.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
+
+
+def refuse(errors: dict[int, Exception], total: int, data_path: str | Path, skip_bad_rows: bool) -> str | None:
+    """A warning about rows that are left out; ValueError where there are no rows, or some may not be left out."""
+    if not total:
+        raise ValueError(f"{data_path} has no rows")
+    if not errors:
+        return None
+    words = report(errors, total, data_path)
+    if len(errors) == total:
+        raise ValueError(words)
+    if not skip_bad_rows:
+        raise ValueError(f"{words}\nCorrect them, or leave them out: --skip-bad-rows (skip_bad_rows=True).")
+    return words
+
+
+def write_rows(data_path: str | Path, image_folder: str | Path | None, skip_bad_rows: bool, folder: Path) -> None:
+    """Check all rows, and write the usable ones as Arrow, batch by batch, with the warning about the others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    errors, total, unfinished = {}, 0, folder / "rows.part"
+    with ArrowWriter(features=FEATURES, path=str(unfinished)) as writer:
+        for rows, new_errors in check_rows(data_path, image_folder):
+            errors |= new_errors
+            total += len(rows) + len(new_errors)
+            for row in rows:
+                writer.write(FEATURES.encode_example(row))
+        warning = refuse(errors, total, data_path, skip_bad_rows)
+        writer.finalize()
+    (folder / "warning.txt").write_text(warning or "", encoding="utf-8")
+    unfinished.rename(folder / "rows.arrow")
+
+
 def load_llava(
     data_path: str | Path, image_folder: str | Path | None = None, streaming: bool = False, skip_bad_rows: bool = False
 ) -> Dataset | IterableDataset:
     """Rows of a LLaVA JSON file, all checked beforehand; an image is decoded when its row is read.
 
-    The file is parsed row by row. A `Dataset` holds texts and paths in memory as Arrow, about as large as the file
-    (1 GB for 665k rows); a stream holds a chunk of the file. Nothing is cached on disk, so nothing is out of date.
-    Of each image only the header is checked: pixel data that is cut off fails when the row is read.
+    The file is parsed and checked row by row, once, by one process: a `Dataset` is an Arrow file beside the cache of
+    `datasets`, mapped into memory, which later runs find as long as size and time of the file are the same. A stream
+    is checked each time, and holds a chunk of the file. Of each image only the header is checked: pixel data that is
+    cut off, and an image that is removed later, fail when the row is read.
 
     Args:
         data_path: a list of `{id?, image?, conversations: [{from: human | gpt, value}]}`, or .jsonl with one a line.
             `image` is a path, or a list of paths with as many `<image>` marks; rows without it are text alone.
         image_folder: what `image` is relative to; it and the folders in it may be links to anywhere.
-        streaming: return an `IterableDataset` in the file's order, for files larger than memory.
+        streaming: return an `IterableDataset` in the file's order, for files larger than the disk's free space.
         skip_bad_rows: leave out bad rows with a warning.
 
     Returns:
@@ -206,22 +250,20 @@ def load_llava(
     """
     if image_folder is not None and not Path(image_folder).is_dir():
         raise ValueError(f"there is no image folder {image_folder}")
-    parts, errors, total = [], {}, 0
+    if not streaming:
+        folder = Path(datasets.config.HF_DATASETS_CACHE, "lightvlm", name_rows(data_path, image_folder, skip_bad_rows))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # the first of several processes checks, and the others wait for it
+            if not (folder / "rows.arrow").exists():
+                write_rows(data_path, image_folder, skip_bad_rows, folder)
+        if warning := (folder / "warning.txt").read_text(encoding="utf-8"):
+            logger.warning(warning)
+        return Dataset.from_file(str(folder / "rows.arrow"))
+    errors, total = {}, 0
     for rows, new_errors in check_rows(data_path, image_folder):
         errors |= new_errors
         total += len(rows) + len(new_errors)
-        if rows and not streaming:
-            parts.append(Dataset.from_list(rows, features=FEATURES))
-    if not total:
-        raise ValueError(f"{data_path} has no rows")
-    if len(errors) == total or errors and not skip_bad_rows:
-        cure = (
-            "" if len(errors) == total else "\nCorrect them, or leave them out: --skip-bad-rows (skip_bad_rows=True)."
-        )
-        raise ValueError(report(errors, total, data_path) + cure)
-    if errors:
-        logger.warning(report(errors, total, data_path))
-    if streaming:
-        source = {"data_path": data_path, "image_folder": image_folder, "bad": set(errors)}
-        return IterableDataset.from_generator(stream_rows, features=FEATURES, gen_kwargs=source)
-    return concatenate_datasets(parts)
+    if warning := refuse(errors, total, data_path, skip_bad_rows):
+        logger.warning(warning)
+    source = {"data_path": data_path, "image_folder": image_folder, "bad": set(errors)}
+    return IterableDataset.from_generator(stream_rows, features=FEATURES, gen_kwargs=source)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import datasets
 import easy_vqa
 import pytest
 import torch
@@ -13,6 +14,16 @@ from transformers import set_seed
 def pytest_configure(config):
     if hasattr(config, "workerinput"):  # one of several processes, which would take each other's cores
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """A cache of datasets of its own, for subprocesses too."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

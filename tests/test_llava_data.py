@@ -3,6 +3,9 @@
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import PIL.Image
 import pytest
@@ -120,6 +123,43 @@ def test_a_changed_file_gives_the_new_rows(folder, streaming):
     assert len(list(load_llava(write(folder, [image_row()]), folder, streaming))) == 1
     rows = list(load_llava(write(folder, [TEXT_ROW, image_row("b.png")]), folder, streaming))
     assert [row["id"] for row in rows] == ["seven", "7"]
+
+
+def test_an_unchanged_file_is_not_checked_again(folder, monkeypatch, caplog):
+    path = write(folder, [image_row(), {}, TEXT_ROW])
+    first = list(load_llava(path, folder, skip_bad_rows=True))
+    checked, check = [], llava_data.check_rows
+    monkeypatch.setattr(llava_data, "check_rows", lambda *args: checked.append(args) or check(*args))
+    with caplog.at_level(logging.WARNING):
+        again = load_llava(path, folder, skip_bad_rows=True)
+    assert list(again) == first and not checked and "1 of 3 rows" in caplog.text
+    assert again.cache_files  # rows are mapped from a file, and not in memory
+    with pytest.raises(ValueError, match="1 of 3 rows"):  # asked for without leaving rows out, it is checked
+        load_llava(path, folder)
+    os.utime(path, ns=(1, 1))
+    load_llava(path, folder, skip_bad_rows=True)
+    assert len(checked) == 2
+
+
+def test_what_was_refused_is_checked_again_once_it_is_mended(folder):
+    path = write(folder, [image_row("c.png")])
+    with pytest.raises(ValueError, match="missing image"):
+        load_llava(path, folder)
+    make_image().save(folder / "c.png")
+    assert len(load_llava(path, folder)) == 1
+
+
+def test_one_of_several_processes_checks(folder, cache):
+    path = write(folder, [image_row()] * 300)
+    code = f"""
+from lightvlm.common import llava_data
+check = llava_data.check_rows
+llava_data.check_rows = lambda *args: print("checked") or check(*args)
+print(len(llava_data.load_llava({str(path)!r}, {str(folder)!r})))
+"""
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = sorted(process.communicate()[0] for process in started)
+    assert outputs == ["300\n", "checked\n300\n"]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])
