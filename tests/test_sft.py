@@ -409,6 +409,28 @@ def test_lora_is_merged_into_a_plain_checkpoint_that_answers_as_the_adapted_mode
         torch.testing.assert_close(model(**batch).logits, adapted(**batch).logits, **TOLERANCE)
 
 
+def test_in_bf16_the_frozen_base_of_a_lora_is_half_as_large(data, monkeypatch):
+    dtypes, step = {}, sft.LightVLMTrainer.training_step
+
+    def note(self, model, *args, **kwargs):
+        for name, weight in self.model.named_parameters():
+            if "original_module" not in name:  # PEFT's copies of the small modules that learn in full
+                dtypes.setdefault(weight.requires_grad, set()).add(weight.dtype)
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(sft.LightVLMTrainer, "training_step", note)
+    make_model(num_image_tokens=9, position_ids="original").save_pretrained(data / "model")
+    model, _ = train(data, monkeypatch, lora_r=4, max_steps=2, bf16=True)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert model.config.position_ids == "consecutive"
+    before = make_model(num_image_tokens=9).state_dict()
+    tower = {name: weight for name, weight in model.state_dict().items() if "vision_tower" in name}
+    assert all(torch.equal(before[name], weight) for name, weight in tower.items())  # not rounded
+    dtypes.clear()
+    train(data, monkeypatch, max_steps=1, bf16=True)
+    assert dtypes[True] == {torch.float32} and dtypes[False] == {torch.float32}
+
+
 def test_the_projector_may_learn_at_its_own_rate(data, monkeypatch):
     model, _ = train(data, monkeypatch, max_steps=2, learning_rate=0, projector_learning_rate=1e-2)
     changed = changed_names(model)

@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled, unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 CARD = """\
@@ -208,6 +208,15 @@ def freeze_all_but(model: LightVLMForConditionalGeneration, parts: list[str]) ->
         module.requires_grad_(False)
 
 
+def base_dtype(args: LightVLMArguments, training_args: SFTConfig) -> torch.dtype:
+    """Of the weights that a LoRA run leaves alone: bf16, half of the memory, where it computes in bf16 anyway.
+
+    FSDP keeps weights of one layer together, in one dtype, and DeepSpeed has a dtype of its own: float32 for them.
+    """
+    is_sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()
+    return torch.bfloat16 if args.lora_r and training_args.bf16 and not is_sharded else torch.float32
+
+
 def make_lora_config(model: LightVLMForConditionalGeneration, args: LightVLMArguments) -> LoraConfig:
     """Adapters on all linear layers of the language model, beside the modules that learn in full."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -298,6 +307,7 @@ class LightVLMTrainer(SFTTrainer):
             if self.arguments.lora_r:
                 model = PeftModel.from_pretrained(model, gathered).merge_and_unload()
             model.config.num_image_tokens = self.arguments.num_image_tokens
+            model.config.position_ids = self.arguments.position_ids
             model.to(getattr(torch, self.arguments.save_dtype)).save_pretrained(self.args.output_dir)
             self.processing_class.save_pretrained(self.args.output_dir)
             self.create_model_card()
@@ -323,7 +333,7 @@ class LightVLMTrainer(SFTTrainer):
             "data": ", ".join(Path(path).name for path in args.data_path),
             "image tokens": (drawn if args.min_image_tokens else "") + f"{args.num_image_tokens} by default",
             "trained": ", ".join(learned),
-            "position ids": config.position_ids,
+            "position ids": args.position_ids,
             "steps": f"{self.state.global_step:,} of {self.get_total_train_batch_size(self.args)} rows each",
             **{f"final {name}": f"{value:.4f}" for name, value in losses.items()},
         }
@@ -363,14 +373,19 @@ def main() -> None:
 
     train_rows, eval_rows = load_rows(args)
     processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
-    model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    frozen_dtype = base_dtype(args, training_args)
+    model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=frozen_dtype)
     model.config.num_image_tokens = processor.num_image_tokens = args.num_image_tokens
     learns_places = "pruner" in args.train_parts and config.score in ("positional", "question")
-    model.config.position_ids = args.position_ids or ("consecutive" if learns_places else config.position_ids)
+    args.position_ids = args.position_ids or ("consecutive" if learns_places else config.position_ids)
+    model.config.position_ids = args.position_ids
     # FSDP wraps these alone: vision encoder layers are called in parts, which it does not allow. The model's own list
     # has them too, because device_map must not split them.
     model._no_split_modules = model.model.language_model._no_split_modules
     freeze_all_but(model, args.full_parts)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # what an optimizer changes by little needs the bits
 
     trainer = LightVLMTrainer(
         args,
