@@ -17,7 +17,7 @@ import shlex
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lightvlm_cli.options import add_model_path, add_precision, positive, positive_list
+from lightvlm_cli.options import add_model_path, add_precision, layer_shares, positive, positive_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-views", type=positive_list, default=[], help="with --views: encode so many of them: 5,3"
+    )
+    parser.add_argument(
+        "--encoder-keep",
+        type=layer_shares,
+        help="also with patches dropped in the encoder: shares that go on from a layer, such as 6:0.5,12:0.33",
     )
     parser.add_argument(
         "--methods",
@@ -191,6 +196,7 @@ def run(args: argparse.Namespace) -> None:
         args.compile_mode,
         args.views,
         args.max_views,
+        args.encoder_keep,
     ):
         report["results"].append(result)
         title = f"batch size {result['batch_size']}, images in a row: {result['images']}"

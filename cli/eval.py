@@ -45,7 +45,15 @@ import math
 import shlex
 from pathlib import Path
 
-from lightvlm_cli.options import add_device, add_model_path, add_precision, budget_list, loading, positive
+from lightvlm_cli.options import (
+    add_device,
+    add_model_path,
+    add_precision,
+    budget_list,
+    layer_shares,
+    loading,
+    positive,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="folder with the benchmark's files")
     parser.add_argument("--selectors", default="topk", help="one or several of those above: topk,random (topk)")
     parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,dynamic:64")
+    parser.add_argument(
+        "--encoder-keep",
+        type=layer_shares,
+        help="shares of the patches that go on through the encoder from a layer, such as 4:0.67,8:0.33 (all)",
+    )
     parser.add_argument("--batch-size", type=positive, default=64)
     add_precision(parser)
     add_device(parser)
@@ -99,6 +112,9 @@ def run(args: argparse.Namespace) -> None:
         if len(files) < len(args.data_path):
             raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
     model, processor = load(args.model_path, **loading(args))
+    if args.encoder_keep:
+        checked = type(model.config).from_dict({**model.config.to_dict(), "encoder_keep": args.encoder_keep})
+        model.config.encoder_keep = checked.encoder_keep
     for name in selectors:
         if name.endswith("+question"):
             check_question_aware(name, args.model_path, model)

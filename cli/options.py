@@ -37,6 +37,14 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def layer_shares(text: str) -> dict[int, float]:
+    """Parse "4:0.67,8:0.33", the shares of the patches that go on through the encoder from a layer."""
+    pairs = [re.fullmatch(r"(\d+):(0?\.\d+|1)", part) for part in text.split(",")]
+    if not all(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 4:0.67,8:0.33, layers and shares of the patches")
+    return {int(pair[1]): float(pair[2]) for pair in pairs if pair}
+
+
 def budget(text: str) -> int | str:
     """Parse "64", "dynamic" or "dynamic:64"; the processor tells whether the checkpoint can do it."""
     if text.removeprefix("-").isdecimal():

@@ -171,7 +171,8 @@ class Batch:
         if self.layout is not None and name not in ("all", *OF_VIEWS):
             raise ValueError(f"{name} is not for images of many views: choose among {', '.join(OF_VIEWS)}.")
         if name == "all":
-            kept = [torch.arange(length, device=self.features.device) for length in self.lengths]
+            encoded = [prior[:length] >= 0 for prior, length in zip(self.prior, self.lengths, strict=True)]
+            kept = [is_encoded.nonzero()[:, 0] for is_encoded in encoded]  # what the encoder did not drop
             return backbone.keep(self.features, kept, self.layout)
         compared = self.keys if name == "merge" else self.features
         if name == "max-min":

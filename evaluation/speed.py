@@ -40,6 +40,7 @@ PREPROCESSING, ENCODER, SCORING, SELECTION, PROJECTOR, PREFILL = STAGES = (
 QUEUED, TTFT = "LLM prefill, queued", "TTFT"
 LLAVA, PUBLISHED, LLAVA_COMPILED = "Llava", "Llava, output_attentions", "Llava, compiled"
 LIGHTVLM, DYNAMIC, COMPILED = "LightVLM", "LightVLM, dynamic", "LightVLM, compiled"
+ENCODER_KEEP = "{}, encoder {}"
 ALL_VIEWS, SOME_VIEWS, ONE_VIEW = "all views", "{} of the views", "one view"
 IMAGE_SIZE = (640, 480)  # a photograph in COCO, most often
 QUEUE_MS = 50  # longer than the host takes to fill a GPU's queue, which holds about a thousand launches
@@ -252,12 +253,20 @@ def compile_lightvlm(model: LightVLM, mode: str) -> tuple[LightVLM, list[tuple]]
     return twin, [(twin.model, "encode_and_prune", ENCODER)]
 
 
+def drop_in_encoder(model: LightVLM, encoder_keep: dict[int, float]) -> tuple[LightVLM, str]:
+    """A twin on the same weights whose encoder drops patches, and a word for these shares."""
+    config = copy.deepcopy(model.config).to_dict() | {"encoder_keep": encoder_keep}
+    words = ", ".join(f"{layer}: {share:g}" for layer, share in encoder_keep.items())
+    return another(model, LightVLM, type(model.config).from_dict(config)), words
+
+
 def configurations(
     model: LightVLM,
     budgets: list[int],
     stopwatch: Stopwatch,
     methods: tuple[str, ...] = ("published", "lightvlm"),
     compile_mode: str = "default",
+    encoder_keep: dict[int, float] | None = None,
 ) -> list[Configuration]:
     """LLaVA with all tokens, and what it is compared with, at every K.
 
@@ -268,6 +277,7 @@ def configurations(
         methods: "published": LLaVA pruned as published; "lightvlm": at every K and with all tokens; "dynamic": with K
             as the mean; "compiled": LLaVA, and LightVLM at every K.
         compile_mode: of `torch.compile`.
+        encoder_keep: as in the configuration; then LightVLM is there with it too, at every K that it leaves.
     """
     full, llava, stages = model.config.num_patches, as_llava(model), stages_of(model)
     every = sorted({full, *budgets}, reverse=True)
@@ -277,6 +287,10 @@ def configurations(
         found += [Configuration(PUBLISHED, k, llava, partial(publish, k), stages, k, "eager") for k in every[1:]]
     if "lightvlm" in methods:
         found += [Configuration(LIGHTVLM, k, model, partial(run_static, model, k), stages, k) for k in every]
+    if encoder_keep:
+        twin, words = drop_in_encoder(model, encoder_keep)
+        name, left = ENCODER_KEEP.format(LIGHTVLM, words), [k for k in budgets if k <= twin.config.encoded_patches]
+        found += [Configuration(name, k, twin, partial(run_static, twin, k), stages_of(twin), k) for k in left]
     if "dynamic" in methods:
         found += [Configuration(DYNAMIC, k, model, partial(run_dynamic, model, k), stages, full) for k in every[1:]]
     if "compiled" in methods:
@@ -297,24 +311,32 @@ def run_views(
 
 
 def view_configurations(
-    model: LightVLM, budgets: list[int], stopwatch: Stopwatch, size: tuple[int, int], max_views: list[int]
+    model: LightVLM,
+    budgets: list[int],
+    size: tuple[int, int],
+    max_views: tuple[int, ...],
+    encoder_keep: dict[int, float] | None = None,
 ) -> list[Configuration]:
     """All tokens of all views, what they are pruned to with all views encoded and with some, and the thumbnail alone.
 
     Args:
         model: whose `image_grid_pinpoints` have a grid for these images.
         budgets: K.
-        stopwatch: of all stages.
         size: (height, width) of the images.
         max_views: how many views are encoded where not all are.
+        encoder_keep: as in `configurations`, with all views and with some.
     """
-    stages, total = stages_of(model), token_rows(size, model.config).shape[1]
+    total = token_rows(size, model.config).shape[1]
     wanted = [(ALL_VIEWS, total, None), *((ALL_VIEWS, budget, None) for budget in budgets)]
     wanted += [(SOME_VIEWS.format(views), budget, views) for views in max_views for budget in budgets]
     wanted.append((ONE_VIEW, model.config.num_patches, 1))
+    runs = [(name, budget, views, model) for name, budget, views in wanted]
+    if encoder_keep:
+        twin, words = drop_in_encoder(model, encoder_keep)
+        runs += [(ENCODER_KEEP.format(name, words), budget, views, twin) for name, budget, views in wanted[1:-1]]
     return [
-        Configuration(name, budget, model, partial(run_views, model, budget, views), stages, budget)
-        for name, budget, views in wanted
+        Configuration(name, budget, each, partial(run_views, each, budget, views), stages_of(each), budget)
+        for name, budget, views, each in runs
     ]
 
 
@@ -510,6 +532,7 @@ def measure(
     compile_mode: str = "default",
     views: tuple[int, int] | None = None,
     max_views: tuple[int, ...] = (),
+    encoder_keep: dict[int, float] | None = None,
 ) -> Iterator[dict]:
     """Time all configurations, in turn within each repetition, so that a machine's drift hits all alike.
 
@@ -527,6 +550,7 @@ def measure(
         compile_mode: of `torch.compile`.
         views: (width, height) of images that are cut into views; then `view_configurations` are compared.
         max_views: as there.
+        encoder_keep: as in `configurations`.
 
     Yields:
         `batch_size`, `images` and `rows`, one for each configuration with `method`, `num_image_tokens`, `positions` of
@@ -535,9 +559,9 @@ def measure(
     """
     stopwatch = Stopwatch(model.device)
     if views is None:
-        compared = configurations(model, budgets, stopwatch, methods, compile_mode)
+        compared = configurations(model, budgets, stopwatch, methods, compile_mode, encoder_keep)
     else:
-        compared = view_configurations(model, budgets, stopwatch, views[::-1], [*max_views])
+        compared = view_configurations(model, budgets, views[::-1], tuple(max_views), encoder_keep)
     for batch_size, count in itertools.product(batch_sizes, images):
         size = views or IMAGE_SIZE
         trial = Trial(model, image_processor, stopwatch, batch_size, count, prompt_tokens, new_tokens, size)

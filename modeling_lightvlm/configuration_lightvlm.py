@@ -38,6 +38,10 @@ class LightVLMConfig(LlavaConfig):
         prior_layer (`int`):
             The encoder layer whose attention the score starts from: the penultimate, as in FasterVLM (Zhang et al.
             2024) and VisionZip (Yang et al. 2024), or -1 for the last. A SigLIP pooling head takes precedence.
+        encoder_keep (`dict[int, float]`):
+            Shares of all patches that go on through the encoder: `{2: 0.5}` keeps, in front of its third layer, the
+            half with the most attention there, as many in each image. The others have no features, and K is at most
+            what is left. May be changed on a loaded model. None: all patches.
         scorer_hidden_size (`int`):
             Width of the scorer's MLP.
         lm_head_bias (`bool`):
@@ -61,6 +65,7 @@ class LightVLMConfig(LlavaConfig):
     select: Literal["topk", "diverse"] = "diverse"
     position_ids: Literal["consecutive", "original"] = "consecutive"
     prior_layer: int = -2
+    encoder_keep: dict[Any, float | int] | None = None
     scorer_hidden_size: int = 512
     lm_head_bias: bool = False
     image_grid_pinpoints: list[list[int]] | None = None
@@ -97,6 +102,16 @@ class LightVLMConfig(LlavaConfig):
                 )
 
         depth = self.vision_config.num_hidden_layers
+        if self.encoder_keep is not None:  # JSON makes text of numbers
+            self.encoder_keep = {int(layer): share for layer, share in sorted(self.encoder_keep.items())}
+            shares = [1.0, *self.encoder_keep.values()]
+            if not all(0 <= layer < depth for layer in self.encoder_keep) or not all(
+                0 < after <= before for before, after in zip(shares, shares[1:], strict=False)
+            ):
+                raise ValueError(
+                    f"encoder_keep={self.encoder_keep}: give layers from 0 to {depth - 1}, each with a share of the "
+                    "patches, more than 0 and no more than the layers before it have."
+                )
         layers = self.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         if not (-depth <= self.prior_layer < depth and all(-depth - 1 <= layer <= depth for layer in layers)):
@@ -114,6 +129,12 @@ class LightVLMConfig(LlavaConfig):
     def num_patches(self) -> int:
         """Patches of a view, and so the tokens of an image of one view before pruning."""
         return self.patches_per_side**2
+
+    @property
+    def encoded_patches(self) -> int:
+        """Patches of a view that have features."""
+        share = min((self.encoder_keep or {0: 1.0}).values())
+        return max(1, round(share * self.num_patches))
 
     @property
     def max_image_tokens(self) -> int:

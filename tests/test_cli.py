@@ -269,6 +269,20 @@ def test_eval_of_large_pictures(data, numbers, expected, capsys):
         assert [(row["selector"], row["num_image_tokens"]) for row in rows] == expected
 
 
+def test_eval_drops_patches_in_the_encoder(data, capsys):
+    for part in (make_model(prior_layer=-1), make_processor()):
+        part.save_pretrained(data / "model")
+    options = ["--encoder-keep", "1:0.5", "--num-image-tokens", "36,9", "--output", str(data / "out.json")]
+    assert evaluate(str(data / "model"), data, *options) == 0
+    results = json.loads((data / "out.json").read_text())["results"]
+    assert [(row["selector"], row["tokens"]) for row in results][:2] == [("all", 18), ("topk", 9)]
+    assert evaluate(str(data / "model"), data, "--encoder-keep", "9:0.5") == 2
+    assert "give layers from 0 to" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate(str(data / "model"), data, "--encoder-keep", "half")
+    assert "is not like 4:0.67,8:0.33" in capsys.readouterr().err
+
+
 def test_eval_tells_files_apart_by_their_names(checkpoint, data, capsys):
     (data / "other").mkdir()
     shutil.copy(data / "data.json", data / "other")

@@ -141,6 +141,21 @@ def test_of_many_views_all_some_or_one_are_encoded_and_the_language_model_sees_k
     assert encoded == [20, 20, 2, 6, 2]
 
 
+@torch.no_grad()
+def test_beside_the_whole_encoder_one_that_drops_patches_is_timed():
+    model, processor = make_model(prior_layer=-1), make_processor()
+    seen = []
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1] - 1))
+    methods = ("lightvlm",)
+    rows = next(
+        measure(model, processor.image_processor, [1], [9, 20], 6, 2, 1, 0, (1,), methods, encoder_keep={0: 0.5})
+    )
+    found = [(row["method"], row["num_image_tokens"]) for row in rows["rows"]]
+    assert found[-1] == ("LightVLM, encoder 0: 0.5", 9) and len(found) == 5  # 20 are more than are left
+    assert seen.count(18) == len(model.model.vision_tower.encoder.layers) - 1 and model.config.encoder_keep is None
+
+
 ESTIMATOR = {"means": [1, 36], "kappas": [1, 36], "exponent": 1, "minimum": 1, "maximum": 36}
 
 

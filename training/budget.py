@@ -94,7 +94,7 @@ def needed_tokens(
         delta: by how much the mean log-probability of an answer's token may be less.
     """
     judge, pruner, device = PolicyGradient(model), model.model.pruner, model.device
-    whole = model.config.num_patches  # of many views, too, as many as one view has
+    whole = model.config.encoded_patches  # of many views, too, as many as one view has
     order = pruner.select(pruner.score(features, prior, layout=layout), features, whole)
     rewards = []
     for kept in (order[:, :budget].sort(dim=-1).values for budget in (*sweep, whole)):

@@ -34,7 +34,12 @@ def name_features(model: LightVLMForConditionalGeneration, processor: LightVLMPr
     for name, tensor in model.model.vision_tower.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    settings = (config.vision_feature_layer, config.prior_layer, processor.image_processor.to_json_string())
+    settings = (
+        config.vision_feature_layer,
+        config.prior_layer,
+        config.encoder_keep,
+        processor.image_processor.to_json_string(),
+    )
     digest.update(repr(settings).encode())
     for images in rows.with_format("arrow")["images"].to_pylist():
         for image in images:

@@ -85,7 +85,11 @@ class WholeSiglipAttention(SiglipAttention):
 
 
 def encode_patches(
-    tower: Any, pixel_values: Tensor, feature_layers: int | list[int], prior_layer: int
+    tower: Any,
+    pixel_values: Tensor,
+    feature_layers: int | list[int],
+    prior_layer: int,
+    keep: dict[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a CLIP or SigLIP encoder up to the last layer that features and prior need.
 
@@ -94,38 +98,67 @@ def encode_patches(
         pixel_values: (batch, channels, height, width).
         feature_layers: index or indices into the encoder's hidden states, of which 0 is the embeddings.
         prior_layer: index of the layer whose attention is the prior; a SigLIP pooling head takes precedence.
+        keep: how many patches go on from a layer, by its index; those with the least attention in it are dropped.
 
     Returns:
-        Features (batch, patches, dim), those of several layers concatenated, and the prior (batch, patches).
+        Features (batch, patches, dim), those of several layers concatenated, and the prior (batch, patches). Of a
+        dropped patch the features are zero and the prior is -1.
     """
     is_clip = tower.config.model_type == "clip_vision_model"
-    has_head = not is_clip and tower.use_head
     layers = tower.encoder.layers
     wanted = [feature_layers] if isinstance(feature_layers, int) else feature_layers
     wanted = [index % (len(layers) + 1) for index in wanted]
-    attending = prior_layer % len(layers)
+    attending = max(wanted) if not is_clip and tower.use_head else prior_layer % len(layers)
 
-    states = hidden_states_at(tower, pixel_values, {*wanted} if has_head else {*wanted, attending})
-    if has_head:
-        prior = probe_attention(tower.head, tower.post_layernorm(states[max(wanted)]))
-    else:
-        measure: Callable[..., Tensor] = cls_attention if is_clip else received_attention
-        prior = measure(layers[attending], states[attending])
+    states, places = hidden_states_at(tower, pixel_values, {*wanted, attending}, keep or {})
+    prior = attention_to_patches(tower, attending, states[attending])
     features = [states[index][:, 1:] if is_clip else states[index] for index in wanted]
+    if keep:
+        last = places[max(places)]
+        rows, columns = (side // tower.config.patch_size for side in pixel_values.shape[-2:])
+        is_left = torch.zeros(len(last), rows * columns, dtype=torch.bool, device=last.device).scatter(1, last, True)
+        prior = is_left.float().scatter(1, places[attending], prior).where(is_left, -1.0)
+        features = [
+            each.new_zeros(*is_left.shape, each.shape[-1]).scatter(1, at[..., None].expand_as(each), each)
+            * is_left[..., None]
+            for each, at in zip(features, (places[index] for index in wanted), strict=True)
+        ]
     return (features[0] if len(features) == 1 else torch.cat(features, dim=-1)), prior
 
 
-def hidden_states_at(tower: Any, pixel_values: Tensor, indices: set[int]) -> dict[int, Tensor]:
-    """The encoder's hidden states at these indices alone: all of them would be most of the memory that images take."""
-    state = tower.embeddings(pixel_values)
+def attention_to_patches(tower: Any, index: int, state: Tensor) -> Tensor:
+    """How much attention patches, (batch, patches), have in a layer with this input, or from SigLIP's pooling head."""
     if tower.config.model_type == "clip_vision_model":
-        state = tower.pre_layrnorm(state)
-    states = {}
-    for index, layer in enumerate(tower.encoder.layers[: max(indices)]):
+        return cls_attention(tower.encoder.layers[index], state)
+    if tower.use_head:
+        return probe_attention(tower.head, tower.post_layernorm(state))
+    return received_attention(tower.encoder.layers[index], state)
+
+
+def hidden_states_at(
+    tower: Any, pixel_values: Tensor, indices: set[int], keep: dict[int, int]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The encoder's hidden states at these indices alone: all of them would be most of the memory that images take.
+
+    Also which patches each of them has, (batch, patches left), in raster order, if `keep` drops any.
+    """
+    state, others = tower.embeddings(pixel_values), 0
+    if tower.config.model_type == "clip_vision_model":
+        state, others = tower.pre_layrnorm(state), 1  # [CLS] stays
+    at = torch.arange(state.shape[1] - others, device=state.device).expand(len(state), -1)
+    states, places = {}, {}
+    layers = tower.encoder.layers
+    for index in range(max(indices) + 1):
+        if index in keep and index < len(layers):
+            count = min(keep[index], at.shape[1])
+            left = attention_to_patches(tower, index, state).topk(count).indices.sort().values
+            patches = state[:, others:].gather(1, left[..., None].expand(-1, -1, state.shape[-1]))
+            state, at = torch.cat([state[:, :others], patches], dim=1), at.gather(1, left)
         if index in indices:
-            states[index] = state  # the input of this layer
-        state = layer(state, None)
-    return {**states, max(indices): state}
+            states[index], places[index] = state, at  # the input of this layer
+        if index < max(indices):
+            state = layers[index](state, None)
+    return states, places
 
 
 @dataclass
@@ -439,6 +472,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         num_image_tokens, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
         layout = self.lay_out(pixel_values, image_sizes)
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values), layout.lengths if layout else None)
+        if self.config.encoder_keep:
+            budgets = self.limit_to_encoded(budgets, means is not None, layout)
         if layout is not None:  # only the views that there are
             pixel_values = torch.cat([image[:n] for image, n in zip(pixel_values, layout.views, strict=True)])
         if means is None and layout is None:
@@ -475,9 +510,22 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
     ) -> tuple[Tensor, Tensor]:
         """Features and prior of `encode_patches`, by default at the configuration's layers."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        tower = self.vision_tower
+        tower, patches = self.vision_tower, self.config.num_patches
+        keep = {index: max(1, round(share * patches)) for index, share in (self.config.encoder_keep or {}).items()}
         place = {} if tower.device.type == "meta" else {"device": tower.device}  # offloaded modules move their inputs
-        return encode_patches(tower, pixel_values.to(dtype=tower.dtype, **place), layers, self.config.prior_layer)
+        pixel_values = pixel_values.to(dtype=tower.dtype, **place)
+        return encode_patches(tower, pixel_values, layers, self.config.prior_layer, keep)
+
+    def limit_to_encoded(self, budgets: list[int], is_dynamic: bool, layout: Layout | None) -> list[int]:
+        """Budgets of at most the patches that the encoder does not drop; ValueError where a fixed K is larger."""
+        left = self.config.encoded_patches
+        limits = [left] * len(budgets) if layout is None else [left * views for views in layout.views]
+        if not is_dynamic and any(budget > limit for budget, limit in zip(budgets, limits, strict=True)):
+            raise ValueError(
+                f"num_image_tokens={budgets}: encoder_keep={self.config.encoder_keep} leaves {left} patches of each "
+                f"view, so give numbers up to {limits}."
+            )
+        return [*map(min, budgets, limits)]
 
     def encode_some(
         self,

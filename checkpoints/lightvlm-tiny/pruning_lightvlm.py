@@ -78,8 +78,11 @@ def received_attention(layer: SiglipEncoderLayer, hidden_states: Tensor) -> Tens
 
 
 def log_prior(prior: Tensor) -> Tensor:
-    """The score before any learned term: the logarithm of the encoder's attention, in float32."""
-    return prior.float().clamp_min(1e-12).log()
+    """The score before any learned term: the logarithm of the encoder's attention, in float32.
+
+    A negative prior says that the patch was dropped in the encoder: it has no features, and the score -inf.
+    """
+    return prior.float().clamp_min(1e-12).log().masked_fill(prior < 0, -torch.inf)
 
 
 def select_topk(scores: Tensor, features: Tensor, count: int) -> Tensor:

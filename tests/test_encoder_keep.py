@@ -1,0 +1,139 @@
+"""Patches that are dropped inside the encoder cost nothing behind the layer that drops them, and are never kept."""
+
+import pytest
+import torch
+from lightvlm import LightVLM, LightVLMConfig
+from lightvlm.common.inference import compile_for_inference
+from lightvlm.modeling_lightvlm import attention_to_patches
+from tiny import GRIDS, NUM_PATCHES, TEXT, make_config, make_dynamic, make_image, make_model, make_processor
+
+IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]
+
+
+def layers_of(model):
+    return model.model.vision_tower.encoder.layers
+
+
+def pixels(processor, count=3):
+    return processor(images=[make_image(index) for index in range(count)], return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip", "siglip without head"])
+@torch.no_grad()
+def test_features_are_those_of_a_whole_encoder_in_which_nobody_attends_to_dropped_patches(vision):
+    model = make_model(vision.split()[0], encoder_keep={1: 0.5}, vision_feature_layer=-1, prior_layer=-1)
+    tower = model.model.vision_tower
+    tower.use_head = vision == "siglip"
+    images = pixels(make_processor(vision.split()[0]))
+    features, prior = model.model.encode(images)
+
+    state = tower.embeddings(images)
+    others = 1 if vision == "clip" else 0
+    if others:
+        state = tower.pre_layrnorm(state)
+    first, *later = layers_of(model)
+    state = first(state, None)
+    attention = attention_to_patches(tower, 1, state)
+    is_left = attention >= attention.sort(descending=True).values[:, NUM_PATCHES // 2 - 1 : NUM_PATCHES // 2]
+    assert is_left.sum(dim=1).tolist() == [18, 18, 18]
+    visible = torch.nn.functional.pad(is_left, (others, 0), value=True)[:, None, None]
+    for layer in later:
+        state = layer(state, torch.zeros(visible.shape).masked_fill(~visible, -torch.inf))
+    torch.testing.assert_close(features[is_left], state[:, others:][is_left], atol=1e-5, rtol=1e-4)
+    assert (features[~is_left] == 0).all() and (prior[~is_left] == -1).all() and (prior[is_left] > 0).all()
+
+
+@torch.no_grad()
+def test_each_layer_computes_the_patches_that_are_left():
+    model = make_model(encoder_keep={0: 0.75, 1: 0.25})
+    seen = []
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1] - 1))
+    model.model.encode(pixels(make_processor()))
+    assert seen == [27, 9][: len(seen)] and len(seen) >= 1
+    assert model.config.encoded_patches == 9
+
+
+@torch.no_grad()
+def test_all_shares_are_as_without():
+    images = pixels(make_processor())
+    plain, whole = make_model(), make_model(encoder_keep={0: 1.0})
+    whole.load_state_dict(plain.state_dict())
+    for one, other in zip(plain.model.encode(images), whole.model.encode(images), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("layers", [-1, [0, -1], [1, -2]])
+@pytest.mark.parametrize("prior_layer", [0, -1])
+@torch.no_grad()
+def test_features_of_several_layers_are_of_the_patches_that_the_last_one_has(layers, prior_layer):
+    model = make_model(encoder_keep={1: 0.5}, vision_feature_layer=layers, prior_layer=prior_layer)
+    features, prior = model.model.encode(pixels(make_processor()))
+    is_left = prior >= 0
+    assert ((features != 0).any(dim=-1) == is_left).all()
+    deepest = max(layer % 3 for layer in ([layers] if isinstance(layers, int) else layers) + [prior_layer % 2])
+    assert is_left.sum(dim=1).tolist() == [18 if deepest >= 1 else 36] * 3
+
+
+@pytest.mark.parametrize("score", ["cls", "positional", "question"])
+@pytest.mark.parametrize("select", ["topk", "diverse"])
+@torch.no_grad()
+def test_a_dropped_patch_is_never_kept_whatever_the_scorer_says(score, select):
+    model, processor = make_model(encoder_keep={1: 0.5}, score=score, select=select, prior_layer=-1), make_processor()
+    for module in model.model.pruner.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=3)
+    inputs = processor(images=[make_image(index) for index in range(3)], num_image_tokens=18, return_tensors="pt")
+    outputs = model.get_image_features(**inputs)
+    _, prior = model.model.encode(inputs["pixel_values"])
+    for kept, weights in zip(outputs.kept_indices, prior, strict=True):
+        assert kept.tolist() == (weights >= 0).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("budget", [9, [18, 4, 12], "dynamic:8"])
+@pytest.mark.parametrize("grids", [None, GRIDS])
+def test_a_batch_answers_as_each_row_alone(budget, grids):
+    model = make_dynamic(encoder_keep={1: 0.5}, prior_layer=-1, image_grid_pinpoints=grids)
+    processor = make_processor(pinpoints=grids) if grids else make_processor()
+    images = IMAGES if grids is None else [[make_image(0, (250, 240)), make_image(1)], [], [make_image(2, (90, 250))]]
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    inputs = processor(images=images, text=TEXT, num_image_tokens=budget, padding=True, return_tensors="pt")
+    together = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    for row in (0, 2):
+        own = (budget[:2] if row == 0 else budget[2:]) if isinstance(budget, list) else budget
+        alone = processor(images=[images[row]], text=TEXT[row], num_image_tokens=own, return_tensors="pt")
+        assert torch.equal(model.generate(**alone, **settings)[0, alone["input_ids"].shape[1] :], together[row])
+
+
+def test_k_is_at_most_what_is_left():
+    model, processor = make_dynamic(encoder_keep={1: 0.5}, prior_layer=-1), make_processor()
+    inputs = processor(images=make_image(), text="<image>?", num_image_tokens=19, return_tensors="pt")
+    with pytest.raises(ValueError, match="leaves 18 patches of each view, so give numbers up to"):
+        model(**inputs)
+    model.config.encoder_keep = None  # may be changed on a loaded model
+    model(**inputs)
+
+
+def test_the_loss_and_compiled_code_know_of_it():
+    model, processor = make_model(encoder_keep={1: 0.5}, prior_layer=-1), make_processor()
+    inputs = processor(images=IMAGES, text=TEXT, num_image_tokens=9, padding=True, return_tensors="pt")
+    loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    compiled = compile_for_inference(model.eval(), mode="default")
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch.testing.assert_close(compiled(**inputs).logits, expected)
+
+
+def test_the_configuration_is_saved_and_read(tmp_path):
+    make_model(encoder_keep={1: 0.25, 0: 0.5}).save_pretrained(tmp_path)
+    assert LightVLM.from_pretrained(tmp_path).config.encoder_keep == {0: 0.5, 1: 0.25}
+    assert LightVLMConfig.from_pretrained(tmp_path).encoded_patches == 9
+
+
+@pytest.mark.parametrize("keep", [{9: 0.5}, {-1: 0.5}, {0: 0.0}, {0: 0}, {0: 1.5}, {0: 0.5, 1: 0.6}])
+def test_impossible_shares_are_refused(keep):
+    with pytest.raises(ValueError, match="encoder_keep=.*give layers from 0 to"):
+        make_config(encoder_keep=keep)
