@@ -26,6 +26,8 @@ selectors:
   dedup                importance, then duplicates removed (VisPruner)
   fastv                dropped in the language model after its second layer; there, and only there, "tokens" is not
                        what its first two layers see
+  equal-views,         of large images: the checkpoint's own order, but a share for each view, all equal or
+  thumbnail-views      as important as the thumbnail finds the tile (GlobalCom2)
   +question, +cls      behind topk, diverse, k-center, determinantal, merge or dedup: each question chooses the tokens;
                        or the score is the encoder's attention alone, which is how topk+cls (FasterVLM), merge+cls and
                        dedup+cls were published
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from lightvlm.common.checkpoint import check_question_aware, load
     from lightvlm.common.llava_data import load_llava
-    from lightvlm.evaluation.selectors import SCORED, SELECTORS
+    from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
 
     try:
         from lightvlm.evaluation.accuracy import Questions, accuracy, table
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
     selectors = [name.strip() for name in args.selectors.split(",")]
     by_score = [f"{name}{score}" for name, score in itertools.product(SCORED, ("+question", "+cls"))]
-    if unknown := set(selectors) - {*SELECTORS, *by_score}:
+    if unknown := set(selectors) - {*SELECTORS, *SHARES, *by_score}:
         raise ValueError(f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join(SELECTORS)}")
     if args.benchmark and args.benchmark not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {args.benchmark}: choose among {', '.join(BENCHMARKS)}")

@@ -15,11 +15,13 @@ from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import (
     CHOOSERS,
     OF_VIEWS,
+    SHARES,
     downsample,
     encode_with_keys,
     mixing_weights,
     project,
     prune_in_language_model,
+    spend_quotas,
 )
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.processing.processing_lightvlm import turn_upright
@@ -140,12 +142,15 @@ class Batch:
         encoded = encode_with_keys(backbone, self.pixels)
         if layout is not None:
             encoded = [layout.gather(values) for values in encoded]
+        features, prior, _ = encoded
+        attention, scores = log_prior(prior), backbone.pruner.score(features, prior, layout=layout)
+        if layout is not None:
+            attention = attention.masked_fill(~layout.is_patch, -torch.inf)
+            thumbnails = scores[:, : model.config.num_patches]  # their tokens are the first
+            self.importance = layout.view_importance(thumbnails)[self.images]
         self.features, self.prior, self.keys = (values[self.images] for values in encoded)
         self.layout = None if layout is None else repeat_images(layout, self.images)
-        attention = log_prior(self.prior)
-        if layout is not None:
-            attention = attention.masked_fill(~self.layout.is_patch, -torch.inf)
-        self.scores = {"": backbone.pruner.score(self.features, self.prior, layout=self.layout), "cls": attention}
+        self.scores = {"": scores[self.images], "cls": attention[self.images]}
         if question_aware:
             asked = backbone.embed_questions(questions.question_ids(rows).to(model.device))
             self.scores["question"] = backbone.pruner.score(self.features, self.prior, asked, self.layout)
@@ -177,6 +182,9 @@ class Batch:
         compared = self.keys if name == "merge" else self.features
         if name == "max-min":
             compared = backbone.multi_modal_projector(self.features)
+        if name in SHARES:
+            kept = self.choose_by_view(SHARES[name], budget).sort(dim=-1).values
+            return backbone.keep(self.features, list(kept), self.layout)
         if name in CHOOSERS:
             kept = CHOOSERS[name](self.scores[score], compared, budget).sort(dim=-1).values
             return backbone.keep(self.features, list(kept), self.layout)
@@ -186,6 +194,13 @@ class Batch:
         else:
             features = weights @ self.features
         return LightVLMImageFeatures(pooler_output=list(project(backbone, features, weights)))
+
+    def choose_by_view(self, share: Callable, budget: int) -> torch.Tensor:
+        """The first K tokens, (rows, K), of the checkpoint's own order when each view has a share of them."""
+        order = self.model.model.pruner.select(self.scores[""], self.features, self.features.shape[1])
+        views = self.layout.source // self.model.config.num_patches
+        views = (views - views[:, :1]).clamp_min(0)  # counted within the image, from the thumbnail on
+        return spend_quotas(order, views, share(self.importance, budget), budget)
 
     @property
     def lengths(self) -> list[int]:

@@ -163,6 +163,48 @@ def everything(scores: torch.Tensor, features: torch.Tensor, count: int) -> torc
     return torch.eye(patches, dtype=features.dtype, device=features.device).expand(len(scores), -1, -1)
 
 
+def spend_quotas(order: torch.Tensor, views: torch.Tensor, quotas: torch.Tensor, count: int) -> torch.Tensor:
+    """The first tokens of an order, of each view as many as its quota; what a view cannot spend goes to the others.
+
+    Args:
+        order: (batch, tokens), all tokens, best first.
+        views: (batch, tokens), the view of each token.
+        quotas: (batch, views).
+        count: K.
+
+    Returns:
+        (batch, K).
+    """
+    belongs = functional.one_hot(views.take_along_dim(order, dim=1), quotas.shape[1])  # [B, N, V]
+    rank = ((belongs.cumsum(dim=1) - 1) * belongs).sum(dim=-1)  # within the view
+    is_over = rank >= (belongs * quotas[:, None]).sum(dim=-1)
+    return order.take_along_dim(is_over.int().argsort(dim=1, stable=True), dim=1)[:, :count]
+
+
+def share_equally(importance: torch.Tensor, count: int) -> torch.Tensor:
+    """As many tokens for each view that there is, (batch, views), whatever its importance."""
+    exists = importance >= 0
+    return (count / exists.sum(dim=1, keepdim=True) * exists).ceil().long()
+
+
+def share_by_thumbnail(importance: torch.Tensor, count: int) -> torch.Tensor:
+    """More tokens for tiles that the thumbnail finds important: R (1 + s - 1 / n) for each of n tiles.
+
+    R is a view's equal share and s the tile's share of the importance, as in GlobalCom2 (Liu et al. 2025, arXiv
+    2501.05179), of which this takes the allocation alone. The thumbnail has an equal share.
+
+    Args:
+        importance: (batch, views) of `Layout.view_importance`.
+        count: K.
+    """
+    tiles, exists = importance[:, 1:].clamp_min(0), importance >= 0
+    shares = tiles / tiles.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    weights = 1 + shares - 1 / exists[:, 1:].sum(dim=1, keepdim=True).clamp_min(1)
+    weights = functional.pad(weights, (1, 0), value=1.0) * exists
+    return (count * weights / weights.sum(dim=1, keepdim=True)).ceil().long()
+
+
+SHARES = {"equal-views": share_equally, "thumbnail-views": share_by_thumbnail}
 CHOOSERS = {
     "topk": select_topk,
     "diverse": select_density_peaks,
@@ -174,8 +216,15 @@ CHOOSERS = {
     "dedup": select_deduplicated,
 }
 MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything}
-SELECTORS = [*CHOOSERS, *MIXERS]
-OF_VIEWS = ("topk", "diverse", "k-center", "determinantal", "random")  # what else there is compares squares of patches
+SELECTORS = [*CHOOSERS, *MIXERS]  # of images of one view
+OF_VIEWS = (
+    "topk",
+    "diverse",
+    "k-center",
+    "determinantal",
+    "random",
+    *SHARES,
+)  # what else there is compares squares of patches
 SCORED = ("topk", "diverse", "k-center", "determinantal", "dedup", "merge")  # the others do not read the scores
 
 

@@ -68,6 +68,21 @@ def test_answers_about_images_of_many_views_are_those_of_the_model(tmp_path, sel
         accuracy(model, data, [("pool", 9)], ExactMatch())
 
 
+@torch.no_grad()
+def test_views_may_have_shares_of_their_own(tmp_path):
+    model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
+    for index, size in enumerate([(250, 250), (84, 84)]):
+        make_image(index, size).save(tmp_path / f"{index}.png")
+    rows = [llava_row(index, f"{index % 2}.png", [(f"{index}?", "red")]) for index in range(4)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    batch = Batch(model, Questions(load_llava(tmp_path / "data.json", tmp_path), processor), [1, 0, 3, 2], False)
+    for row, kept in enumerate(batch.choose("equal-views", 20).kept_indices):
+        views = batch.layout.source[row, kept] // 36
+        assert len(kept) == 20
+        assert views.unique(return_counts=True)[1].tolist() == ([20] if row in (0, 2) else [2] * 10)
+    assert all(len(kept) == 20 for kept in batch.choose("thumbnail-views", 20).kept_indices)
+
+
 def test_a_selector_may_score_by_the_encoders_attention_alone(tmp_path):
     model, processor = make_model(score="positional"), make_processor()
     make_image(0).save(tmp_path / "0.png")

@@ -14,6 +14,9 @@ from lightvlm.evaluation.selectors import (
     select_deduplicated,
     select_max_min,
     select_uniform,
+    share_by_thumbnail,
+    share_equally,
+    spend_quotas,
 )
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from tiny import make_model, make_processor, text_config
@@ -229,3 +232,18 @@ def test_fastv_generates_token_by_token_on_the_tokens_of_the_prompt(language):
         assert torch.equal(logits[:, -4:].argmax(dim=-1), few[:, -4:])
     assert not torch.equal(few, usual)
     assert torch.equal(model.generate(**inputs, **options), usual)  # no hook is left behind
+
+
+def test_quotas_are_spent_in_order_and_what_is_left_goes_to_the_others():
+    order = torch.tensor([[5, 0, 1, 2, 6, 3, 4, 7]])
+    views = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]])
+    assert spend_quotas(order, views, torch.tensor([[2, 1, 1]]), 4).tolist() == [[5, 0, 1, 6]]
+    assert spend_quotas(order, views, torch.tensor([[1, 5, 1]]), 6).tolist() == [[5, 0, 6, 4, 1, 2]]
+
+
+def test_views_share_equally_or_as_the_thumbnail_says():
+    importance = torch.tensor([[torch.inf, 0.6, 0.2], [torch.inf, -1, -1]])
+    assert share_equally(importance, 9).tolist() == [[3, 3, 3], [9, 0, 0]]
+    by_thumbnail = share_by_thumbnail(importance, 90)[0].tolist()
+    assert by_thumbnail == [30, 38, 23]  # 30 (1 + 3/4 - 1/2) and 30 (1 + 1/4 - 1/2), rounded up
+    assert share_by_thumbnail(importance, 90)[1].tolist() == [90, 0, 0]

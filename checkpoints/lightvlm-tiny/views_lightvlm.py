@@ -44,25 +44,29 @@ class Layout:
         values = values.flatten(0, 1)[self.source]
         return values * self.is_patch.view(*self.is_patch.shape, *[1] * (values.dim() - 2)).to(values)
 
-    def choose_views(self, scores: Tensor, max_views: Tensor) -> Tensor:
-        """Which views are worth encoding: each thumbnail, and the tiles that its scores find most important.
+    def view_importance(self, scores: Tensor) -> Tensor:
+        """How important each view's part of the picture is by the scores (images, patches) of the thumbnails.
 
-        Args:
-            scores: (images, patches) of the thumbnails, logarithms of importance.
-            max_views: (images,), the thumbnail included.
-
-        Returns:
-            (views,) of booleans.
+        Returns (images, views): of a tile the sum of its area's probabilities, of the thumbnail, the first, infinity,
+        and -1 for views that an image has not.
         """
         patches = scores.shape[1]
         nearest = self.rows.round().long() * isqrt(patches) + self.columns.round().long()
         importance = scores.softmax(dim=-1).gather(1, nearest) * (self.is_tile & self.is_patch)  # (images, tokens)
-        importance = importance.new_zeros(sum(self.views)).index_add(
-            0, (self.source // patches).flatten(), importance.flatten()
-        )
+        views = (self.source // patches).flatten()
+        importance = importance.new_zeros(sum(self.views)).index_add(0, views, importance.flatten())
         by_image = nn.utils.rnn.pad_sequence([*importance.split(self.views)], batch_first=True, padding_value=-1)
-        by_image[:, 0] = torch.inf  # the thumbnail
-        rank = by_image.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        by_image[:, 0] = torch.inf
+        return by_image
+
+    def choose_views(self, scores: Tensor, max_views: Tensor) -> Tensor:
+        """Which views, (views,), are worth encoding: the thumbnails, and the most important tiles.
+
+        Args:
+            scores: (images, patches) of the thumbnails, logarithms of importance.
+            max_views: (images,), the thumbnail included.
+        """
+        rank = self.view_importance(scores).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         is_kept = rank < max_views.to(rank.device)[:, None]
         return torch.cat([row[:count] for row, count in zip(is_kept, self.views, strict=True)])
 
