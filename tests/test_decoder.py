@@ -83,9 +83,8 @@ def test_the_loss_is_that_of_the_model_with_the_tokens_that_its_pruner_keeps(dat
     model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
     torch.nn.init.normal_(model.model.pruner.tile_embedding.weight)
     args = decoder.DecoderArguments("", [], "", max_turns=1, min_image_tokens=7, log_uniform_max=7, full_share=0)
-    rows = decoder.load_rows(
-        decoder.replace(args, data_path=[data / "large.json"], image_folder=data, max_images=4), 0
-    )
+    args.data_path, args.image_folder = [str(data / "large.json")], str(data)
+    rows = decoder.load_rows(args, 0)
     examples = decoder.encode_rows(model, processor, rows, folder=data / "features")
     decoder.rank_patches(model, examples, NUM_PATCHES)
     batch = decoder.ReaderCollator(processor, args)(examples)

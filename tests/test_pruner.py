@@ -300,7 +300,7 @@ def test_rows_without_an_image_are_no_lesson(data, monkeypatch):
         train(data, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["tiny_pruner", "phi2_pruner"])
+@pytest.mark.parametrize("name", ["tiny_pruner", "tiny_views_pruner", "phi2_pruner"])
 def test_every_recipe_is_possible(name):
     path = Path(pruner.__file__).parent / "configs" / f"{name}.yaml"
     required = ["--model_name_or_path=model", "--data_path=data.json", "--image_folder=.", "--output_dir=out"]

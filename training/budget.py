@@ -40,7 +40,9 @@ class BudgetArguments:
     features_dir: str | None = field(
         default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
     )
-    max_images: int = field(default=2400, metadata={"help": "take so many rows of all, by chance"})
+    max_images: list[int] = field(
+        default_factory=lambda: [2400], metadata={"help": "take so many rows by chance, of all files or of each"}
+    )
     sweep: list[int] = field(
         default_factory=lambda: [2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 144],
         metadata={"help": "the K that are tried, rising; an image that needs more needs all tokens"},

@@ -8,16 +8,15 @@ model, projector, and the embeddings of a kept token's place learn. `sft.py` is 
 
 import math
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, concatenate_datasets
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.common.turns import IGNORED, pack_turns
 from lightvlm.common.views import cut_views, parse_grids
 from lightvlm.training.features import encode_rows, lay_out_batch, stack_features
-from lightvlm.training.pruner import extend_card, load_rows
+from lightvlm.training.pruner import draw_turns, extend_card, load_rows
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
@@ -38,7 +37,7 @@ class DecoderArguments:
         default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
     )
     max_images: list[int] = field(
-        default_factory=lambda: [3000], metadata={"help": "take so many rows of each file, by chance; or of all files"}
+        default_factory=lambda: [3000], metadata={"help": "take so many rows by chance, of all files or of each"}
     )
     max_turns: int = field(default=8, metadata={"help": "questions about an image in a step, drawn anew each time"})
     min_image_tokens: int = field(default=16, metadata={"help": "the smallest K that is drawn"})
@@ -107,22 +106,6 @@ class ReaderCollator:
         return {**stack_features(examples), "kept": kept, **pack_turns(conversations, self.processor, budget)}
 
 
-def draw_turns(messages: list[dict], count: int) -> list[dict]:
-    """Up to `count` questions of a conversation with their answers."""
-    starts = range(0, len(messages), 2)
-    chosen = random.sample(starts, min(count, len(starts)))
-    return [message for start in chosen for message in messages[start : start + 2]]
-
-
-def load_files(args: DecoderArguments, seed: int) -> Dataset:
-    """Rows of all files, of each up to its number of `max_images`."""
-    counts = args.max_images * (len(args.data_path) if len(args.max_images) == 1 else 1)
-    if len(counts) != len(args.data_path):
-        raise ValueError(f"max_images={counts}: give one number, or one for each of {len(args.data_path)} files.")
-    files = zip(args.data_path, counts, strict=True)
-    return concatenate_datasets([load_rows(replace(args, data_path=[path], max_images=n), seed) for path, n in files])
-
-
 def main() -> None:
     args, training_args = TrlParser((DecoderArguments, TrainingArguments)).parse_args_and_config()
     set_seed(training_args.seed)
@@ -135,7 +118,7 @@ def main() -> None:
     model = LightVLMForConditionalGeneration.from_pretrained(
         args.model_name_or_path, config=config, dtype=torch.float32
     )
-    rows = load_files(args, training_args.seed)
+    rows = load_rows(args, training_args.seed)
     num_workers = training_args.dataloader_num_workers
     examples = encode_rows(model.to(training_args.device), processor, rows, num_workers, args.features_dir)
     rank_patches(model, examples, config.num_patches)

@@ -44,7 +44,12 @@ class PrunerArguments:
     features_dir: str | None = field(
         default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
     )
-    max_images: int = field(default=3000, metadata={"help": "take so many rows of all, by chance"})
+    max_images: list[int] = field(
+        default_factory=lambda: [3000], metadata={"help": "take so many rows by chance, of all files or of each"}
+    )
+    max_turns: int | None = field(
+        default=None, metadata={"help": "questions about an image in a step, drawn anew each time; all if None"}
+    )
     image_tokens: list[int] = field(
         default_factory=lambda: [16, 36, 64], metadata={"help": "K is drawn from these for each batch"}
     )
@@ -211,17 +216,18 @@ def center_questions(
 class PrunerCollator:
     """A batch for `PolicyGradient`, with a K drawn for it."""
 
-    def __init__(self, processor: LightVLMProcessor, image_tokens: list[int]):
-        self.processor, self.image_tokens = processor, image_tokens
+    def __init__(self, processor: LightVLMProcessor, image_tokens: list[int], max_turns: int | None = None):
+        self.processor, self.image_tokens, self.max_turns = processor, image_tokens, max_turns
 
     def __call__(self, examples: list[dict]) -> dict:
         budget = random.choice(self.image_tokens)
-        questions = [example["messages"][0]["content"] for example in examples]
+        conversations = [draw_turns(example["messages"], self.max_turns) for example in examples]
+        questions = [messages[0]["content"] for messages in conversations]
         return {
             **stack_features(examples),
             "num_image_tokens": budget,
             "question_ids": torch.tensor(self.processor.encode_questions(questions, len(questions))),
-            **pack_turns([example["messages"] for example in examples], self.processor, budget),
+            **pack_turns(conversations, self.processor, budget),
         }
 
 
@@ -236,16 +242,31 @@ def check(args: PrunerArguments, training_args: TrainingArguments, config: Light
 
 
 def load_rows(args: PrunerArguments, seed: int) -> Dataset:
-    """Up to `max_images` rows that have one image; ValueError where there are none."""
+    """Rows that have one image, up to `max_images`; ValueError where there are none, or numbers do not fit files."""
     options = {"image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
-    rows = concatenate_datasets([load_llava(path, **options) for path in args.data_path])
-    images = rows.with_format("arrow")["images"]
-    rows = rows.select([number for number, row in enumerate(images) if len(row) == 1])
+    files, counts = [load_llava(path, **options) for path in args.data_path], args.max_images
+    if len(counts) == 1:
+        files = [concatenate_datasets(files)]
+    if len(counts) != len(files):
+        raise ValueError(f"max_images={counts}: give one number, or one for each of {len(files)} files.")
+    chosen = []
+    for rows, count in zip(files, counts, strict=True):
+        images = rows.with_format("arrow")["images"]
+        rows = rows.select([number for number, row in enumerate(images) if len(row) == 1])
+        chosen.append(rows.shuffle(seed=seed).select(range(min(count, len(rows)))))
+    rows = concatenate_datasets(chosen)
     if len(rows) == 0:
         raise ValueError(
             f"None of the rows of {', '.join(args.data_path)} has one image, which the pruner learns from."
         )
-    return rows.shuffle(seed=seed).select(range(min(args.max_images, len(rows))))
+    return rows
+
+
+def draw_turns(messages: list[dict], count: int | None) -> list[dict]:
+    """Up to `count` questions of a conversation, by chance, with their answers; all of them if None."""
+    starts = range(0, len(messages), 2)
+    chosen = starts if count is None else random.sample(starts, min(count, len(starts)))
+    return [message for start in chosen for message in messages[start : start + 2]]
 
 
 def extend_card(model_name_or_path: str, output_dir: str, line: str) -> None:
@@ -288,7 +309,7 @@ def main() -> None:
     trainer = PrunerTrainer(
         PolicyGradient(model, args.num_samples, args.question_aware),
         training_args,
-        data_collator=PrunerCollator(processor, args.image_tokens),
+        data_collator=PrunerCollator(processor, args.image_tokens, args.max_turns),
         train_dataset=examples,
     )
     torch.manual_seed(training_args.seed + training_args.process_index)  # each process compares samples of its own
