@@ -171,9 +171,18 @@ build/trained/$(WEIGHTS): build/tuned/$(WEIGHTS)
 	$(TEACH) --model_name_or_path $(<D) --output_dir $(@D) \
 		--question-aware true --image-tokens 4 8 16
 
-build/dynamic/$(WEIGHTS): build/trained/$(WEIGHTS) $(DATA)/mosaics_calibration.json
+build/views/$(WEIGHTS): build/trained/$(WEIGHTS) $(DATA)/scenes_train.json
+	$(BIN)/accelerate launch training/decoder.py $(OPTIONS) --config training/configs/tiny_views.yaml \
+		--model_name_or_path $(<D) --output_dir $(@D)
+
+build/views-taught/$(WEIGHTS): build/views/$(WEIGHTS)
+	$(BIN)/accelerate launch training/pruner.py $(OPTIONS) --config training/configs/tiny_views_pruner.yaml \
+		--model_name_or_path $(<D) --output_dir $(@D)
+
+CALIBRATION := $(addprefix $(DATA)/,mosaics_calibration.json grounds_calibration.json scenes_calibration.json)
+build/dynamic/$(WEIGHTS): build/views-taught/$(WEIGHTS) $(DATA)/mosaics_calibration.json
 	$(BIN)/python training/budget.py --model_name_or_path $(<D) --output_dir $(@D) \
-		--data_path $(DATA)/mosaics_calibration.json --image_folder $(DATA)/images
+		--data_path $(CALIBRATION) --max_images 1500 300 180 --image_folder $(DATA)/images
 
 # Photographs of free licences, as backgrounds, from two packages of Debian: one for training, one for tests.
 data/wallpapers/ready:

@@ -52,8 +52,8 @@ def test_the_label_tells_k():
 
 
 def test_show_keeps_the_patches_where_the_mark_is(tmp_path):
-    image = Image.new("RGB", (504, 336), (245, 240, 235))
-    image.paste((20, 20, 200), (84 + 224, 56, 84 + 280, 112))  # columns 16 to 19 and rows 4 to 7 once cropped
+    image = Image.new("RGB", (336, 336), (245, 240, 235))
+    image.paste((20, 20, 200), (224, 56, 280, 112))  # columns 16 to 19 and rows 4 to 7
     image.save(tmp_path / "image.png")
     for name, budget in (("kept.png", "8"), ("whole.png", "576")):
         options = ["--num-image-tokens", budget, "--output", str(tmp_path / name)]
@@ -85,8 +85,8 @@ def test_show_lets_the_question_choose(tmp_path, capsys):
 def test_show_names_what_is_wrong(tmp_path, capsys):
     make_image().save(tmp_path / "image.png")
     show = ["show", "--image", str(tmp_path / "image.png"), "--output", str(tmp_path / "kept.png")]
-    assert main([*show, "--num-image-tokens", "577"]) == 2
-    assert "from 1 to 576" in capsys.readouterr().err
+    assert main([*show, "--num-image-tokens", "5761"]) == 2
+    assert "from 1 to 5760" in capsys.readouterr().err
     assert main([*show, "--output", str(tmp_path / "kept.nonsense")]) == 2
     assert "nonsense" in capsys.readouterr().err
 

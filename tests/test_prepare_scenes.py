@@ -17,6 +17,7 @@ from lightvlm.training.prepare_scenes import (
     choose_centers,
     draw_background,
     draw_scene,
+    kind_of,
     load_wallpapers,
     name_places,
 )
@@ -101,14 +102,21 @@ def test_files_are_rows_of_llava_and_the_test_has_one_size_and_one_question_a_ro
     folder = ["--data-dir", str(data_dir), "--wallpapers", str(data_dir)]
     monkeypatch.setattr("sys.argv", ["prepare_scenes.py", *options, *folder])
     prepare_scenes.main()
-    names = ["scenes_train", "scenes_calibration", "grounds_train", "grounds_calibration", "grounds_test"]
-    names += ["scenes_test_flat", "scenes_test_photo"]
-    rows = {name: json.loads((data_dir / f"{name}.json").read_text()) for name in names}
-    assert [len(rows[name]) for name in names[:4]] == [9, 6, 6, 6]
-    for row in rows["scenes_test_photo"]:
-        assert len(row["conversations"]) == 2 and row["objects"] >= 1
+    names = ["scenes_train", "scenes_calibration", "grounds_train", "grounds_calibration"]
+    assert [len(json.loads((data_dir / f"{name}.json").read_text())) for name in names] == [9, 6, 6, 6]
+    tests = {path.stem: json.loads(path.read_text()) for path in data_dir.glob("*s_test_*.json")}
+    kinds = [f"{stem}_{kind}" for stem in ("scenes_test_photo", "grounds_test") for kind in ("existence", "count")]
+    assert {*kinds} <= {*tests}
+    for stem, rows in tests.items():
+        for row in rows:
+            question = row["conversations"][0]["value"].removeprefix("<image>\n")
+            assert len(row["conversations"]) == 2 and row["objects"] >= 1 and stem.endswith(kind_of(question))
+    for row in tests["scenes_test_photo_count"]:
         with Image.open(data_dir / "images" / row["image"]) as image:
             assert image.size == (1008, 1008)
-    images = {name: {row["image"] for row in rows[name]} for name in names}
-    assert len(images["scenes_test_photo"]) == 2 and len(images["grounds_test"]) == 3
+    rows = {name: json.loads((data_dir / f"{name}.json").read_text()) for name in names} | {
+        "tests": sum(tests.values(), [])
+    }
+    images = {name: {row["image"] for row in some} for name, some in rows.items()}
+    assert len(images["tests"]) == 2 + 2 + 3
     assert sum(map(len, images.values())) == len(set().union(*images.values()))

@@ -15,8 +15,8 @@ the test's photographs are of another source (mate-backgrounds; plasma-workspace
     images/scenes/{split}/{background}_{width}x{height}_{number}.jpg
     images/grounds/{split}/{background}_{grid}x{grid}_{number}.jpg   336 px mosaics on these backgrounds
     scenes_train.json, scenes_calibration.json           one row an image
-    scenes_test_{background}.json                        one question a row, about scenes of 1008 px
-    grounds_train.json, grounds_calibration.json, grounds_test.json    the same for mosaics
+    scenes_test_{background}_{kind}.json    one question a row, about scenes of 1008 px: color, shape, existence, count
+    grounds_train.json, grounds_calibration.json, grounds_test_{kind}.json    the same for mosaics
 """
 
 import argparse
@@ -65,7 +65,7 @@ WALLPAPERS = {  # of the Debian packages that `make data/wallpapers/ready` unpac
     "test": "mate-backgrounds/usr/share/backgrounds/mate/nature/*",
 }
 BACKGROUNDS = ("flat", "photo", "drawn")
-MAX_OBJECTS = 20
+MAX_OBJECTS, TEST_QUESTIONS = 20, 8
 CONTRAST = 48  # of 255, in the channel that differs most: a shape that nobody could see is not drawn
 
 
@@ -292,17 +292,32 @@ def ground_names(count: int, split: str) -> list[str]:
     return [f"grounds/{each}_{grid}x{grid}_{n}" for each in backgrounds for grid in GRIDS for n in range(count)]
 
 
-def write(file: Path, pictures: list[tuple[str, dict[str, str], list[str]]], questions: int, seed: str) -> None:
-    """A conversation of each picture, in a test's file a question a row."""
-    rng, rows = random.Random(seed), []
-    for name, named, names in pictures:
-        turns = ask(named, names, questions, rng)
-        if "_test" in file.stem:
-            rows += [llava_row(f"{name}-{n}", name, [turn]) | {"objects": len(names)} for n, turn in enumerate(turns)]
-        else:
-            rows.append(llava_row(name, name, turns))
+def kind_of(question: str) -> str:
+    """What a question of `prepare_mosaics.py` asks for."""
+    begins = {"what color": "color", "what shape": "shape", "is there": "existence", "how many": "count"}
+    return next(kind for words, kind in begins.items() if question.startswith(words))
+
+
+def write(file: Path, rows: list[dict]) -> None:
     file.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{file}: {len(pictures):,} pictures, {sum(len(row['conversations']) // 2 for row in rows):,} questions")
+    print(f"{file}: {len(rows):,} rows, {sum(len(row['conversations']) // 2 for row in rows):,} questions")
+
+
+def write_conversations(file: Path, pictures: list[tuple[str, dict[str, str], list[str]]], questions: int, seed: str):
+    """A conversation about each picture."""
+    rng = random.Random(seed)
+    write(file, [llava_row(name, name, ask(named, names, questions, rng)) for name, named, names in pictures])
+
+
+def write_questions(folder: Path, stem: str, pictures: list[tuple[str, dict[str, str], list[str]]], seed: str) -> None:
+    """One of up to eight questions about each picture in a row, in a file for each kind."""
+    rng, rows = random.Random(seed), {}
+    for name, named, names in pictures:
+        for number, turn in enumerate(ask(named, names, TEST_QUESTIONS, rng)):
+            row = llava_row(f"{name}-{number}", name, [turn]) | {"objects": len(names)}
+            rows.setdefault(kind_of(turn[0]), []).append(row)
+    for kind, some in rows.items():
+        write(folder / f"{stem}_{kind}.json", some)
 
 
 def main() -> None:
@@ -314,7 +329,7 @@ def main() -> None:
     parser.add_argument(
         "--grounds", type=int, nargs=3, default=[400, 60, 130], help="mosaics of a grid and background"
     )
-    parser.add_argument("--questions", type=int, default=16, help="about one picture; 8 in a test")
+    parser.add_argument("--questions", type=int, default=16, help="about one picture in training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for split, scenes, grounds in zip(SPLITS, args.scenes, args.grounds, strict=True):
@@ -323,13 +338,16 @@ def main() -> None:
         wanted = scene_names(scenes, split, random.Random(args.seed)) + ground_names(grounds, split)
         files = Pictures(split, wanted, args.data_dir, args.wallpapers, args.seed)
         pictures = list(DataLoader(files, batch_size=None, num_workers=os.cpu_count()))
-        kinds = ("scenes_test_flat", "scenes_test_photo", "grounds_test") if split == "test" else ("scenes", "grounds")
-        for kind in kinds:
-            folder, _, background = kind.partition("_test")
-            chosen = [each for each in pictures if each[0].startswith(f"{folder}/{split}/{background.lstrip('_')}")]
-            name = kind if split == "test" else f"{kind}_{split}"
-            questions = 8 if split == "test" else args.questions
-            write(args.data_dir / f"{name}.json", chosen, questions, f"{args.seed}-{name}")
+        for kind in ("scenes", "grounds"):
+            some = [picture for picture in pictures if picture[0].startswith(kind)]
+            if split != "test":
+                file = args.data_dir / f"{kind}_{split}.json"
+                write_conversations(file, some, args.questions, f"{args.seed}-{file.stem}")
+                continue
+            for stem in ("scenes_test_flat", "scenes_test_photo") if kind == "scenes" else ("grounds_test",):
+                ground = stem.partition("_test_")[2]
+                chosen = [picture for picture in some if picture[0].startswith(f"{kind}/test/{ground}")]
+                write_questions(args.data_dir, stem, chosen, f"{args.seed}-{stem}")
 
 
 if __name__ == "__main__":
