@@ -154,7 +154,7 @@ def describe(error: ValidationError | RequestValidationError) -> str:
 
 
 def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Image:
-    """The image of a data URI as `prepare_image` of the processor makes it; errors call it `name`.
+    """The image of a data URI as the processor prepares it, no larger than its views need; errors call it `name`.
 
     Raises:
         ValueError: where it is of another kind, or no image, or broken, or too thin.
@@ -172,7 +172,11 @@ def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Imag
         if isinstance(error.__cause__, Image.DecompressionBombError):
             raise HTTPException(413, f"{name} has too many pixels: at most {max_pixels:,}.") from None
         raise
-    return processor.prepare_image(image, name)
+    image = processor.prepare_image(image, name)
+    if processor.grid_pinpoints:  # an image that is cut into views is resized later, to its grid
+        longest = max(map(max, processor.grid_pinpoints))
+        image.thumbnail((longest, longest))
+    return image
 
 
 def open_images(urls: list[str], processor, limits: Limits) -> list[Image.Image]:

@@ -191,7 +191,7 @@ def test_without_a_budget_it_is_that_of_the_checkpoint(client, model):
     assert default == given + 4
 
 
-@pytest.mark.parametrize("budget", [0, 577, 1.5, True, "64", "dynamic:0", "dynamic:577", "some", [16], {"K": 16}])
+@pytest.mark.parametrize("budget", [0, 5761, 1.5, True, "64", "dynamic:0", "dynamic:5761", "some", [16], {"K": 16}])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_bad_budget_is_refused_in_the_words_of_the_processor(client, model, budget, streamed):
     with pytest.raises(ValueError) as reason:
@@ -398,14 +398,14 @@ def test_an_image_with_nothing_but_broken_exif_is_read(client, model):
 
 
 def test_images_that_stay_large_when_resized_are_refused(client, monkeypatch):
-    monkeypatch.setattr("lightvlm.serving.server.KEPT", 250_000)
-    assert post_fields(client, messages=[user("?", draw(1), draw(2))])[0] == 200  # 336 x 336 each
+    monkeypatch.setattr("lightvlm.serving.server.KEPT", 10_000)
+    assert post_fields(client, messages=[user("?", draw(1), draw(2))])[0] == 200  # 64 x 64 each
     status, message = post_fields(client, messages=[user("?", draw(1), draw(2), draw(3))])
-    assert status == 413 and message == "Image 2 and those before it have more than 250,000 pixels, resized."
+    assert status == 413 and message == "Image 2 and those before it have more than 10,000 pixels, resized."
 
 
 def test_one_image_is_decoded_at_a_time_and_kept_resized(model, monkeypatch):
-    side, images, alive, counts, begin = 800, 4, weakref.WeakValueDictionary(), [], Image.Image.__init__
+    side, images, alive, counts, begin = 2000, 4, weakref.WeakValueDictionary(), [], Image.Image.__init__
 
     def count(self):
         begin(self)
@@ -420,10 +420,10 @@ def test_one_image_is_decoded_at_a_time_and_kept_resized(model, monkeypatch):
     request = SimpleNamespace(state=SimpleNamespace(request_id="any"))
 
     async def ask_at_once():
-        return await asyncio.gather(*(endpoint(request, body) for _ in range(12)))
+        return await asyncio.gather(*(endpoint(request, body) for _ in range(6)))
 
-    assert [answer.status_code for answer in asyncio.run(ask_at_once())] == [200] * 12
-    resized = images * 336**2
+    assert [answer.status_code for answer in asyncio.run(ask_at_once())] == [200] * 6
+    resized = images * 1344**2
     assert max(counts) <= 5 * side**2 + (PREPARED + 1) * resized and resized < KEPT
 
 
