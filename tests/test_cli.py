@@ -318,7 +318,7 @@ def test_eval_names_what_is_wrong(checkpoint, data, capsys):
     assert 'has "positional"' in capsys.readouterr().err
     (data / "1.png").write_bytes(b"broken")
     assert evaluate(checkpoint, data) == 2
-    assert "1 with a corrupt image" in capsys.readouterr().err
+    assert "1.png cannot be read as an image" in capsys.readouterr().err  # the file's rows were checked before
     (data / "data.json").write_text("{}")
     assert evaluate(checkpoint, data) == 2
     assert "data.json cannot be read: it is no list of rows" in capsys.readouterr().err
@@ -407,7 +407,7 @@ def test_bench_names_what_is_wrong(checkpoint, capsys):
             bench(*options)
     if not torch.cuda.is_available():
         assert main(["bench", "--preset", "tiny", "--device", "cuda"]) == 2
-        assert "no GPU" in capsys.readouterr().err
+        assert "--device cuda: PyTorch finds none here" in capsys.readouterr().err
 
 
 def test_build_composes_two_parts(tmp_path, image, capsys):

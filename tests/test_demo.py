@@ -195,7 +195,7 @@ def test_examples_are_there_and_small():
 
 def test_the_command_serves_this_machine_alone_unless_told_otherwise(url, monkeypatch, capsys):
     served = {}
-    monkeypatch.setattr("lightvlm.common.checkpoint.load", lambda path: ("model", "processor"))
+    monkeypatch.setattr("lightvlm.common.checkpoint.load", lambda path, **options: ("model", "processor"))
     monkeypatch.setattr(
         "lightvlm.demo.app.launch", lambda model, processor, host, port, share: served.update(host=host, share=share)
     )
