@@ -122,15 +122,13 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
     import transformers
-    from lightvlm.common.checkpoint import check_device, load
+    from lightvlm.common.checkpoint import choose_device, load
     from lightvlm.common.inference import int8_config
     from lightvlm.evaluation.presets import image_processor, preset_config, random_model
     from lightvlm.evaluation.speed import measure
     from lightvlm.evaluation.speed_report import describe, growth_plot, plot, table
 
-    if args.device:
-        check_device(args.device)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     for path in (args.output, args.plot, args.growth):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,11 +152,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--max-views needs --views.")
     model.model.resolve_budgets(args.num_image_tokens, len(args.num_image_tokens))
     model.set_attn_implementation(args.attn_implementation)
-    compared = (
-        args.methods
-        if args.methods is not None
-        else ["published", "lightvlm", *(["dynamic"] if model.config.dynamic_budget else [])]
-    )
+    compared = args.methods or ["published", "lightvlm", *(["dynamic"] if model.config.dynamic_budget else [])]
     if "dynamic" in compared and not model.config.dynamic_budget:
         raise ValueError(f"--methods dynamic: {args.model_path} has no dynamic budget; training/budget.py fits one.")
 

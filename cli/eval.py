@@ -101,7 +101,9 @@ def run(args: argparse.Namespace) -> None:
     selectors = [name.strip() for name in args.selectors.split(",")]
     by_score = [f"{name}{score}" for name, score in itertools.product(SCORED, ("+question", "+cls"))]
     if unknown := set(selectors) - {*SELECTORS, *SHARES, *by_score}:
-        raise ValueError(f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join(SELECTORS)}")
+        raise ValueError(
+            f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join([*SELECTORS, *SHARES])}"
+        )
     if args.benchmark and args.benchmark not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {args.benchmark}: choose among {', '.join(BENCHMARKS)}")
     for path in (args.output, args.plot):

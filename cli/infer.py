@@ -102,14 +102,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--temperature is 0 or more, and --top-p more than 0 and at most 1")
 
     from lightvlm.common.checkpoint import check_question_aware, load
-    from lightvlm.evaluation.many import expand_images
-    from lightvlm.processing.processing_lightvlm import open_images
+    from lightvlm.evaluation.many import expand_images, open_named
     from transformers import set_seed
 
     names = expand_images(args.image) if args.image else []
-    images = (
-        [] if args.output else [(name, open_images([Path(name) if "://" not in name else name])[0]) for name in names]
-    )
+    images = [] if args.output else list(zip(names, open_named(names), strict=True))
     model, processor = load(args.model_path, **loading(args))
     if args.question_aware:
         check_question_aware("--question-aware", args.model_path, model)

@@ -34,9 +34,7 @@ def load(
     from lightvlm.common.inference import int8_config
     from transformers import AutoConfig
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    device = choose_device(device)
     if dtype is None:
         dtype = "float32" if device == "cpu" and torch.backends.cpu.get_cpu_capability() in FLOAT32_ONLY else "auto"
     options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
@@ -66,14 +64,16 @@ def load(
     return (model.eval() if device_map else model.eval().to(device)), processor
 
 
-def check_device(device: str) -> None:
-    """ValueError where PyTorch does not know the device, or does not find it here."""
+def choose_device(device: str | None) -> str:
+    """The device, by default the GPU if there is one; ValueError where PyTorch does not know it or find it here."""
     import torch
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device}: PyTorch finds none here ({str(error).splitlines()[0]:.80}).") from None
+    return device
 
 
 def check_question_aware(option: str, model_path: str, model) -> None:

@@ -1,8 +1,18 @@
-"""Turn a processor of one view of an image into one of many."""
+"""Turn a processor of one view of an image into one of many, and read how large images are."""
 
 import re
+from pathlib import Path
 
+from lightvlm.processing.processing_lightvlm import turn_upright
+from PIL import Image
 from transformers import LlavaNextImageProcessorPil
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of the image in a file as its EXIF turns it; of most files the header alone is read."""
+    with Image.open(path) as image:
+        width, height = turn_upright(image).size
+    return height, width
 
 
 def parse_grids(grids: list[str], view: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.common.views import upright_size
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import (
@@ -24,10 +25,8 @@ from lightvlm.evaluation.selectors import (
     spend_quotas,
 )
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
-from lightvlm.processing.processing_lightvlm import turn_upright
 from lightvlm.pruning_lightvlm import log_prior
 from lightvlm.views_lightvlm import Layout
-from PIL import Image
 from tqdm import tqdm
 
 NO_HARD = {"hard": None, "hard_accuracy": None}
@@ -82,11 +81,7 @@ class Questions:
         """Tokens, before pruning, of the images that have the fewest and the most."""
         if not self.processor.grid_pinpoints:
             return self.processor.num_patches, self.processor.num_patches
-        counts = []
-        for path in {*self.paths}:
-            with Image.open(path) as image:  # reads the header
-                width, height = turn_upright(image).size
-            counts.append(self.processor.count_tokens((height, width)))
+        counts = [self.processor.count_tokens(upright_size(path)) for path in {*self.paths}]
         return min(counts), max(counts)
 
     def open_images(self, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -138,7 +133,7 @@ class Batch:
         self.pixels, self.images = pixels.to(model.device), images.to(model.device)
         layout = backbone.lay_out(self.pixels, sizes)
         if layout is not None:
-            self.pixels = torch.cat([image[:n] for image, n in zip(self.pixels, layout.views, strict=True)])
+            self.pixels = layout.cut(self.pixels)
         encoded = encode_with_keys(backbone, self.pixels)
         if layout is not None:
             encoded = [layout.gather(values) for values in encoded]

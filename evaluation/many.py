@@ -10,6 +10,7 @@ from typing import Any
 
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.common.llava_data import IMAGE_MARK, attempt, find_image, read_rows
+from lightvlm.common.views import upright_size
 from lightvlm.evaluation.answers import answer
 from lightvlm.processing.processing_lightvlm import open_images
 from PIL import Image
@@ -136,15 +137,19 @@ def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcesso
 
 
 def count_views(image: str, processor: LightVLMProcessor) -> int:
-    """Tiles of an image, of which the header is read."""
-    with Image.open(image) as opened:
-        rows, columns = processor.tile_grid((opened.height, opened.width))
+    """Tiles that an image is cut into."""
+    rows, columns = processor.tile_grid(upright_size(image))
     return rows * columns
+
+
+def open_named(names: list[str]) -> list[Image.Image]:
+    """The images of paths and URLs; ValueError, with the name, where one cannot be read."""
+    return open_images([name if is_url(name) else Path(name) for name in names])
 
 
 def to_conversation(ask: Ask) -> list[dict]:
     """A message with the opened images; ValueError where one cannot be read."""
-    content = [{"type": "image", "image": image} for image in open_images(ask.images)]
+    content = [{"type": "image", "image": image} for image in open_named(ask.images)]
     return [{"role": "user", "content": [*content, {"type": "text", "text": ask.question}]}]
 
 

@@ -1,5 +1,6 @@
 """The one tiny model that every test builds on."""
 
+import json
 from functools import partial
 
 import datasets
@@ -68,3 +69,15 @@ def easy_vqa_folder(tmp_path_factory):
 def whole_easy_vqa_folder(tmp_path_factory):
     """What `prepare_easy_vqa.py` writes, in half a minute; only for reading."""
     return prepare(tmp_path_factory.mktemp("easy-vqa"))
+
+
+@pytest.fixture(scope="module")
+def data_dir(easy_vqa_folder, tmp_path_factory):
+    """The first sixty captions of each split, which are enough for drawing, and quick."""
+    folder = tmp_path_factory.mktemp("cells")
+    (folder / "images").mkdir()
+    for split in ("train", "test"):
+        captions = json.loads((easy_vqa_folder / f"{split}_captions.json").read_text())[:60]
+        (folder / f"{split}_captions.json").write_text(json.dumps(captions))
+        (folder / "images" / split).symlink_to(easy_vqa_folder / "images" / split)
+    return folder

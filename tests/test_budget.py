@@ -24,7 +24,8 @@ def test_ridge_regression_finds_a_linear_need_and_shrinks_with_its_penalty():
 
 
 def test_noise_explains_nothing_and_a_signal_nearly_all():
-    inputs, noise, penalties = torch.randn(1000, 1024), torch.randn(1000), budget.BudgetArguments("", "", [], "").ridge
+    inputs, noise = torch.randn(1000, 1024), torch.randn(1000)
+    penalties = budget.BudgetArguments("", [], "", output_dir="").ridge
 
     def held_out(inputs, targets):
         penalty = budget.choose_penalty(inputs[:500], targets[:500], penalties)

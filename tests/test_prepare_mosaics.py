@@ -28,18 +28,6 @@ from PIL import Image
 
 
 @pytest.fixture(scope="module")
-def data_dir(easy_vqa_folder, tmp_path_factory):
-    """The first sixty captions of each split, which are enough, and quick."""
-    folder = tmp_path_factory.mktemp("mosaics")
-    (folder / "images").mkdir()
-    for split in ("train", "test"):
-        captions = json.loads((easy_vqa_folder / f"{split}_captions.json").read_text())[:60]
-        (folder / f"{split}_captions.json").write_text(json.dumps(captions))
-        (folder / "images" / split).symlink_to(easy_vqa_folder / "images" / split)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def parts(data_dir):
     return load_cells(data_dir, "test"), load_photographs("test")
 

@@ -25,14 +25,9 @@ from PIL import Image
 
 
 @pytest.fixture(scope="module")
-def data_dir(easy_vqa_folder, tmp_path_factory):
-    """The first sixty captions of each split, and four wallpapers."""
-    folder = tmp_path_factory.mktemp("scenes")
-    (folder / "images").mkdir()
-    for split in ("train", "test"):
-        captions = json.loads((easy_vqa_folder / f"{split}_captions.json").read_text())[:60]
-        (folder / f"{split}_captions.json").write_text(json.dumps(captions))
-        (folder / "images" / split).symlink_to(easy_vqa_folder / "images" / split)
+def data_dir(data_dir):
+    """With four wallpapers."""
+    folder = data_dir
     plasma = folder / "plasma-workspace-wallpapers/usr/share/wallpapers"
     nature = folder / "mate-backgrounds/usr/share/backgrounds/mate/nature"
     nature.mkdir(parents=True)

@@ -17,8 +17,8 @@ from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMP
 from lightvlm.common.budgets import find_kappa
 from lightvlm.common.turns import pack_turns
 from lightvlm.pruning_lightvlm import pool_important
-from lightvlm.training.features import encode_rows, lay_out_batch, stack_features
-from lightvlm.training.pruner import PolicyGradient, extend_card, load_rows
+from lightvlm.training.features import ImageArguments, encode_rows, lay_out_batch, load_rows, stack_features
+from lightvlm.training.pruner import PolicyGradient, extend_card
 from lightvlm.views_lightvlm import Layout
 from tqdm import tqdm
 from trl import TrlParser
@@ -27,19 +27,10 @@ FOLDS = 4  # of the cross-validation that chooses the penalty
 
 
 @dataclass
-class BudgetArguments:
+class BudgetArguments(ImageArguments):
     """What is calibrated, on what, and how."""
 
-    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
-    output_dir: str = field(metadata={"help": "folder to write the checkpoint to, with its estimator"})
-    data_path: list[str] = field(
-        metadata={"help": "LLaVA JSON files like what will be asked; rows with one image count"}
-    )
-    image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
-    features_dir: str | None = field(
-        default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
-    )
+    output_dir: str = field(kw_only=True, metadata={"help": "folder to write the checkpoint to, with its estimator"})
     max_images: list[int] = field(
         default_factory=lambda: [2400], metadata={"help": "take so many rows by chance, of all files or of each"}
     )
@@ -173,7 +164,7 @@ def main() -> None:
     pruner, needs, pooled = model.model.pruner, [], []
     for start in tqdm(range(0, len(examples), args.batch_size), "Trying budgets"):
         batch = examples[start : start + args.batch_size]
-        stacked = {name: value.to(model.device) for name, value in stack_features(batch).items()}
+        stacked = stack_features(batch, model.device)
         features, prior, layout = lay_out_batch(**stacked, config=model.config)
         needs.append(needed_tokens(model, processor, batch, features, prior, layout, args.sweep, args.delta))
         with torch.no_grad():

@@ -15,8 +15,8 @@ import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.common.turns import IGNORED, pack_turns
 from lightvlm.common.views import cut_views, parse_grids
-from lightvlm.training.features import encode_rows, lay_out_batch, stack_features
-from lightvlm.training.pruner import draw_turns, extend_card, load_rows
+from lightvlm.training.features import ImageArguments, encode_rows, lay_out_batch, load_rows, stack_features
+from lightvlm.training.pruner import draw_turns, extend_card
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
@@ -26,19 +26,9 @@ PLACES = ("row_embedding", "column_embedding", "tile_embedding")
 
 
 @dataclass
-class DecoderArguments:
+class DecoderArguments(ImageArguments):
     """What the language model learns from."""
 
-    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
-    data_path: list[str] = field(metadata={"help": "LLaVA JSON files; rows count that have one image"})
-    image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
-    features_dir: str | None = field(
-        default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
-    )
-    max_images: list[int] = field(
-        default_factory=lambda: [3000], metadata={"help": "take so many rows by chance, of all files or of each"}
-    )
     max_turns: int = field(default=8, metadata={"help": "questions about an image in a step, drawn anew each time"})
     min_image_tokens: int = field(default=16, metadata={"help": "the smallest K that is drawn"})
     log_uniform_max: int = field(default=192, metadata={"help": "K is log-uniform up to this"})
@@ -54,7 +44,7 @@ def rank_patches(model: LightVLMForConditionalGeneration, examples: list[dict], 
     """Give each example its `order`: the first `count` of its image's tokens, best first, as the pruner chooses."""
     pruner = model.model.pruner
     for example in tqdm(examples, "Choosing patches"):
-        stacked = {name: value.to(model.device) for name, value in stack_features([example]).items()}
+        stacked = stack_features([example], model.device)
         features, prior, layout = lay_out_batch(**stacked, config=model.config)
         scores = pruner.score(features, prior, layout=layout)
         example["order"] = pruner.select(scores, features, count)[0].to("cpu", torch.int32)

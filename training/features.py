@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.common.llava_data import load_llava
 from lightvlm.views_lightvlm import Layout, lay_out
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -20,6 +22,43 @@ from tqdm import tqdm
 
 SHARD = 256  # images in a file: 300 MB for CLIP ViT-L/14-336
 BATCH = 16
+
+
+@dataclass
+class ImageArguments:
+    """Whose images are encoded, and with which checkpoint."""
+
+    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
+    data_path: list[str] = field(metadata={"help": "LLaVA JSON files; rows count that have one image"})
+    image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
+    features_dir: str | None = field(
+        default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
+    )
+    max_images: list[int] = field(
+        default_factory=lambda: [3000], metadata={"help": "take so many rows by chance, of all files or of each"}
+    )
+
+
+def load_rows(args: ImageArguments, seed: int) -> Dataset:
+    """Rows that have one image, up to `max_images`; ValueError where there are none, or numbers do not fit files."""
+    options = {"image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
+    files, counts = [load_llava(path, **options) for path in args.data_path], args.max_images
+    if len(counts) == 1:
+        files = [concatenate_datasets(files)]
+    if len(counts) != len(files):
+        raise ValueError(f"max_images={counts}: give one number, or one for each of {len(files)} files.")
+    chosen = []
+    for rows, count in zip(files, counts, strict=True):
+        images = rows.with_format("arrow")["images"]
+        rows = rows.select([number for number, row in enumerate(images) if len(row) == 1])
+        chosen.append(rows.shuffle(seed=seed).select(range(min(count, len(rows)))))
+    rows = concatenate_datasets(chosen)
+    if len(rows) == 0:
+        raise ValueError(
+            f"None of the rows of {', '.join(args.data_path)} has one image, which the pruner learns from."
+        )
+    return rows
 
 
 def open_images(rows: list[dict], processor: LightVLMProcessor) -> dict[str, torch.Tensor]:
@@ -60,7 +99,7 @@ def encode_shard(
         layout = model.model.lay_out(pixels, sizes)
         views = [1] * len(pixels) if layout is None else layout.views
         if layout is not None:
-            pixels = torch.cat([image[:count] for image, count in zip(pixels, views, strict=True)])
+            pixels = layout.cut(pixels)
         features, prior = model.model.encode(pixels)
         parts["features"].append(features.cpu().bfloat16())
         parts["prior"].append(prior.cpu())
@@ -125,13 +164,14 @@ def read_rows(messages: list[list[dict]], files: list[Path]) -> list[dict]:
     return examples
 
 
-def stack_features(examples: list[dict]) -> dict[str, torch.Tensor]:
+def stack_features(examples: list[dict], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """`features` (views, patches, dim), `prior` (views, patches) and `sizes` (images, 2) of a batch of examples."""
-    return {
+    stacked = {
         "features": torch.cat([example["features"] for example in examples]),
         "prior": torch.cat([example["prior"] for example in examples]),
         "sizes": torch.tensor([example["size"] for example in examples]),
     }
+    return {name: values.to(device) for name, values in stacked.items()}
 
 
 def lay_out_batch(

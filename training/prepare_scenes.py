@@ -93,7 +93,7 @@ def load_wallpapers(folder: Path, split: str) -> list[Image.Image]:
 
 
 def crop(photograph: Image.Image, size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """A part of a photograph in the aspect ratio of `size`, 0.4 to 1 of what fits, mirrored half of the time."""
+    """A part of a photograph, each side 0.4 to 1 of what fits in the shape of `size`; mirrored half of the time."""
     fits = min(photograph.width / size[0], photograph.height / size[1])
     width, height = (max(1, int(side * fits * rng.uniform(0.4, 1))) for side in size)
     left, top = rng.randint(0, photograph.width - width), rng.randint(0, photograph.height - height)
@@ -105,13 +105,18 @@ def any_color(rng: random.Random) -> tuple[int, int, int]:
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
+def between_colors(share: np.ndarray, rng: random.Random) -> Image.Image:
+    """From one colour, where the share (height, width, 1 or 3) is 0, to another where it is 1."""
+    start, end = np.array(any_color(rng)), np.array(any_color(rng))
+    return Image.fromarray((start + share * (end - start)).clip(0, 255).astype(np.uint8))
+
+
 def draw_gradient(size: tuple[int, int], rng: random.Random) -> Image.Image:
     """From one colour to another, in any direction."""
     columns, rows = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
     angle = rng.uniform(0, 2 * math.pi)
     share = ((columns * math.cos(angle) + rows * math.sin(angle)) / 2.83 + 0.5)[..., None]
-    start, end = np.array(any_color(rng)), np.array(any_color(rng))
-    return Image.fromarray((start + share * (end - start)).clip(0, 255).astype(np.uint8))
+    return between_colors(share, rng)
 
 
 def draw_noise(size: tuple[int, int], rng: random.Random) -> Image.Image:
@@ -127,8 +132,7 @@ def draw_noise(size: tuple[int, int], rng: random.Random) -> Image.Image:
         amount = 2 ** (-smoothness * octave)
         total, weight = total + amount * np.asarray(layer), weight + amount
     share = ((total / weight / 255 - 0.5) * rng.uniform(1, 3) + 0.5).clip(0, 1)
-    start, end = np.array(any_color(rng)), np.array(any_color(rng))
-    return Image.fromarray((start + share * (end - start)).clip(0, 255).astype(np.uint8))
+    return between_colors(share, rng)
 
 
 def draw_stripes(size: tuple[int, int], rng: random.Random) -> Image.Image:
@@ -139,8 +143,7 @@ def draw_stripes(size: tuple[int, int], rng: random.Random) -> Image.Image:
     across = np.sin((rows * math.cos(angle) - columns * math.sin(angle)) * 2 * math.pi / period)
     pattern = along * across if rng.random() < 0.5 else along
     share = (pattern * rng.choice((1, 20))).clip(-1, 1)[..., None] / 2 + 0.5
-    start, end = np.array(any_color(rng)), np.array(any_color(rng))
-    return Image.fromarray((start + share * (end - start)).clip(0, 255).astype(np.uint8))
+    return between_colors(share, rng)
 
 
 def draw_text(size: tuple[int, int], rng: random.Random) -> Image.Image:

@@ -17,12 +17,10 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from datasets import Dataset, concatenate_datasets
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.llava_data import load_llava
 from lightvlm.common.turns import pack_turns
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
-from lightvlm.training.features import encode_rows, lay_out_batch, stack_features
+from lightvlm.training.features import ImageArguments, encode_rows, lay_out_batch, load_rows, stack_features
 from lightvlm.views_lightvlm import Layout
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
@@ -34,19 +32,9 @@ QUESTION_TERM = ("patch_projection", "row_key", "column_key", "question_projecti
 
 
 @dataclass
-class PrunerArguments:
+class PrunerArguments(ImageArguments):
     """What the scorer learns from."""
 
-    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
-    data_path: list[str] = field(metadata={"help": "LLaVA JSON files; rows count that have one image"})
-    image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
-    features_dir: str | None = field(
-        default=None, metadata={"help": "folder to keep encoded images in, for later runs; in the cache of datasets"}
-    )
-    max_images: list[int] = field(
-        default_factory=lambda: [3000], metadata={"help": "take so many rows by chance, of all files or of each"}
-    )
     max_turns: int | None = field(
         default=None, metadata={"help": "questions about an image in a step, drawn anew each time; all if None"}
     )
@@ -239,27 +227,6 @@ def check(args: PrunerArguments, training_args: TrainingArguments, config: Light
         raise ValueError(f"num_samples={args.num_samples}: a sample is compared with others, so take 2 or more.")
     if training_args.save_strategy != "no":
         raise ValueError("save_strategy must be no: a run takes minutes, and its end alone is saved.")
-
-
-def load_rows(args: PrunerArguments, seed: int) -> Dataset:
-    """Rows that have one image, up to `max_images`; ValueError where there are none, or numbers do not fit files."""
-    options = {"image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
-    files, counts = [load_llava(path, **options) for path in args.data_path], args.max_images
-    if len(counts) == 1:
-        files = [concatenate_datasets(files)]
-    if len(counts) != len(files):
-        raise ValueError(f"max_images={counts}: give one number, or one for each of {len(files)} files.")
-    chosen = []
-    for rows, count in zip(files, counts, strict=True):
-        images = rows.with_format("arrow")["images"]
-        rows = rows.select([number for number, row in enumerate(images) if len(row) == 1])
-        chosen.append(rows.shuffle(seed=seed).select(range(min(count, len(rows)))))
-    rows = concatenate_datasets(chosen)
-    if len(rows) == 0:
-        raise ValueError(
-            f"None of the rows of {', '.join(args.data_path)} has one image, which the pruner learns from."
-        )
-    return rows
 
 
 def draw_turns(messages: list[dict], count: int | None) -> list[dict]:

@@ -131,10 +131,15 @@ class LightVLMConfig(LlavaConfig):
         return self.patches_per_side**2
 
     @property
+    def encoder_counts(self) -> dict[int, int]:
+        """How many patches of a view go on from a layer of the encoder, by its index."""
+        shares = self.encoder_keep or {}
+        return {layer: max(1, round(share * self.num_patches)) for layer, share in shares.items()}
+
+    @property
     def encoded_patches(self) -> int:
         """Patches of a view that have features."""
-        share = min((self.encoder_keep or {0: 1.0}).values())
-        return max(1, round(share * self.num_patches))
+        return min(self.encoder_counts.values(), default=self.num_patches)
 
     @property
     def max_image_tokens(self) -> int:

@@ -474,8 +474,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values), layout.lengths if layout else None)
         if self.config.encoder_keep:
             budgets = self.limit_to_encoded(budgets, means is not None, layout)
-        if layout is not None:  # only the views that there are
-            pixel_values = torch.cat([image[:n] for image, n in zip(pixel_values, layout.views, strict=True)])
+        if layout is not None:
+            pixel_values = layout.cut(pixel_values)
         if means is None and layout is None:
             outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
         elif layout is None or max_views is None:
@@ -510,11 +510,10 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
     ) -> tuple[Tensor, Tensor]:
         """Features and prior of `encode_patches`, by default at the configuration's layers."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        tower, patches = self.vision_tower, self.config.num_patches
-        keep = {index: max(1, round(share * patches)) for index, share in (self.config.encoder_keep or {}).items()}
+        tower = self.vision_tower
         place = {} if tower.device.type == "meta" else {"device": tower.device}  # offloaded modules move their inputs
         pixel_values = pixel_values.to(dtype=tower.dtype, **place)
-        return encode_patches(tower, pixel_values, layers, self.config.prior_layer, keep)
+        return encode_patches(tower, pixel_values, layers, self.config.prior_layer, self.config.encoder_counts)
 
     def limit_to_encoded(self, budgets: list[int], is_dynamic: bool, layout: Layout | None) -> list[int]:
         """Budgets of at most the patches that the encoder does not drop; ValueError where a fixed K is larger."""

@@ -44,6 +44,10 @@ class Layout:
         values = values.flatten(0, 1)[self.source]
         return values * self.is_patch.view(*self.is_patch.shape, *[1] * (values.dim() - 2)).to(values)
 
+    def cut(self, pixel_values: Tensor) -> Tensor:
+        """The pixels (views, ...) of the views that there are, of (images, most views, ...)."""
+        return torch.cat([image[:count] for image, count in zip(pixel_values, self.views, strict=True)])
+
     def view_importance(self, scores: Tensor) -> Tensor:
         """How important each view's part of the picture is by the scores (images, patches) of the thumbnails.
 
