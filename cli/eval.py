@@ -6,7 +6,8 @@ examples:
   lightvlm eval --data-path data/easy-vqa/test.json --image-folder data/easy-vqa/images
   lightvlm eval --data-path a.json b.json --image-folder images --selectors topk,random --num-image-tokens 144,64
   lightvlm eval --data-path a.json --image-folder images --selectors diverse,diverse+question --plot out.png
-  lightvlm eval --benchmark vqav2 --data-dir data/vqav2 --num-image-tokens 576,144,64
+  lightvlm eval --benchmark vqav2 --data-dir data/vqav2 --num-image-tokens 576,144,64 --answers vqav2-answers
+  accelerate launch --num_processes 8 -m lightvlm_cli.main eval --benchmark gqa --data-dir data/gqa
 
 benchmarks, and what the folder holds:
   vqav2                v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/
@@ -76,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--limit", type=positive, help="only the first so many rows")
     parser.add_argument("--seed", type=int, default=0, help="for the random selector (0)")
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        help="folder to keep answers in as they come: the same command goes on from there",
+    )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--plot", type=Path, help="also draw accuracy over tokens in this file, such as out.png")
 
@@ -86,12 +92,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("give either --data-path and --image-folder, or --benchmark and --data-dir")
 
     import torch
+    from accelerate import PartialState
     from lightvlm.common.checkpoint import check_question_aware, load
     from lightvlm.common.llava_data import load_llava
     from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
 
     try:
         from lightvlm.evaluation.accuracy import Questions, accuracy, table
+        from lightvlm.evaluation.answer_log import AnswerLog
         from lightvlm.evaluation.benchmarks import BENCHMARKS, load_benchmark
         from lightvlm.evaluation.metrics import ExactMatch
         from lightvlm.evaluation.plot import plot
@@ -115,6 +123,9 @@ def run(args: argparse.Namespace) -> None:
         files, metric = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}, ExactMatch()
         if len(files) < len(args.data_path):
             raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes > 1 and not (args.device or args.device_map):
+        args.device = str(state.device)
     model, processor = load(args.model_path, **loading(args))
     if args.encoder_keep:
         checked = type(model.config).from_dict({**model.config.to_dict(), "encoder_keep": args.encoder_keep})
@@ -145,8 +156,13 @@ def run(args: argparse.Namespace) -> None:
         if "downsample" not in selectors and most == processor.num_patches:
             settings += [("downsample", budget) for budget in fewer if math.isqrt(budget) ** 2 == budget]
         settings += [(own, budget) for budget in dynamic]
-        for result in accuracy(model, questions, settings, metric, args.batch_size, args.seed):
+        about = {"model": args.model_path, "dtype": str(model.dtype), "int8": args.int8, "settings": settings}
+        about |= {"encoder_keep": model.config.encoder_keep, "seed": args.seed, "questions": questions.digest()}
+        log = AnswerLog(args.answers, name, about)
+        for result in accuracy(model, questions, settings, metric, args.batch_size, args.seed, log):
             results.append({"data": name, **result})
+    if not state.is_main_process:
+        return
     command = shlex.join(["lightvlm", *args.argv])
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"

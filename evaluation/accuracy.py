@@ -1,9 +1,11 @@
 """Accuracy of a checkpoint on questions about images, with several selectors at several token budgets."""
 
+import hashlib
+import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.common.views import upright_size
+from lightvlm.evaluation.answer_log import AnswerLog
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import (
@@ -66,16 +69,21 @@ class Questions:
         else:
             self.references = [messages[1]["content"] for messages in rows["messages"]]
         self.questions = [messages[0]["content"] for messages in rows["messages"]]
-        self.prompts = []
+        self.prompts: list[str] = []
         for question in self.questions:
             content = [{"type": "image"}, {"type": "text", "text": question}]
             prompt = [{"role": "user", "content": content}]
             self.prompts.append(processor.apply_chat_template(prompt, add_generation_prompt=True))
 
-    def batches(self, batch_size: int) -> list[list[int]]:
-        """Row numbers of each batch, questions about the same image side by side."""
-        order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
+    def batches(self, batch_size: int, done: Container[int] = ()) -> list[list[int]]:
+        """Row numbers of each batch, without those that are done; questions about the same image side by side."""
+        order = sorted((row for row in range(len(self.paths)) if row not in done), key=self.paths.__getitem__)
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def digest(self) -> str:
+        """What tells these questions, images and right answers from others."""
+        asked = [self.paths, self.prompts, self.references]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def count_tokens(self) -> tuple[int, int]:
         """Tokens, before pruning, of the images that have the fewest and the most."""
@@ -226,8 +234,9 @@ def accuracy(
     metric: AnswerMetric,
     batch_size: int = 64,
     seed: int = 0,
+    log: AnswerLog | None = None,
 ) -> list[dict]:
-    """A metric of greedy answers at each setting.
+    """A metric of greedy answers at each setting, of all processes together.
 
     Args:
         model: in evaluation mode.
@@ -238,6 +247,7 @@ def accuracy(
         metric: with "accuracy" among its values.
         batch_size: questions at a time.
         seed: of the random selector.
+        log: what earlier runs answered is not asked again.
 
     Returns:
         For each setting `selector`, `num_image_tokens`, the mean `tokens`, `total`, the metric's values, `low` and
@@ -248,17 +258,24 @@ def accuracy(
         `hard_accuracy` on these; else None. The interval is a proportion's, and too wide for partial credit, as in VQA
         accuracy.
     """
-    torch.manual_seed(seed)
     question_aware = any(selector.endswith("+question") for selector, _ in settings)
+    log = log or AnswerLog(None, "", {})
+    done = {row for lines in log.earlier for row in lines["rows"]}
+    batches = log.mine(questions.batches(batch_size, done))
+    for number, rows in enumerate(tqdm(batches, "Batches", disable=not log.state.is_main_process)):
+        torch.manual_seed(seed + rows[0])  # chance is the same in whatever process, after whatever pause
+        batch, is_timed = Batch(model, questions, rows, question_aware), number <= TIMED_BATCHES
+        found = [batch.answer(*setting, time_prefill=is_timed) for setting in settings]
+        texts, measured = zip(*found, strict=True)
+        log.add({"rows": rows, "answers": texts, "measured": measured})
+
     answers, times = {setting: {} for setting in settings}, {setting: [] for setting in settings}
     tokens = dict.fromkeys(settings, 0.0)
-    for number, rows in enumerate(tqdm(questions.batches(batch_size), desc="Batches")):
-        batch, is_timed = Batch(model, questions, rows, question_aware), number <= TIMED_BATCHES
-        for setting in settings:
-            found, measured = batch.answer(*setting, time_prefill=is_timed)
-            answers[setting].update(zip(rows, found, strict=True))
-            tokens[setting] += measured.pop("tokens") * len(rows)
-            if is_timed:
+    for lines in log.join():
+        for setting, found, measured in zip(settings, lines["answers"], lines["measured"], strict=True):
+            answers[setting].update(zip(lines["rows"], found, strict=True))
+            tokens[setting] += measured["tokens"] * len(lines["rows"])
+            if "prefill_ms" in measured:
                 times[setting].append(measured)
 
     results, total = [], len(questions.references)

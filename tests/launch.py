@@ -1,4 +1,4 @@
-"""Training in two processes, as `accelerate launch` starts them."""
+"""Two processes, as `accelerate launch` starts them."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ import psutil
 ACCELERATE = Path(__file__).parents[1] / "training" / "accelerate"
 
 
-def launch(setup: str, script: Path, options: list[str]) -> None:
-    """Run a script in two processes on the CPU, by the accelerate file of `setup`.
+def launch(setup: str, script: Path | str, options: list[str]) -> None:
+    """Run a script, or "-m" and a module, in two processes on the CPU, by the accelerate file of `setup`.
 
     Gloo's processes were seen to hang after their work was done, once in a hundred runs or so and for no known reason.
     So they get a second chance; those of the first print where they stood.

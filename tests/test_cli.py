@@ -10,7 +10,9 @@ from importlib.metadata import version
 import pytest
 import torch
 from huggingface_hub.utils import tqdm as hub_bar
+from launch import launch
 from lightvlm.common.checkpoint import SHIPPED, load
+from lightvlm.evaluation.accuracy import Batch
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
 from lightvlm_cli.main import VERBS, main
@@ -220,6 +222,50 @@ def test_eval_prints_a_table_and_writes_json_and_a_plot(checkpoint, data, capsys
     assert Image.open(picture).size[0] > 500
     assert evaluate(checkpoint, data, "--limit", "2") == 0
     assert "| 2 |" in capsys.readouterr().out
+
+
+def read_results(file):
+    """Of the results, all that does not depend on the machine's speed."""
+    results = json.loads(file.read_text())["results"]
+    return [{name: value for name, value in row.items() if not name.endswith("_ms")} for row in results]
+
+
+def read_answers(*files):
+    """Of kept answers, rows and texts by row, without how long they took."""
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()[1:]]
+    return sorted((line["rows"], line["answers"]) for line in lines)
+
+
+def test_eval_goes_on_where_it_was_killed(checkpoint, data, capsys, monkeypatch):
+    options = ["--selectors", "topk,random", "--batch-size", "1", "--output", str(data / "out.json")]
+    options += ["--answers", str(data / "answers")]
+    assert evaluate(checkpoint, data, *options) == 0
+    results, file, other = read_results(data / "out.json"), *(data / "answers" / f"data.{n}.jsonl" for n in (0, 1))
+    answers, (head, first, second, third, fourth) = read_answers(file), file.read_text().splitlines()
+    file.write_text("\n".join([head, first, second[:50]]))
+    other.write_text("\n".join([head, third, ""]))  # of a run of two processes
+    asked, answer = [], Batch.answer
+    monkeypatch.setattr(
+        Batch, "answer", lambda self, *args, **k: asked.append(self.rows) or answer(self, *args, **k)
+    )
+    assert evaluate(checkpoint, data, *options) == 0
+    assert [asked[0], asked[-1]] == [json.loads(line)["rows"] for line in (second, fourth)] and len(asked) == 2 * 4
+    assert read_results(data / "out.json") == results
+    assert read_answers(file, other) == answers
+    assert evaluate(checkpoint, data, *options, "--seed", "1") == 2
+    assert "answers of another checkpoint, or to other questions: remove it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_eval_shares_questions_among_processes(checkpoint, data):
+    options = ["--model-path", checkpoint, "--data-path", str(data / "data.json"), "--image-folder", str(data)]
+    options += ["--num-image-tokens", "36,4", "--batch-size", "1", "--selectors", "topk,random"]
+    assert main(["eval", *options, "--output", str(data / "one.json")]) == 0
+    kept = ["--output", str(data / "two.json"), "--answers", str(data / "answers")]
+    launch("ddp", "-m", ["lightvlm_cli.main", "eval", *options, *kept])
+    assert read_results(data / "two.json") == read_results(data / "one.json")
+    lines = [len(path.read_text().splitlines()) for path in sorted((data / "answers").iterdir())]
+    assert lines == [3, 3]  # a head, and two of the four questions
 
 
 @pytest.mark.parametrize(

@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data/easy-vqa"), help="of prepare_easy_vqa.py")
     parser.add_argument("--wallpapers", type=Path, default=Path("data/wallpapers"), help="unpacked Debian packages")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
-    parser.add_argument("--scenes", type=int, nargs=3, default=[700, 60, 130], help="of a background, in each split")
+    parser.add_argument("--scenes", type=int, nargs=3, default=[1200, 60, 130], help="of a background, in each split")
     parser.add_argument(
         "--grounds", type=int, nargs=3, default=[400, 60, 130], help="mosaics of a grid and background"
     )
