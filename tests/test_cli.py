@@ -245,9 +245,7 @@ def test_eval_goes_on_where_it_was_killed(checkpoint, data, capsys, monkeypatch)
     file.write_text("\n".join([head, first, second[:50]]))
     other.write_text("\n".join([head, third, ""]))  # of a run of two processes
     asked, answer = [], Batch.answer
-    monkeypatch.setattr(
-        Batch, "answer", lambda self, *args, **k: asked.append(self.rows) or answer(self, *args, **k)
-    )
+    monkeypatch.setattr(Batch, "answer", lambda self, *args, **k: asked.append(self.rows) or answer(self, *args, **k))
     assert evaluate(checkpoint, data, *options) == 0
     assert [asked[0], asked[-1]] == [json.loads(line)["rows"] for line in (second, fourth)] and len(asked) == 2 * 4
     assert read_results(data / "out.json") == results
