@@ -17,7 +17,7 @@ from launch import launch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.common.llava_data import load_llava
 from lightvlm.training import sft
-from lightvlm.training.collator import LightVLMCollator, StepSampler, StepStream
+from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream, group_rows, measure_rows
 from lightvlm.training.prepare_easy_vqa import llava_row
 from peft import PeftModel
 from PIL import Image
@@ -317,6 +317,56 @@ def test_processes_share_k_in_the_last_step_too(num_rows):
     assert all(len({budget for _, budget in rows[start : start + 8]}) == 1 for start in range(0, len(rows), 8))
 
 
+@pytest.fixture
+def mixed_rows(data):
+    """Rows of a few to many words, most with an image and some with text alone."""
+    rows = []
+    for index in range(131):
+        question = " ".join(["what", "color", "is", "the", "shape"][: 1 + index % 5] * (1 + index % 7))
+        rows.append(llava_row(index, f"{index % 8}.png", [(question, "yes" if index % 2 else "circle é")]))
+        if index % 3 == 0:
+            del rows[-1]["image"]
+            rows[-1]["conversations"][0]["value"] = question
+    (data / "mixed.json").write_text(json.dumps(rows))
+    return load_llava(data / "mixed.json", data)
+
+
+def test_rows_are_measured_without_being_decoded(mixed_rows):
+    lengths, images = measure_rows(mixed_rows)
+    assert lengths.tolist() == [sum(len(turn["content"]) for turn in row) for row in mixed_rows["messages"]]
+    assert images.tolist() == [0 if index % 3 == 0 else 1 for index in range(131)]
+    chosen = mixed_rows.select(range(50, 90, 3))
+    assert measure_rows(chosen)[0].tolist() == lengths[range(50, 90, 3)].tolist()
+
+
+def share_of_padding(rows, sampler):
+    """Padding among the positions that training computes on, batches of four, two of them in a step."""
+    batches = DataLoader(StepRows(rows), batch_sampler=BatchSampler(sampler, 4, False), collate_fn=collator())
+    masks = [batch["attention_mask"] for batch in batches]
+    return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+def test_rows_grouped_by_length_need_a_fraction_of_the_padding(mixed_rows):
+    lengths, images = measure_rows(mixed_rows)
+    group = partial(group_rows, lengths=lengths, images=images, rows_per_step=8)
+    apart, grouped = (StepSampler(131, 8, lambda _: 9, 0, lambda: 0, group=each) for each in (None, group))
+    assert sorted(grouped) == sorted(apart)
+    assert [*grouped] == [*grouped]
+    before, after = (share_of_padding(mixed_rows, sampler) for sampler in (apart, grouped))
+    assert before > 0.3 and after < 0.6 * before
+
+
+def test_all_rows_of_a_grouped_step_have_images_or_none_has(mixed_rows):
+    lengths, images = measure_rows(mixed_rows)
+    group = partial(group_rows, lengths=lengths, images=images, rows_per_step=8)
+    sampler = StepSampler(131, 8, partial(sft.draw_budget, arguments()), 0, lambda: 0, multiple=8, group=group)
+    steps = [[*sampler][start : start + 8] for start in range(0, len(sampler), 8)]
+    with_images = [sum(images[number] for number, _ in step) for step in steps[:15]]  # 87 and 44 rows fill 10 and 5
+    assert sorted(with_images) == [0] * 5 + [8] * 10
+    assert with_images != sorted(with_images)
+    assert all(len({budget for _, budget in step}) == 1 for step in steps)
+
+
 def test_a_batch_has_k_of_its_rows_and_the_processor_keeps_its_own(data):
     rows = load_llava(data / "data.json", data)
     collate = collator()
@@ -440,9 +490,9 @@ def test_the_projector_may_learn_at_its_own_rate(data, monkeypatch):
 # Interruptions
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora_r": 4}])
-def test_a_resumed_run_has_the_losses_and_k_of_one_that_was_not_interrupted(data, monkeypatch, logs, lora):
-    options = {"min_image_tokens": 4, "max_steps": 5, "save_strategy": "steps", "save_steps": 2, **lora}
+@pytest.mark.parametrize("more", [{}, {"lora_r": 4}, {"train_sampling_strategy": "group_by_length"}])
+def test_a_resumed_run_has_the_losses_and_k_of_one_that_was_not_interrupted(data, monkeypatch, logs, more):
+    options = {"min_image_tokens": 4, "max_steps": 5, "save_strategy": "steps", "save_steps": 2, **more}
     straight, _ = train(data, monkeypatch, **options)  # an epoch is three steps
     expected = curve(logs)
     logs.clear()
@@ -605,6 +655,7 @@ def test_nothing_in_the_folder_is_a_pickle_but_the_state_of_interrupted_runs(dat
         ({"projector_learning_rate": 1e-4, "train_parts": ["lm_head"]}, "projector_learning_rate"),
         ({"save_dtype": "int8"}, "save_dtype"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
+        ({"train_sampling_strategy": "group_by_length", "streaming": True, "max_steps": 1}, "train_sampling_strategy"),
         ({"push_to_hub": True}, "lightvlm push"),
     ],
 )

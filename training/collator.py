@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from lightvlm import LightVLMProcessor
@@ -13,6 +15,44 @@ from lightvlm.common.turns import pack_turns
 from PIL import Image
 from torch.nn.functional import pad
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+POOLED_STEPS = 32  # whose rows are sorted together: more would pad little less, and be less random
+
+
+def measure_rows(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row how many characters its messages have, and how many images it has; nothing is decoded."""
+    lengths, images = [np.zeros(0, int)], [np.zeros(0, int)]
+    for table in rows.select_columns(["messages", "images"]).with_format("arrow").iter(10_000):
+        messages = table["messages"].combine_chunks()
+        ends = np.cumsum(pc.list_value_length(messages).to_numpy())
+        characters = pc.utf8_length(pc.struct_field(messages.flatten(), "content")).to_numpy()
+        lengths.append(np.diff(np.concatenate([[0], np.cumsum(characters)])[ends], prepend=0))
+        images.append(pc.list_value_length(table["images"].combine_chunks()).to_numpy())
+    return np.concatenate(lengths), np.concatenate(images)
+
+
+def group_rows(
+    order: list[int], lengths: np.ndarray, images: np.ndarray, rows_per_step: int, generator: torch.Generator
+) -> list[int]:
+    """The same rows in another order: those of an optimizer step are of like length, and all with images or none.
+
+    As in LLaVA, steps that share both come in random order. Rows that fill no step of their kind come last.
+
+    Args:
+        order: row numbers, in random order.
+        lengths, images: of all rows, of `measure_rows`.
+        rows_per_step: rows of an optimizer step.
+        generator: for the order of steps.
+    """
+    shuffled = np.asarray(order)
+    steps, rest, pooled = [], [], POOLED_STEPS * rows_per_step
+    for rows in (shuffled[images[shuffled] > 0], shuffled[images[shuffled] == 0]):
+        whole = len(rows) // rows_per_step * rows_per_step
+        rest += rows[whole:].tolist()
+        for pool in np.split(rows[:whole], range(pooled, whole, pooled)):
+            by_length = pool[np.lexsort((lengths[pool], images[pool]))]
+            steps += by_length.reshape(-1, rows_per_step).tolist()
+    return [number for step in torch.randperm(len(steps), generator=generator) for number in steps[step]] + rest
 
 
 @dataclass(eq=False)
@@ -30,6 +70,7 @@ class StepSampler(torch.utils.data.Sampler):
         epoch: gives the epoch that begins or is resumed.
         multiple: the epoch's first rows follow its last until their number is divisible by this. accelerate would fill
             the last batches of several processes with these rows too, but with K of the first step.
+        group: puts an epoch's rows into another order, given these and `generator`, as `group_rows` does.
     """
 
     num_rows: int
@@ -38,6 +79,7 @@ class StepSampler(torch.utils.data.Sampler):
     seed: int
     epoch: Callable[[], int]
     multiple: int = 1
+    group: Callable[..., list[int]] | None = None
 
     def __len__(self) -> int:
         return math.ceil(self.num_rows / self.multiple) * self.multiple
@@ -45,6 +87,8 @@ class StepSampler(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         order = torch.randperm(self.num_rows, generator=generator).tolist()
+        if self.group is not None:
+            order = self.group(order, generator=generator)
         for index, number in enumerate(itertools.islice(itertools.cycle(order), len(self))):
             if index % self.rows_per_step == 0:
                 budget = self.draw(generator)

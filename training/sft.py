@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from huggingface_hub import ModelCard, ModelCardData
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.common.llava_data import load_llava
-from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream
+from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream, group_rows, measure_rows
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -144,7 +144,9 @@ def data_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[str
         "eval_strategy needs eval_data_path": evaluates and not args.eval_data_path,
         "streaming needs max_steps": args.streaming and training_args.max_steps < 1,
         "independent_turns cuts nothing off, so set max_length to null": args.independent_turns and cuts,
-        "rows come in random order whatever train_sampling_strategy": strategy != "random",
+        "train_sampling_strategy is random or group_by_length": strategy not in ("random", "group_by_length"),
+        "a stream's rows come in the files' order, so leave train_sampling_strategy": args.streaming
+        and strategy != "random",
     }
 
 
@@ -259,9 +261,13 @@ class LightVLMTrainer(SFTTrainer):
             rows = StepStream(self.train_dataset, rows_per_step, rows_per_batch, draw, seed)
         else:
             rows = StepRows(self.train_dataset)
+        group = None
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths, images = measure_rows(self.train_dataset)
+            group = partial(group_rows, lengths=lengths, images=images, rows_per_step=rows_per_step)
 
         def sampler(rows: StepRows) -> StepSampler:
-            return StepSampler(len(rows), rows_per_step, draw, seed, lambda: int(self.state.epoch), multiple)
+            return StepSampler(len(rows), rows_per_step, draw, seed, lambda: int(self.state.epoch), multiple, group)
 
         return self._get_dataloader(rows, "Training", self._train_batch_size, sampler, is_training=True)
 
