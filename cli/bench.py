@@ -5,6 +5,7 @@ examples:
   lightvlm bench --preset phi2-clip-l-336 --layers 2 --dtype bfloat16 --repetitions 3 --batch-sizes 1
   lightvlm bench --preset phi2-clip-l-336 --batch-sizes 1 --images 1,2,4,8,16 --methods lightvlm --growth growth.png
   lightvlm bench --preset phi2-clip-l-336 --layers 4 --views 1008x1008 --max-views 5,3 --batch-sizes 1 --repetitions 3
+  lightvlm bench --preset phi2-clip-l-336 --layers 4 --train --batch-sizes 4 --repetitions 3
   lightvlm bench --model-path phi2-clip --num-image-tokens 144,64
 """
 
@@ -49,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--encoder-keep",
         type=layer_shares,
         help="also with patches dropped in the encoder: shares that go on from a layer, such as 6:0.5,12:0.33",
+    )
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="time training steps of a preset instead, of all parameters and of a LoRA, with --prompt-tokens of text",
     )
     parser.add_argument(
         "--methods",
@@ -112,6 +118,44 @@ def view_grids(views: tuple[int, int], view: int) -> list[list[int]]:
     return [[view, view], [height, width]]
 
 
+def begin_report(args: argparse.Namespace, device: str) -> dict:
+    """What was run, on what and with what."""
+    import torch
+    import transformers
+
+    cpu = f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"
+    return {
+        "command": shlex.join(["lightvlm", *args.argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": args.preset or args.model_path,
+        "layers": args.layers,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "prompt_tokens": args.prompt_tokens,
+        "repetitions": args.repetitions,
+        "warmup": args.warmup,
+    }
+
+
+def time_training(args: argparse.Namespace, device: str) -> None:
+    """Time training steps, print a table for each batch size, and write the report."""
+    import torch
+    from lightvlm.evaluation.presets import preset_config
+    from lightvlm.evaluation.speed_report import describe
+    from lightvlm.evaluation.training_speed import measure_training, table
+
+    config = preset_config(args.preset, args.layers)
+    report = begin_report(args, device) | {"dtype": args.dtype or "bfloat16", "results": []}
+    print(f"{report['command']}\n{report['date']}: {describe(report)}", flush=True)
+    numbers = args.batch_sizes, args.num_image_tokens, args.prompt_tokens, args.repetitions, args.warmup
+    for result in measure_training(config, device, getattr(torch, report["dtype"]), *numbers):
+        report["results"].append(result)
+        print(f"\nbatch size {result['batch_size']}, a step of training\n\n{table(result)}", flush=True)
+        if args.output:
+            args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def run(args: argparse.Namespace) -> None:
     if args.layers and not args.preset:
         raise ValueError("--layers slices a --preset: a checkpoint is measured as it is.")
@@ -120,8 +164,16 @@ def run(args: argparse.Namespace) -> None:
     if args.growth and (len(args.images) == 1 or len(args.batch_sizes) > 1):
         raise ValueError("--growth is drawn over several numbers of --images, and of one batch size.")
 
+    if args.train and not args.preset:
+        raise ValueError("--train needs a --preset.")
+    if args.train and (args.plot or args.growth or args.views or args.methods or args.encoder_keep or args.int8):
+        raise ValueError(
+            "--train times steps at each K, and takes none of the options about methods, views and plots."
+        )
+    if args.train and importlib.util.find_spec("trl") is None:
+        raise ValueError('--train needs the trainer: pip install "lightvlm[train]"')
+
     import torch
-    import transformers
     from lightvlm.common.checkpoint import choose_device, load
     from lightvlm.common.inference import int8_config
     from lightvlm.evaluation.presets import image_processor, preset_config, random_model
@@ -132,6 +184,9 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.output, args.plot, args.growth):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
+    if args.train:
+        time_training(args, device)
+        return
     if args.preset:
         config = preset_config(args.preset, args.layers)
         if args.views:
@@ -156,23 +211,12 @@ def run(args: argparse.Namespace) -> None:
     if "dynamic" in compared and not model.config.dynamic_budget:
         raise ValueError(f"--methods dynamic: {args.model_path} has no dynamic budget; training/budget.py fits one.")
 
-    cpu = f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"
-    report = {
-        "command": shlex.join(["lightvlm", *args.argv]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": args.preset or args.model_path,
-        "layers": args.layers,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu,
+    report = begin_report(args, device) | {
         "dtype": str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else ""),
         "attention": args.attn_implementation,
         "compile_mode": args.compile_mode if "compiled" in compared else None,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "parameters": model.num_parameters(),
-        "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
-        "repetitions": args.repetitions,
-        "warmup": args.warmup,
         "results": [],
     }
     print(f"{report['command']}\n{report['date']}: {describe(report)}", flush=True)

@@ -1,4 +1,4 @@
-"""Time and memory of each part that reads LLaVA's 665,000 rows before training starts, each part in a process of its own.
+"""Time and memory of what reads 665,000 rows, as LLaVA has, before training starts; each part in its own process.
 
     python -m lightvlm.evaluation.scale --rows 665000 --folder build/scale
 
@@ -9,32 +9,37 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 SHARED = """
-import time, torch
+import json, re, resource, time
+from functools import partial
 from lightvlm.common.llava_data import load_llava
 from lightvlm.training import sft
 from lightvlm.training.collator import StepSampler, group_rows, measure_rows
-from functools import partial
+from lightvlm.training.features import ImageArguments, load_rows
+start = time.perf_counter()
+"""
+READ = "rows = load_llava(path, folder)\n"
+FIRST = "rows[next(iter(StepSampler(len(rows), 128, lambda _: 64, 0, lambda: 0{})))[0]]"
+GROUP = """lengths, images = measure_rows(rows)
+group = partial(group_rows, lengths=lengths, images=images, rows_per_step=128)
 """
 PARTS = {
-    "imports alone": SHARED,
-    "load_llava, the first run": SHARED + "rows = load_llava(path, folder)",
-    "load_llava, the second run": SHARED + "rows = load_llava(path, folder)",
-    "the second run, and the first row of an epoch in random order": SHARED
-    + "rows = load_llava(path, folder)\n"
-    + "rows[next(iter(StepSampler(len(rows), 128, lambda _: 64, 0, lambda: 0)))[0]]",
-    "the second run, and the first row of an epoch grouped by length": SHARED
-    + "rows = load_llava(path, folder)\nlengths, images = measure_rows(rows)\n"
-    + "group = partial(group_rows, lengths=lengths, images=images, rows_per_step=128)\n"
-    + "rows[next(iter(StepSampler(len(rows), 128, lambda _: 64, 0, lambda: 0, group=group)))[0]]",
-    "the second run, and 4,000 rows for pruner.py": SHARED
-    + "from lightvlm.training.features import ImageArguments, load_rows\n"
-    + "load_rows(ImageArguments('', [path], folder, max_images=[4000]), 0)",
-    "a stream, and its first row": SHARED + "next(iter(load_llava(path, folder, streaming=True)))",
+    "imports alone": "",
+    "load_llava, the first run": READ,
+    "load_llava, a later run": READ,
+    "a later run and its first row, in random order": READ + FIRST.format(""),
+    "a later run and its first row, grouped by length": READ + GROUP + FIRST.format(", group=group"),
+    "4,000 rows for pruner.py": "load_rows(ImageArguments('', [path], folder, max_images=[4000]), 0)",
+    "a stream and its first row": "next(iter(load_llava(path, folder, streaming=True)))",
 }
+REPORT = """
+seconds = time.perf_counter() - start
+status = open("/proc/self/status").read()
+own, mapped = (int(re.search(f"{name}:\\s+(\\d+)", status)[1]) // 1024 for name in ("RssAnon", "RssFile"))
+print("found", f"{seconds:8.1f} s {own:6} MB of its own {mapped:6} MB of mapped files")
+"""
 
 
 def write_rows(folder: Path, count: int) -> None:
@@ -70,14 +75,10 @@ def main() -> None:
     path = args.folder / "rows.json"
     print(f"{path.stat().st_size / 1e6:.0f} MB")
     given = f"path, folder = {str(path)!r}, {str(args.folder)!r}\n"
-    ends = "\nimport resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     for name, code in PARTS.items():
-        start = time.perf_counter()
-        output = subprocess.run(
-            [sys.executable, "-c", given + code + ends], check=True, capture_output=True, text=True
-        )
-        peak = output.stdout.rsplit("peak", 1)[1].strip()
-        print(f"{name:65} {time.perf_counter() - start:7.1f} s {peak:>6} MB", flush=True)
+        command = [sys.executable, "-c", given + SHARED + code + REPORT]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        print(f"{name:50}{output.stdout.rsplit('found', 1)[1].rstrip()}", flush=True)
 
 
 if __name__ == "__main__":

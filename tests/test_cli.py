@@ -408,6 +408,23 @@ def test_bench_knows_every_preset(preset, capsys):
     assert "--layers 99" in capsys.readouterr().err
 
 
+def test_bench_times_steps_of_training(tmp_path, capsys):
+    options = ["--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9", "--prompt-tokens", "8"]
+    report = tmp_path / "train.json"
+    assert bench("--preset", "tiny", "--train", "--dtype", "float32", *options, "--output", str(report)) == 0
+    assert "| LoRA | 9 |" in capsys.readouterr().out
+    assert len(json.loads(report.read_text())["results"][0]["rows"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "needs a --preset"), (["--preset", "tiny", "--views", "672x672"], "none of the options")],
+)
+def test_bench_refuses_training_of_what_it_cannot_time(options, message, capsys):
+    assert bench("--train", *options) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("int8", [[], ["--int8"]])
 def test_bench_draws_weights_for_a_preset(int8, capsys):
     assert bench("--preset", "tiny", "--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9", *int8) == 0
