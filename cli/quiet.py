@@ -2,15 +2,21 @@
 
 import logging
 
+SAID = {
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "torch.onnx._internal.exporter._registration": "torchvision is not installed",
+    "onnxscript.optimizer._constant_folding": "Skipping constant folding",
+}
+
 
 def is_for_users(record: logging.LogRecord) -> bool:
-    """False of what is said whenever torchao is imported, which transformers does where it is installed.
+    """False of what torchao says whenever transformers imports it, and ONNX's exporter of every graph.
 
     torchao misses kernels that int8 weights don't need (mxfp8, cutlass), and registers enumerations in a way that
-    PyTorch deprecates.
+    PyTorch deprecates. The exporter has no need of torchvision.
     """
-    said = {"torchao": "Failed to load", "torch.utils._pytree": "%s is an Enum subclass"}
-    return not str(record.msg).startswith(said[record.name])
+    return not str(record.msg).startswith(SAID[record.name])
 
 
 def without_bar(factory, args: tuple, kwargs: dict):
@@ -22,6 +28,6 @@ def silence_libraries() -> None:
     """Filter these messages, and hide the bars of weights read and written; downloads keep theirs."""
     from transformers.utils.logging import set_tqdm_hook
 
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in SAID:
         logging.getLogger(name).addFilter(is_for_users)
     set_tqdm_hook(without_bar)

@@ -23,6 +23,8 @@ from lightvlm.modeling_lightvlm import hidden_states_at
 from lightvlm.pruning_lightvlm import cls_attention, log_prior, received_attention
 from torch.nn import functional
 
+SELECTORS = ["topk+before", "diverse+before", "topk+received", "topk+mean", "diverse+received", "diverse+mean"]
+SELECTORS += ["diverse+last", "diverse+before*", "k-center+before"]
 PLACE = re.compile(r" in the (?!image)")
 
 
@@ -70,9 +72,8 @@ def main() -> None:
     parser.add_argument("--image-folder", required=True)
     parser.add_argument("--limit", type=int, default=1040)
     parser.add_argument("--num-image-tokens", type=int, nargs="+", default=[64, 16])
-    parser.add_argument("--selectors", nargs="+", default=["topk", "diverse", "k-center"])
-    parser.add_argument("--scores", nargs="+", default=["before", "last", "received", "mean", "before*", "received*"])
-    parser.add_argument("--position-ids", nargs="+", default=["original", "consecutive"])
+    parser.add_argument("--original", nargs="+", default=SELECTORS, help="selectors with original position ids")
+    parser.add_argument("--consecutive", nargs="+", default=SELECTORS[:2], help="selectors with consecutive ones")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     measuring.Batch = Batch
@@ -86,10 +87,8 @@ def main() -> None:
             "places": [number for number, is_place in enumerate(places) if is_place],
             "others": [number for number, is_place in enumerate(places) if not is_place],
         }
-        for position_ids in args.position_ids:
+        for position_ids, selectors in (("original", args.original), ("consecutive", args.consecutive)):
             model.config.position_ids = position_ids
-            scores = args.scores if position_ids == args.position_ids[0] else args.scores[:1]
-            selectors = [f"{name}+{score}" for name in args.selectors for score in scores]
             settings = [(name, budget) for budget in args.num_image_tokens for name in selectors]
             settings += [("random", budget) for budget in args.num_image_tokens] + [("all", 576)]
             for kind, numbers in kinds.items():

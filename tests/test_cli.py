@@ -75,6 +75,7 @@ VERB_RUNS = {
     "infer --int8": ["--image", "image.png", "--prompt", "what?", "--max-new-tokens", "2", "--int8"],
     "show": ["--image", "image.png"],
     "build": ["--vision", "vision", "--text", "text", "--output-dir", "hub"],
+    "export": ["--output", "graph.onnx"],
     "push": ["--dry-run", "hub"],
 }
 

@@ -1,0 +1,114 @@
+"""Encoder, pruner and projector at a fixed K as one graph, for runtimes without transformers, or without Python."""
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from lightvlm import LightVLM
+from lightvlm.common.inference import encode_and_rank
+from torch import nn
+
+PIXELS, TOKENS, KEPT = "pixel_values", "image_tokens", "kept_indices"
+PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript"), ".xml": ("openvino",)}  # that each format needs
+
+
+class ImageTokens(nn.Module):
+    """What the language model reads of an image, of static shapes.
+
+    Args:
+        model: whose encoder, pruner and projector are used.
+        num_image_tokens: K.
+    """
+
+    def __init__(self, model: LightVLM, num_image_tokens: int):
+        super().__init__()
+        self.model, self.num_image_tokens = copy.copy(model.model), num_image_tokens
+        # A graph has all weights of its module, read or not.
+        self.model._modules = {name: part for name, part in model.model._modules.items() if name != "language_model"}
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of (images, channels, height, width): tokens (images, K, hidden), and which patches, (images, K), they are.
+
+        Both are in raster order, as `get_image_features` returns them.
+        """
+        _, tokens, order = encode_and_rank(self.model, pixel_values, None, self.num_image_tokens, None)
+        kept, places = order.sort(dim=1)
+        return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])), kept
+
+
+def check(model: LightVLM, path: Path, num_image_tokens: int) -> None:
+    """ValueError where this cannot be exported, or not to a file of this name."""
+    if path.suffix not in PACKAGES:
+        raise ValueError(f"{path}: end the name in {', '.join(PACKAGES)}, for torch.export, ONNX or OpenVINO.")
+    if model.config.image_newline:
+        raise ValueError("This checkpoint sees several views of every image: a graph of one view is of no use to it.")
+    if not 1 <= num_image_tokens <= model.config.encoded_patches:
+        raise ValueError(f"num_image_tokens={num_image_tokens}: give one from 1 to {model.config.encoded_patches}.")
+    for package in PACKAGES[path.suffix]:
+        try:
+            __import__(package)
+        except ImportError:
+            raise ValueError(f'{path.suffix} needs {package}: pip install "lightvlm[export]"') from None
+
+
+def export_image_tokens(model: LightVLM, path: str | Path, num_image_tokens: int, batch_size: int = 1) -> None:
+    """Write encoder, pruner and projector as one graph from pixels to the K tokens that the language model reads.
+
+    The graph maps `pixel_values` (images, channels, height, width), as the processor returns them for images of one
+    view, to `image_tokens` (images, K, hidden) and `kept_indices` (images, K). All shapes are static.
+
+    Args:
+        model: in evaluation mode; its weights go into the file, in their dtype.
+        path: ends in .pt2 (`torch.export.load`), .onnx, or .xml (OpenVINO, with its .bin beside it).
+        num_image_tokens: K.
+        batch_size: images.
+
+    Raises:
+        ValueError: where the name ends otherwise, K is out of range, or the format's package is missing.
+    """
+    path = Path(path)
+    check(model, path, num_image_tokens)
+    side = model.config.vision_config.image_size
+    pixels = torch.zeros(batch_size, 3, side, side, dtype=model.dtype, device=model.device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
+        program = torch.export.export(ImageTokens(model, num_image_tokens).eval(), (pixels,))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pt2":
+            torch.export.save(program, path)
+        elif path.suffix == ".onnx":
+            save_onnx(program, path)
+        else:
+            save_openvino(program, path)
+
+
+def save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    """The program as ONNX, with all weights in one file."""
+    from onnxscript import opset18
+
+    def stable_sort(values, stable: bool = True, dim: int = -1, descending: bool = False):
+        """PyTorch has no ONNX function for it. TopK is stable: of equal values the first comes first."""
+        size = opset18.Constant(value_ints=[values.shape[dim]])
+        return opset18.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
+
+    torch.onnx.export(
+        program,
+        f=path,
+        input_names=[PIXELS],
+        output_names=[TOKENS, KEPT],
+        custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+        external_data=False,
+        verbose=False,
+    )
+
+
+def save_openvino(program: torch.export.ExportedProgram, path: Path) -> None:
+    """The program as OpenVINO's intermediate representation, its weights as they are and not halved."""
+    import openvino
+
+    graph = openvino.convert_model(program)
+    graph.inputs[0].set_names({PIXELS})
+    for output, name in zip(graph.outputs, (TOKENS, KEPT), strict=True):
+        output.set_names({name})
+    openvino.save_model(graph, path, compress_to_fp16=False)
