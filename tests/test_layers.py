@@ -11,7 +11,8 @@ BELOW = {
     "modeling_lightvlm": {"processing"},  # whose classes lightvlm/__init__.py registers
     "processing": set(),
     "common": MODEL,
-    **dict.fromkeys(["training", "evaluation", "hub_upload", "demo", "serving"], MODEL | {"common"}),
+    **dict.fromkeys(["training", "hub_upload", "demo", "serving"], MODEL | {"common"}),
+    "evaluation": MODEL | {"common", "training"},  # which it measures
     "cli": MODEL | {"common", "training", "evaluation", "hub_upload", "demo", "serving"},
 }
 PACKAGES = [path for path in (ROOT / "src/lightvlm").iterdir() if path.is_dir()]
