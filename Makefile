@@ -9,7 +9,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
 .PHONY: run test test-fast sync test-install test-lowest test-newest test-lmms test-vllm lint checkpoint
-.PHONY: eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu
+.PHONY: notebooks eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -30,6 +30,10 @@ build/transformers/tests: .venv/ready
 		transformers==$$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))")
 	tar -xzf build/transformers/*.tar.gz -C build/transformers --strip-components 1
 	touch $@
+
+# Runs all cells and keeps what they print and draw; minutes.
+notebooks: .venv/ready
+	cd notebooks && PATH=$(CURDIR)/$(BIN):$$PATH jupyter nbconvert --to notebook --execute --inplace *.ipynb
 
 # Each way to install answers away from the clone, from the checkpoint in it; all other packages are those of .venv.
 test-install: .venv/ready

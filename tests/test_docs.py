@@ -11,6 +11,7 @@ from lightvlm_cli.main import VERBS, main
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MEASUREMENTS = (ROOT / "docs" / "measurements.md").read_text()
 SELECTORS = {
     "learned score with the question, density peaks": "diverse+question",
@@ -37,6 +38,11 @@ BUDGETS = {
     "entropy of [CLS] attention": "entropy of attention",
     "effective rank of the features": "effective rank",
 }
+
+
+def code_cells(notebook: Path) -> list[dict]:
+    """The cells of a notebook that run."""
+    return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
 def anchors(page: Path) -> set[str]:
@@ -71,9 +77,21 @@ def test_commands_have_the_options_that_pages_name(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    texts = [page.read_text().replace("\\\n", " ") for page in PAGES]
-    commands = [line for text in texts for line in re.findall(rf"^    lightvlm {verb} .+$", text, flags=re.MULTILINE)]
+    texts = [page.read_text() for page in PAGES]
+    texts += ["".join(cell["source"]) for notebook in NOTEBOOKS for cell in code_cells(notebook)]
+    pattern = re.compile(rf"^(?:    | *!)lightvlm {verb} [^|\n]+", flags=re.MULTILINE)
+    commands = [line for text in texts for line in pattern.findall(text.replace("\\\n", " "))]
     assert {word for command in commands for word in shlex.split(command) if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_show_what_their_cells_printed(notebook):
+    cells = code_cells(notebook)
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/jpeg" in output.get("data", {}) for output in outputs) >= 1
+    assert "error" not in {output["output_type"] for output in outputs}
+    assert str(ROOT) not in notebook.read_text()
 
 
 def test_readmes_python_runs(monkeypatch, tmp_path):
