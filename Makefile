@@ -160,32 +160,32 @@ build/untrained/$(WEIGHTS): build/vision/$(WEIGHTS)
 	$(BIN)/lightvlm build --vision $(<D) --text build/decoder --prior-layer -1 --output-dir $(@D)
 
 build/aligned/$(WEIGHTS): build/untrained/$(WEIGHTS)
-	$(TRAIN)/tiny_align.yaml --model_name_or_path $(<D) --output_dir $(@D)
+	$(TRAIN)/tiny_align.yaml --model_path $(<D) --output_dir $(@D)
 
 build/elastic/$(WEIGHTS): build/aligned/$(WEIGHTS)
-	$(TRAIN)/tiny_sft.yaml --model_name_or_path $(<D) --output_dir $(@D)
+	$(TRAIN)/tiny_sft.yaml --model_path $(<D) --output_dir $(@D)
 
 build/taught/$(WEIGHTS): build/elastic/$(WEIGHTS)
-	$(TEACH) --model_name_or_path $(<D) --output_dir $(@D)
+	$(TEACH) --model_path $(<D) --output_dir $(@D)
 
 build/tuned/$(WEIGHTS): build/taught/$(WEIGHTS)
-	$(TRAIN)/tiny_sft.yaml --model_name_or_path $(<D) --output_dir $(@D)
+	$(TRAIN)/tiny_sft.yaml --model_path $(<D) --output_dir $(@D)
 
 build/trained/$(WEIGHTS): build/tuned/$(WEIGHTS)
-	$(TEACH) --model_name_or_path $(<D) --output_dir $(@D) \
+	$(TEACH) --model_path $(<D) --output_dir $(@D) \
 		--question-aware true --image-tokens 4 8 16
 
 build/views/$(WEIGHTS): build/trained/$(WEIGHTS) $(DATA)/scenes_train.json
 	$(BIN)/accelerate launch training/decoder.py $(OPTIONS) --config training/configs/tiny_views.yaml \
-		--model_name_or_path $(<D) --output_dir $(@D)
+		--model_path $(<D) --output_dir $(@D)
 
 build/views-taught/$(WEIGHTS): build/views/$(WEIGHTS)
 	$(BIN)/accelerate launch training/pruner.py $(OPTIONS) --config training/configs/tiny_views_pruner.yaml \
-		--model_name_or_path $(<D) --output_dir $(@D)
+		--model_path $(<D) --output_dir $(@D)
 
 CALIBRATION := $(addprefix $(DATA)/,mosaics_calibration.json grounds_calibration.json scenes_calibration.json)
 build/dynamic/$(WEIGHTS): build/views-taught/$(WEIGHTS) $(DATA)/mosaics_calibration.json
-	$(BIN)/python training/budget.py --model_name_or_path $(<D) --output_dir $(@D) \
+	$(BIN)/python training/budget.py --model_path $(<D) --output_dir $(@D) \
 		--data_path $(CALIBRATION) --max_images 1500 300 180 --image_folder $(DATA)/images
 
 # Photographs of free licences, as backgrounds, from two packages of Debian: one for training, one for tests.

@@ -1,4 +1,4 @@
-"""Faster inference of a loaded model: compiled encoder, pruner and prefill; int8 weights."""
+"""Compiled encoder, pruner and prefill of a loaded model; int8 and four-bit weights of its language model."""
 
 import torch
 from lightvlm import LightVLM, LightVLMModel
@@ -30,6 +30,17 @@ def int8_config(backend: str = "torchao") -> TorchAoConfig | BitsAndBytesConfig:
     except ImportError:
         raise ValueError("int8 needs torchao: pip install torchao") from None
     return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=FULL_PRECISION)
+
+
+def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """For `from_pretrained`: the language model's linear layers in four bits, as in QLoRA (Dettmers et al. 2023)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=FULL_PRECISION,
+    )
 
 
 def encode_and_rank(

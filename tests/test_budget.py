@@ -68,7 +68,7 @@ def data(tmp_path):
 
 def run(data, monkeypatch, **options):
     options = {
-        "model_name_or_path": data / "model",
+        "model_path": data / "model",
         "output_dir": data / "out",
         "features_dir": data / "features",
         "data_path": data / "data.json",

@@ -33,7 +33,7 @@ def data(tmp_path):
 
 def train(data, monkeypatch, **options):
     settings = {
-        "model_name_or_path": data / "model",
+        "model_path": data / "model",
         "data_path": [data / "large.json", data / "small.json"],
         "max_images": [4, 1],
         "image_folder": data,
@@ -110,7 +110,7 @@ def test_grids_are_rows_by_columns(grids):
 def test_the_recipe_is_possible():
     path = Path(decoder.__file__).parent / "configs/tiny_views.yaml"
     parser = TrlParser((decoder.DecoderArguments, TrainingArguments))
-    required = ["--model_name_or_path=model", "--output_dir=out", "--use_cpu=true"]
+    required = ["--model_path=model", "--output_dir=out", "--use_cpu=true"]
     args, _ = parser.parse_args_and_config(["--config", str(path), *required])
     assert len(args.max_images) == len(args.data_path)
     LightVLMConfig(image_grid_pinpoints=parse_grids(args.grids, 336))

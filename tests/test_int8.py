@@ -67,8 +67,23 @@ def test_the_shipped_checkpoint_answers_with_int8_weights_from_the_command_line(
     assert capsys.readouterr().out.count("   no\n") == 1
 
 
-def test_bitsandbytes_is_told_the_same_names():
-    assert int8_config("bitsandbytes").llm_int8_skip_modules == FULL_PRECISION
+def test_bitsandbytes_packs_the_same_layers(folder):
+    model = LightVLM.from_pretrained(
+        folder, quantization_config=int8_config("bitsandbytes"), dtype=torch.float32
+    ).eval()
+    exact = LightVLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            is_packed = name.startswith("model.language_model.layers.")
+            assert type(module).__module__.startswith("bitsandbytes") == is_packed, name
+    processor = make_processor("siglip" if "siglip" in str(folder) else "clip")
+    inputs = processor(images=[make_image()], text=["<image>what?"], num_image_tokens=9, return_tensors="pt")
+    with torch.no_grad():
+        logits, expected = model(**inputs).logits, exact(**inputs).logits
+    assert 0 < (logits - expected).norm() < 0.05 * expected.norm()
+
+
+def test_torchao_is_told_the_same_names():
     assert int8_config().modules_to_not_convert == FULL_PRECISION
 
 

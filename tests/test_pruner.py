@@ -123,7 +123,7 @@ def data(tmp_path):
 
 def settings(data, **options):
     return {
-        "model_name_or_path": data / "model",
+        "model_path": data / "model",
         "data_path": data / "data.json",
         "image_folder": data,
         "output_dir": data / "out",
@@ -303,7 +303,7 @@ def test_rows_without_an_image_are_no_lesson(data, monkeypatch):
 @pytest.mark.parametrize("name", ["tiny_pruner", "tiny_views_pruner", "phi2_pruner"])
 def test_every_recipe_is_possible(name):
     path = Path(pruner.__file__).parent / "configs" / f"{name}.yaml"
-    required = ["--model_name_or_path=model", "--data_path=data.json", "--image_folder=.", "--output_dir=out"]
+    required = ["--model_path=model", "--data_path=data.json", "--image_folder=.", "--output_dir=out"]
     parser = TrlParser((pruner.PrunerArguments, TrainingArguments))
     args, training_args = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", *required])
     pruner.check(args, training_args, LightVLMConfig())

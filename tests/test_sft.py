@@ -67,7 +67,7 @@ def data(tmp_path):
 def command(data, **options):
     """What is typed behind `sft.py`."""
     settings = {
-        "model_name_or_path": data / "model",
+        "model_path": data / "model",
         "data_path": [data / "data.json"],
         "image_folder": data,
         "output_dir": data / "out",
@@ -481,6 +481,30 @@ def test_in_bf16_the_frozen_base_of_a_lora_is_half_as_large(data, monkeypatch):
     assert dtypes[True] == {torch.float32} and dtypes[False] == {torch.float32}
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("lora_base", "bits"), [("int8", 8), ("nf4", 4)])
+def test_the_frozen_base_of_a_lora_may_be_int8_or_nf4(data, monkeypatch, lora_base, bits, bf16):
+    held, step = {}, sft.LightVLMTrainer.training_step
+
+    def note(self, model, *args, **kwargs):
+        base = self.model.base_model.model.model.language_model.layers[0].mlp.fc1.base_layer.weight
+        held["bytes"] = (base.qdata if lora_base == "int8" else base).nbytes
+        held["learns"] = {weight.dtype for weight in self.model.parameters() if weight.requires_grad}
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(sft.LightVLMTrainer, "training_step", note)
+    options = {"lora_r": 4, "lora_alpha": 64, "lora_base": lora_base, "max_steps": 3, "bf16": bf16}
+    model, _ = train(data, monkeypatch, **options)
+    before = make_model(num_image_tokens=9).state_dict()
+    weight = "model.language_model.layers.0.mlp.fc1.weight"
+    assert held["bytes"] == before[weight].numel() * bits / 8
+    assert held["learns"] == {torch.float32}
+    change = model.state_dict()[weight] - before[weight]
+    assert (
+        1 <= torch.linalg.matrix_rank(change, rtol=1e-3) <= 4
+    )  # merged into the weights as they were, not rounded ones
+
+
 def test_the_projector_may_learn_at_its_own_rate(data, monkeypatch):
     model, _ = train(data, monkeypatch, max_steps=2, learning_rate=0, projector_learning_rate=1e-2)
     changed = changed_names(model)
@@ -669,7 +693,7 @@ def test_arguments_that_cannot_be_are_refused_before_anything_heavy_is_loaded(da
 def test_every_configuration_is_possible_and_has_the_published_batch_on_eight_gpus(config):
     options = ["--config", str(config), "--use_cpu", "true"]
     if "align" in config.stem or "tiny" in config.stem:
-        options += ["--model_name_or_path", "model"]
+        options += ["--model_path", "model"]
     if "tiny" not in config.stem:
         options += ["--data-path", "data.json", "--image-folder", "images", "--output-dir", "out"]
     args, training_args = TrlParser((sft.LightVLMArguments, SFTConfig)).parse_args_and_config(options)

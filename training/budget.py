@@ -1,6 +1,6 @@
 """Fit what is behind `num_image_tokens="dynamic"`: how many tokens an image needs, and how many it then gets.
 
-    python training/budget.py --model_name_or_path build/trained --output_dir build/dynamic \\
+    python training/budget.py --model_path build/trained --output_dir build/dynamic \\
         --data_path data/easy-vqa/mosaics_calibration.json --image_folder data/easy-vqa/images
 
 An image needs the smallest K with which its answers are nearly as likely as with all tokens. The estimator is one
@@ -140,7 +140,7 @@ def explained_variance(predictions: torch.Tensor, targets: torch.Tensor) -> floa
 
 def main() -> None:
     (args,) = TrlParser(BudgetArguments).parse_args_and_config()
-    config = LightVLMConfig.from_pretrained(args.model_name_or_path)
+    config = LightVLMConfig.from_pretrained(args.model_path)
     check(args, config.num_patches)
     dynamic_budget = {
         "means": args.means,
@@ -151,9 +151,9 @@ def main() -> None:
         "delta": args.delta,
         "data": [Path(path).name for path in args.data_path],
     }
-    processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
+    processor = LightVLMProcessor.from_pretrained(args.model_path)
     model = LightVLMForConditionalGeneration.from_pretrained(
-        args.model_name_or_path, dynamic_budget=dynamic_budget, dtype=torch.float32
+        args.model_path, dynamic_budget=dynamic_budget, dtype=torch.float32
     )
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     rows = load_rows(args, args.seed)
@@ -189,7 +189,7 @@ def main() -> None:
         f"{args.delta}, exponent {args.exponent:g}; held out, it explains "
         f"{explained_variance(complexity, need[half:]):.0%} of the variance of the logarithm of the tokens they need"
     )
-    extend_card(args.model_name_or_path, args.output_dir, line)
+    extend_card(args.model_path, args.output_dir, line)
     print(line.removeprefix("- "))
 
 

@@ -100,14 +100,12 @@ def main() -> None:
     args, training_args = TrlParser((DecoderArguments, TrainingArguments)).parse_args_and_config()
     set_seed(training_args.seed)
     training_args.remove_unused_columns = False
-    config = LightVLMConfig.from_pretrained(args.model_name_or_path)
-    processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
+    config = LightVLMConfig.from_pretrained(args.model_path)
+    processor = LightVLMProcessor.from_pretrained(args.model_path)
     if args.grids:
         config.image_grid_pinpoints = parse_grids(args.grids, config.vision_config.image_size)
         processor.image_processor = cut_views(processor.image_processor, config.image_grid_pinpoints)
-    model = LightVLMForConditionalGeneration.from_pretrained(
-        args.model_name_or_path, config=config, dtype=torch.float32
-    )
+    model = LightVLMForConditionalGeneration.from_pretrained(args.model_path, config=config, dtype=torch.float32)
     rows = load_rows(args, training_args.seed)
     num_workers = training_args.dataloader_num_workers
     examples = encode_rows(model.to(training_args.device), processor, rows, num_workers, args.features_dir)
@@ -126,7 +124,7 @@ def main() -> None:
             f"log-uniform from {args.min_image_tokens} to {args.log_uniform_max}, or all of a view's in "
             f"{args.full_share:.0%} of the steps; the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
         )
-        extend_card(args.model_name_or_path, training_args.output_dir, line)
+        extend_card(args.model_path, training_args.output_dir, line)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ BATCH = 16
 class ImageArguments:
     """Whose images are encoded, and with which checkpoint."""
 
-    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
+    model_path: str = field(metadata={"help": "folder or Hub name of a trained LightVLM checkpoint"})
     data_path: list[str] = field(metadata={"help": "LLaVA JSON files; rows count that have one image"})
     image_folder: str = field(metadata={"help": "folder that its image paths are relative to"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})

@@ -1,14 +1,14 @@
 """Teach the pruner's scorer which tokens the language model needs, by policy gradient; all else is frozen.
 
     accelerate launch training/pruner.py --config training/configs/tiny_pruner.yaml \\
-        --model_name_or_path build/elastic --output_dir build/taught
+        --model_path build/elastic --output_dir build/taught
 
 Choosing the K best tokens has no gradient. So K tokens are sampled, several times for each image, with probabilities
 that follow the scores; the language model says how likely the right answers are with them; and scores of samples that
 did better than the others of the same image rise (REINFORCE with a leave-one-out baseline, Kool et al. 2019). The
 language model runs forward only, on K tokens an image.
 
-The encoder runs once for each image, and its features are kept in memory: 1.2 MB an image for CLIP ViT-L/14-336.
+The encoder runs once for each image, and its features are kept on disk: 1.2 MB an image for CLIP ViT-L/14-336.
 """
 
 import random
@@ -236,9 +236,9 @@ def draw_turns(messages: list[dict], count: int | None) -> list[dict]:
     return [message for start in chosen for message in messages[start : start + 2]]
 
 
-def extend_card(model_name_or_path: str, output_dir: str, line: str) -> None:
+def extend_card(model_path: str, output_dir: str, line: str) -> None:
     """The card of the checkpoint that a run started from, if it has one, with a line about this run."""
-    card = Path(model_name_or_path, "README.md")
+    card = Path(model_path, "README.md")
     if card.is_file():
         Path(output_dir, "README.md").write_text(f"{card.read_text().rstrip()}\n{line}\n")
 
@@ -263,11 +263,11 @@ def main() -> None:
     training_args.remove_unused_columns = False
     training_args.data_seed = training_args.seed  # the same order on all processes, whatever noise each one draws
 
-    processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
-    config = LightVLMConfig.from_pretrained(args.model_name_or_path)
+    processor = LightVLMProcessor.from_pretrained(args.model_path)
+    config = LightVLMConfig.from_pretrained(args.model_path)
     check(args, training_args, config)
     score = "question" if args.question_aware else "positional" if config.score == "cls" else config.score
-    model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, score=score, dtype=torch.float32)
+    model = LightVLMForConditionalGeneration.from_pretrained(args.model_path, score=score, dtype=torch.float32)
     rows, num_workers = load_rows(args, training_args.seed), training_args.dataloader_num_workers
     examples = encode_rows(model.to(training_args.device), processor, rows, num_workers, args.features_dir)
     if args.question_aware:
@@ -284,7 +284,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         model.to(config.dtype or torch.float32).save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
-        extend_card(args.model_name_or_path, training_args.output_dir, summarize(args, trainer.state))
+        extend_card(args.model_path, training_args.output_dir, summarize(args, trainer.state))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -12,12 +12,14 @@ import math
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from huggingface_hub import ModelCard, ModelCardData
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.common.inference import int8_config, nf4_config
 from lightvlm.common.llava_data import load_llava
 from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream, group_rows, measure_rows
 from peft import LoraConfig, PeftModel
@@ -56,7 +58,7 @@ print(pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=64, ret
 class LightVLMArguments:
     """What to train, on what, and with how many image tokens."""
 
-    model_name_or_path: str = field(metadata={"help": "folder or Hub name of a LightVLM checkpoint"})
+    model_path: str = field(metadata={"help": "folder or Hub name of a LightVLM checkpoint"})
     data_path: list[str] = field(metadata={"help": "LLaVA JSON files"})
     image_folder: str | None = field(default=None, metadata={"help": "folder that its image paths are relative to"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
@@ -101,13 +103,17 @@ class LightVLMArguments:
         metadata={"help": "train a LoRA of this rank on language_model, in place of it and lm_head, and merge it"},
     )
     lora_alpha: int = field(default=256, metadata={"help": "its scale is lora_alpha / lora_r"})
+    lora_base: str | None = field(
+        default=None,
+        metadata={"help": "weights of the language model that a LoRA run leaves alone: int8 or nf4, which is QLoRA"},
+    )
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout before its layers"})
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "of multi_modal_projector; learning_rate if None"}
     )
     save_dtype: str = field(default="float32", metadata={"help": "of the saved weights, such as bfloat16"})
     base_model: list[str] | None = field(
-        default=None, metadata={"help": "Hub names for the card, where model_name_or_path is a folder made of them"}
+        default=None, metadata={"help": "Hub names for the card, where model_path is a folder made of them"}
     )
 
     @property
@@ -159,6 +165,11 @@ def model_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[st
         "projector_learning_rate needs multi_modal_projector in train_parts": has_rate and not has_projector,
         "position_ids is consecutive or original": args.position_ids not in (None, "consecutive", "original"),
         "lora_r is a rank, 1 or more": args.lora_r is not None and args.lora_r < 1,
+        "lora_base is int8 or nf4": args.lora_base not in (None, "int8", "nf4"),
+        "lora_base needs lora_r": args.lora_base and not args.lora_r,
+        "lora_base is not supported with FSDP and DeepSpeed": args.lora_base and is_sharded(),
+        "lora_base=nf4 needs bitsandbytes: pip install bitsandbytes": args.lora_base == "nf4"
+        and find_spec("bitsandbytes") is None,
         "save_dtype is float32, bfloat16 or float16": args.save_dtype not in ("float32", "bfloat16", "float16"),
         "load_best_model_at_end is not supported; each checkpoint-* loads as it is": loads_best,
         "push_to_hub is not supported; upload the finished folder with `lightvlm push`": training_args.push_to_hub,
@@ -210,13 +221,17 @@ def freeze_all_but(model: LightVLMForConditionalGeneration, parts: list[str]) ->
         module.requires_grad_(False)
 
 
+def is_sharded() -> bool:
+    """Whether weights are spread over processes."""
+    return is_fsdp_enabled() or is_deepspeed_zero3_enabled()
+
+
 def base_dtype(args: LightVLMArguments, training_args: SFTConfig) -> torch.dtype:
     """Of the weights that a LoRA run leaves alone: bf16, half of the memory, where it computes in bf16 anyway.
 
     FSDP keeps weights of one layer together, in one dtype, and DeepSpeed has a dtype of its own: float32 for them.
     """
-    is_sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()
-    return torch.bfloat16 if args.lora_r and training_args.bf16 and not is_sharded else torch.float32
+    return torch.bfloat16 if args.lora_r and training_args.bf16 and not is_sharded() else torch.float32
 
 
 def make_lora_config(model: LightVLMForConditionalGeneration, args: LightVLMArguments) -> LoraConfig:
@@ -243,6 +258,9 @@ class LightVLMTrainer(SFTTrainer):
     def __init__(self, arguments: LightVLMArguments, **kwargs):
         self.arguments = arguments
         super().__init__(**kwargs)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # what an optimizer changes by little needs the bits
         kwargs["model"].model.pruner.register_forward_hook(self.count_kept)
 
     def count_kept(self, pruner: nn.Module, _inputs: tuple, kept: list[torch.Tensor]) -> None:
@@ -308,7 +326,7 @@ class LightVLMTrainer(SFTTrainer):
         self.save_model(str(gathered), _internal_call=True)
         if self.is_world_process_zero():
             unset_hf_deepspeed_config()  # or loading would wait for the other processes
-            start = self.arguments.model_name_or_path if self.arguments.lora_r else gathered
+            start = self.arguments.model_path if self.arguments.lora_r else gathered
             model = LightVLMForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
             if self.arguments.lora_r:
                 model = PeftModel.from_pretrained(model, gathered).merge_and_unload()
@@ -324,7 +342,7 @@ class LightVLMTrainer(SFTTrainer):
         args, config, losses = self.arguments, self.model.config, {}
         for logs in self.state.log_history:
             losses |= {name: value for name, value in logs.items() if name.endswith("loss")}
-        start = None if Path(args.model_name_or_path).is_dir() else args.model_name_or_path
+        start = None if Path(args.model_path).is_dir() else args.model_path
         metadata = ModelCardData(
             pipeline_tag="image-text-to-text",
             library_name="transformers",
@@ -335,7 +353,7 @@ class LightVLMTrainer(SFTTrainer):
         learned += [f"language_model (LoRA of rank {args.lora_r})"] if args.lora_r else []
         drawn = f"{args.min_image_tokens} to {args.max_image_tokens} of them in training, drawn for each step, and "
         training = {
-            "started from": Path(args.model_name_or_path).name,
+            "started from": Path(args.model_path).name,
             "data": ", ".join(Path(path).name for path in args.data_path),
             "image tokens": (drawn if args.min_image_tokens else "") + f"{args.num_image_tokens} by default",
             "trained": ", ".join(learned),
@@ -370,7 +388,7 @@ def load_rows(args: LightVLMArguments) -> tuple[Dataset | IterableDataset, dict[
 def main() -> None:
     parser = TrlParser((LightVLMArguments, SFTConfig))
     args, training_args = parser.parse_args_and_config()
-    config = LightVLMConfig.from_pretrained(args.model_name_or_path)
+    config = LightVLMConfig.from_pretrained(args.model_path)
     check_arguments(args, training_args, config.max_image_tokens)
     args.num_image_tokens = args.num_image_tokens or config.num_image_tokens
     args.max_image_tokens = args.max_image_tokens or config.num_patches
@@ -378,9 +396,12 @@ def main() -> None:
     training_args.remove_unused_columns = False  # of which one is K
 
     train_rows, eval_rows = load_rows(args)
-    processor = LightVLMProcessor.from_pretrained(args.model_name_or_path)
+    processor = LightVLMProcessor.from_pretrained(args.model_path)
     frozen_dtype = base_dtype(args, training_args)
-    model = LightVLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=frozen_dtype)
+    quantize = {"int8": int8_config, "nf4": partial(nf4_config, frozen_dtype)}.get(args.lora_base, lambda: None)
+    model = LightVLMForConditionalGeneration.from_pretrained(
+        args.model_path, dtype=frozen_dtype, quantization_config=quantize()
+    )
     model.config.num_image_tokens = processor.num_image_tokens = args.num_image_tokens
     learns_places = "pruner" in args.train_parts and config.score in ("positional", "question")
     args.position_ids = args.position_ids or ("consecutive" if learns_places else config.position_ids)
@@ -389,9 +410,6 @@ def main() -> None:
     # has them too, because device_map must not split them.
     model._no_split_modules = model.model.language_model._no_split_modules
     freeze_all_but(model, args.full_parts)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # what an optimizer changes by little needs the bits
 
     trainer = LightVLMTrainer(
         args,
