@@ -6,7 +6,7 @@ The model does one thing at a time, in a thread of its own, so that the millisec
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 
@@ -43,11 +43,13 @@ class Conversation:
 
 @dataclass
 class Choice:
-    """What a visitor chose: K or "dynamic:64", and whether question and earlier questions count."""
+    """What a visitor chose: K or "dynamic:64"; views; whether question and earlier questions count; a comparison."""
 
     budget: int | str
     by_question: bool = False
+    max_views: int | None = None
     follow_up: bool = False
+    compare: bool = False
 
 
 def check_image(path: Path) -> Path:
@@ -58,6 +60,15 @@ def check_image(path: Path) -> Path:
         raise ValueError(f"{path.name} has {width} x {height} pixels: make it smaller, {MAX_PIXELS:,} at most.")
     open_image(path, path.name)
     return path
+
+
+def tabulate_answers(answers: dict[int, tuple[str, float]]) -> str:
+    """A Markdown table of the answer and the milliseconds at each number of tokens."""
+    rows = ["| tokens | answer | first token |", "| ---: | --- | ---: |"]
+    for budget, (answer, first) in sorted(answers.items()):
+        words = " ".join(answer.split()).replace("|", "\\|")
+        rows.append(f"| {budget} | {words} | {first:.0f} ms |")
+    return "\n".join(rows)
 
 
 class Answerer:
@@ -88,6 +99,7 @@ class Answerer:
                 history,
                 num_image_tokens=choice.budget,
                 question_aware=choice.by_question,
+                max_views=choice.max_views,
                 streamer=streamer,
                 processor=self.processor,
                 **options,
@@ -100,13 +112,21 @@ class Answerer:
         """The picture of what is kept of the image, how many tokens that is, and of how many."""
         question = talk.question if choice.by_question else None
         image = open_image(talk.image)
-        return self.worker.submit(draw_kept, self.model, self.processor, image, choice.budget, question).result()
+        what = (self.model, self.processor, image, choice.budget, question, choice.max_views)
+        return self.worker.submit(draw_kept, *what).result()
+
+    def ask_again(self, talk: Conversation, before: list, choice: Choice, **options) -> tuple[str, float]:
+        """The whole answer of another choice, which is not remembered, and milliseconds to its first token."""
+        streamer = self.streamer()
+        job = self.worker.submit(self.chat, streamer, talk, [*before], choice, **options)
+        return "".join(streamer).strip(), job.result()
 
     def answer(self, talk: Conversation, choice: Choice) -> Iterator[tuple[str, Image.Image | None]]:
         """The answer as it grows; at the end with its tokens and milliseconds, and with the picture.
 
-        The same question is asked once more with all tokens, for the time to its first token alone. Each time is that
-        of one call, and both calls run in the same thread, one after the other.
+        The same question is asked once more with all tokens, for the time to its first token alone; or, to compare,
+        for answers with all tokens of a view and with a quarter of those kept. Each time is that of one call, and all
+        calls run in the same thread, one after the other.
 
         Raises:
             ValueError: where there is no image or question, there are too many, or the processor refuses one of them.
@@ -133,8 +153,15 @@ class Answerer:
             stop.set()  # a visitor who leaves does not keep the model busy
         talk.history = history
         picture, kept, patches = self.draw(talk, choice)
-        line = f"{kept} of {patches} tokens · first token after {first:.0f} ms"
-        if kept < patches:
-            job = self.worker.submit(self.chat, self.streamer(), talk, [*before], Choice(patches), max_new_tokens=1)
-            line += f" (all tokens: {job.result():.0f} ms)"
-        yield f"{answer.strip()}\n\n*{line}*", picture
+        answer, line = answer.strip(), f"{kept} of {patches} tokens · first token after {first:.0f} ms"
+        if choice.compare:
+            table = {kept: (answer, first)}
+            for budget in {max(1, kept // 4), max(kept, self.processor.num_patches)} - {kept}:
+                table[budget] = self.ask_again(talk, before, replace(choice, budget=budget))
+            line += "*\n\n" + tabulate_answers(table)
+        elif kept < patches:
+            _, time_of_all = self.ask_again(talk, before, Choice(patches), max_new_tokens=1)
+            line += f" (all tokens: {time_of_all:.0f} ms)*"
+        else:
+            line += "*"
+        yield f"{answer}\n\n*{line}", picture

@@ -3,7 +3,7 @@
 Visitors wait in a queue for the one model; what a visitor's session holds is a `Conversation` and nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +24,20 @@ EXAMPLES = [
 FIXED, DYNAMIC = "fixed", "what the image needs"
 K, K_MEAN = "K, tokens kept of the image", "K on average over many images"
 BY_QUESTION = "The question helps to choose the kept tokens"
+VIEWS = "Views of a large picture that are encoded, 0 for all"
 FOLLOW_UP = "Follow-up: earlier questions go into the prompt"
+COMPARE = "Compare with all tokens and with a quarter"
+# The address keeps the settings, so that it can be shared.
+TO_ADDRESS = """(kind, number, by_question, views) => {
+    const settings = new URLSearchParams({kind, number, by_question, views});
+    history.replaceState(null, "", "?" + settings);
+}"""
 TITLE = """<h1>LightVLM</h1>
 <p>Answers from a fraction of the image's tokens: the dimmed ones never reach the language model.</p>"""
 INVITATION = "Choose an example, or add an image and ask about it."
 
 
-def ask(
-    answerer: Answerer, talk: Conversation, message: dict, kind: str, number: int, by_question: bool, follow_up: bool
-) -> Iterator[tuple]:
+def ask(answerer: Answerer, talk: Conversation, message: dict, *settings) -> Iterator[tuple]:
     """Answer {"text", "files"}, or say what is wrong with it: conversation, messages, an empty box and the picture."""
     text, files = message["text"].strip(), [Path(file) for file in message["files"]]
     asked, reply = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
@@ -43,26 +48,26 @@ def ask(
             asked["content"] = [{"path": str(files[0])}, text]
         talk.question = text
         yield talk, talk.shown, None, gr.skip()
-        for reply["content"], picture in answerer.answer(talk, choice(kind, number, by_question, follow_up)):
+        for reply["content"], picture in answerer.answer(talk, choice(*settings)):
             yield talk, talk.shown, None, picture or gr.skip()
     except ValueError as error:
         reply["content"] = f"⚠ {error}"
     yield talk, talk.shown, None, picture or gr.skip()
 
 
-def show(answerer: Answerer, talk: Conversation, kind: str, number: int, by_question: bool) -> Image.Image | dict:
+def show(answerer: Answerer, talk: Conversation, *settings) -> Image.Image | dict:
     """The picture at another budget, before anything more is asked."""
     if talk.image is None:
         return gr.skip()
     try:
-        return answerer.draw(talk, choice(kind, number, by_question))[0]
+        return answerer.draw(talk, choice(*settings))[0]
     except ValueError as error:
         raise gr.Error(str(error)) from None
 
 
-def choice(kind: str, number: int, *also: bool) -> Choice:
-    """The values of the page's controls."""
-    return Choice(f"dynamic:{number}" if kind == DYNAMIC else number, *also)
+def choice(kind: str, number: int, by_question: bool, views: int, *also: bool) -> Choice:
+    """The values of the page's controls; 0 views are all."""
+    return Choice(f"dynamic:{number}" if kind == DYNAMIC else number, by_question, views or None, *also)
 
 
 def slider(kind: str, number: int, patches: int, means: list[int]) -> gr.Slider:
@@ -72,11 +77,33 @@ def slider(kind: str, number: int, patches: int, means: list[int]) -> gr.Slider:
     return gr.Slider(least, most, min(max(number, least), most), step=1, label=label, elem_id="number")
 
 
+def from_address(
+    named: Mapping[str, str],
+    patches: int,
+    means: list[int],
+    kind: str,
+    number: int,
+    by_question: bool,
+    views: int,
+) -> tuple:
+    """The settings that the page's address names; those that it does not name, or not well, are the page's own."""
+    if named.get("kind") in ([FIXED, DYNAMIC] if means else [FIXED]):
+        kind = named["kind"]
+    number, views = (
+        int(named[name]) if named.get(name, "").isdecimal() else own
+        for name, own in (("number", number), ("views", views))
+    )
+    by_question = {"true": True, "false": False}.get(named.get("by_question"), by_question)
+    return kind, slider(kind, number, patches, means), by_question, views
+
+
 def build(answerer: Answerer) -> gr.Blocks:
     """The layout, and which event calls what."""
     config, patches = answerer.model.config, answerer.processor.num_patches
     means = (config.dynamic_budget or {}).get("means", [])
     is_dynamic = config.num_image_tokens == "dynamic"
+    grids = map(answerer.processor.tile_grid, answerer.processor.grid_pinpoints)
+    most_views = 1 + max((rows * columns for rows, columns in grids), default=0)
     default = (DYNAMIC, config.mean_image_tokens) if is_dynamic else (FIXED, config.num_image_tokens)
     with gr.Blocks(title="LightVLM", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(TITLE, elem_id="title")
@@ -125,11 +152,13 @@ def build(answerer: Answerer) -> gr.Blocks:
                     )
                     number = slider(*default, patches, means)
                     by_question = gr.Checkbox(label=BY_QUESTION, visible=config.score == "question")
+                    views = gr.Slider(0, most_views, 0, step=1, label=VIEWS, visible=most_views > 1, elem_id="views")
                     follow_up = gr.Checkbox(label=FOLLOW_UP)
-        budget, alone = [kind, number, by_question], {"concurrency_id": "model", "concurrency_limit": 1}
+                    compare = gr.Checkbox(label=COMPARE, elem_id="compare")
+        budget, alone = [kind, number, by_question, views], {"concurrency_id": "model", "concurrency_limit": 1}
         asking = {
             "fn": partial(ask, answerer),
-            "inputs": [talk, box, *budget, follow_up],
+            "inputs": [talk, box, *budget, follow_up, compare],
             "outputs": [talk, chat, box, picture],
         }
         sent = box.submit(**asking, **alone, api_name="ask")
@@ -148,6 +177,12 @@ def build(answerer: Answerer) -> gr.Blocks:
             show_progress="hidden",
             api_name="show",
         )
+        gr.on([change.change for change in budget], None, budget, js=TO_ADDRESS, api_visibility="private")
+
+        def read_address(kind, number, by_question, views, request: gr.Request):  # a partial gets no request
+            return from_address(request.query_params, patches, means, kind, number, by_question, views)
+
+        page.load(read_address, budget, budget, api_visibility="private")
     return page
 
 

@@ -14,6 +14,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from lightvlm.common.checkpoint import load
 from lightvlm.common.llava_data import load_llava
@@ -25,6 +26,8 @@ from torch.nn import functional
 
 SELECTORS = ["topk+before", "diverse+before", "topk+received", "topk+mean", "diverse+received", "diverse+mean"]
 SELECTORS += ["diverse+last", "diverse+before*", "k-center+before"]
+LINES = [("original", "diverse+before"), ("original", "topk+before"), ("original", "random")]
+LINES += [("consecutive", "diverse+before"), ("consecutive", "topk+before")]
 PLACE = re.compile(r" in the (?!image)")
 
 
@@ -65,6 +68,32 @@ class Batch(measuring.Batch):
             self.scores[f"{name}*"] = self.scores[name].masked_fill(outlier, -30)
 
 
+def draw(results: list[dict], path: Path) -> None:
+    """Right answers to questions about a place over K, a panel for each file."""
+    files = sorted({result["data"] for result in results})
+    figure, axes = plt.subplots(1, len(files), figsize=(5 * len(files), 3.6), sharey=True)
+    for axis, name in zip(axes, files, strict=True):
+        for position_ids, selector in LINES:
+            points = sorted(
+                (result["num_image_tokens"], 100 * result["accuracy"])
+                for result in results
+                if (result["data"], result["kind"], result["position_ids"]) == (name, "places", position_ids)
+                and result["selector"] in (selector, "all")
+            )
+            axis.plot(
+                *zip(*points, strict=True),
+                "-o" if position_ids == "original" else "--o",
+                label=f"{selector}, {position_ids}",
+            )
+        axis.set(title=name.removeprefix("mosaics_test_"), xscale="log", xlabel="K, tokens of an image")
+        axis.set_xticks([16, 64, 576], [16, 64, 576])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("questions about a place, %")
+    axes[-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", required=True)
@@ -102,6 +131,7 @@ def main() -> None:
                     print(*results[-1].values(), flush=True)
     print("outliers", sum(Batch.outliers) / len(Batch.outliers))
     args.output.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import pytest
 import torch
 from gradio_client import Client, handle_file
 from lightvlm.demo.answers import MAX_QUESTION, MAX_TURNS, Answerer, Choice, Conversation, TimedStreamer
-from lightvlm.demo.app import DYNAMIC, EXAMPLES, FIXED, ask, build, launch, show, slider
+from lightvlm.demo.app import DYNAMIC, EXAMPLES, FIXED, ask, build, from_address, launch, show, slider
 from lightvlm_cli.main import main
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from saved import broken_images
-from tiny import make_dynamic, make_image, make_processor
+from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor
 
 LINE = r"\*(\d+) of 36 tokens · first token after \d+ ms( \(all tokens: \d+ ms\))?\*$"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -44,10 +44,11 @@ def path(tmp_path):
     return tmp_path / "image.png"
 
 
-def last(answerer, talk, text, path=None, kind=FIXED, number=9, by_question=False, follow_up=False):
+def last(answerer, talk, text, path=None, kind=FIXED, number=9, by_question=False, **options):
     """The last words and picture of an answer."""
     message = {"text": text, "files": [str(path)] if path else []}
-    *_, (same, shown, _, picture) = ask(answerer, talk, message, kind, number, by_question, follow_up)
+    views, follow_up, compare = (options.get(name, 0) for name in ("views", "follow_up", "compare"))
+    *_, (same, shown, _, picture) = ask(answerer, talk, message, kind, number, by_question, views, follow_up, compare)
     assert same is talk and shown is talk.shown
     return shown[-1]["content"], picture
 
@@ -83,6 +84,49 @@ def test_a_dynamic_budget_is_the_images_own(answerer, path):
     assert re.search(LINE, answer)[1] == str(len(kept))
 
 
+def test_a_comparison_has_the_answers_at_three_budgets(answerer, path):
+    answer, _ = last(answerer, Conversation(), "what color?", path, number=9, compare=True)
+    rows = re.findall(r"^\| (\d+) \| (.*) \| \d+ ms \|$", answer, flags=re.MULTILINE)
+    assert [int(budget) for budget, _ in rows] == [2, 9, 36]
+    for budget, words in rows:
+        expected = answerer.model.chat(path, "what color?", num_image_tokens=int(budget), processor=answerer.processor)
+        assert words == " ".join(expected.split()).replace("|", "\\|")
+    assert answer.startswith(
+        answerer.model.chat(path, "what color?", num_image_tokens=9, processor=answerer.processor)
+    )
+
+
+def test_of_a_large_picture_fewer_views_may_be_encoded(tmp_path, monkeypatch):
+    model = make_model(image_grid_pinpoints=GRIDS)
+    answerer = Answerer(model, make_processor(pinpoints=GRIDS))
+    make_image(size=(252, 252)).save(tmp_path / "large.png")
+    encoded, encode = [], model.model.encode
+
+    def count(pixels, *options):
+        encoded.append(len(pixels))
+        return encode(pixels, *options)
+
+    monkeypatch.setattr(model.model, "encode", count)
+    views = next(block for block in build(answerer).blocks.values() if getattr(block, "elem_id", "") == "views")
+    assert (views.visible, views.maximum) == (True, 10)
+    assert last(answerer, Conversation(), "what?", tmp_path / "large.png", views=0)[0].startswith("⚠") is False
+    assert max(encoded) == 10
+    encoded.clear()
+    answer, _ = last(answerer, Conversation(), "what?", tmp_path / "large.png", views=3, compare=True)
+    assert "9 of 360 tokens" in answer and "| 36 |" in answer
+    assert max(encoded) <= 3
+
+
+def test_the_address_names_the_settings():
+    def settings(**query):
+        kind, number, by_question, views = from_address(query, 36, [2, 8, 30], FIXED, 9, False, 0)
+        return kind, number.value, by_question, views
+
+    assert settings() == (FIXED, 9, False, 0)
+    assert settings(kind=DYNAMIC, number="99", by_question="true", views="3") == (DYNAMIC, 30, True, 3)
+    assert settings(kind="<b>", number="-4", by_question="maybe", views="x") == (FIXED, 9, False, 0)
+
+
 def test_the_slider_moves_into_the_calibrated_range():
     moved = slider(DYNAMIC, 36, 36, [2, 8, 30])
     assert (moved.minimum, moved.maximum, moved.value) == (2, 30, 30)
@@ -94,21 +138,24 @@ def test_controls_are_those_that_the_checkpoint_knows(answerer, monkeypatch):
     def controls(kinds, what):
         return [getattr(block, what) for block in build(answerer).blocks.values() if isinstance(block, kinds)]
 
-    assert controls((gr.Radio, gr.Slider), "value") == [FIXED, 9]
-    assert controls((gr.Radio, gr.Checkbox), "visible") == [True, True, True]
+    assert controls((gr.Radio, gr.Slider), "value") == [FIXED, 9, 0]
+    assert controls((gr.Radio, gr.Checkbox, gr.Slider), "visible") == [True, True, True, False, True, True]
     monkeypatch.setattr(answerer.model.config, "num_image_tokens", "dynamic")
     monkeypatch.setattr(answerer.model.config, "mean_image_tokens", 8)
-    assert controls((gr.Radio, gr.Slider), "value") == [DYNAMIC, 8]
+    assert controls((gr.Radio, gr.Slider), "value") == [DYNAMIC, 8, 0]
     monkeypatch.setattr(answerer.model.config, "num_image_tokens", 9)
     monkeypatch.setattr(answerer.model.config, "dynamic_budget", None)
     monkeypatch.setattr(answerer.model.config, "score", "positional")
-    assert controls((gr.Radio, gr.Checkbox), "visible") == [False, False, True]
+    assert controls((gr.Radio, gr.Checkbox), "visible") == [False, False, True, True]
 
 
 def test_the_picture_follows_budget_and_question(answerer, path):
     talk = Conversation()
     _, first = last(answerer, talk, "what?", path)
-    pixels = [np.asarray(first), *(np.asarray(show(answerer, talk, FIXED, n, q)) for n, q in [(9, False), (4, False)])]
+    pixels = [
+        np.asarray(first),
+        *(np.asarray(show(answerer, talk, FIXED, n, q, 0)) for n, q in [(9, False), (4, False)]),
+    ]
     assert (pixels[0] == pixels[1]).all() and (pixels[1] != pixels[2]).any()
     asked = [np.asarray(last(answerer, talk, text, by_question=True)[1]) for text in ("what color?", "yes no in the")]
     assert (asked[0] != asked[1]).any()
@@ -140,7 +187,7 @@ def test_questions_that_cannot_be_answered(answerer, path, text, number, history
 
 def test_a_question_wants_an_image(answerer):
     assert "Which image?" in last(answerer, Conversation(), "what?")[0]
-    assert show(answerer, Conversation(), FIXED, 9, False) == gr.skip()
+    assert show(answerer, Conversation(), FIXED, 9, False, 0) == gr.skip()
 
 
 def test_bad_files_are_refused_and_the_image_before_stays(answerer, path, tmp_path):
@@ -172,13 +219,15 @@ def test_visitors_at_the_same_time_share_nothing(url, path):
     clients = [Client(url, verbose=False, analytics_enabled=False, download_files=False) for _ in range(2)]
     asked = {"text": "what?", "files": [handle_file(path)]}, {"text": "what?", "files": []}
     jobs = [
-        client.submit(message, FIXED, 9, False, False, api_name="/ask")
+        client.submit(message, FIXED, 9, False, 0, False, False, api_name="/ask")
         for client, message in zip(clients, asked, strict=True)
     ]
     (one, _, picture), (other, _, _) = (job.result(timeout=60) for job in jobs)
     assert "9 of 36 tokens" in one[-1]["content"][0]["text"] and picture["url"].startswith(url)
     assert len(other) == 2 and "Which image?" in other[-1]["content"][0]["text"]
-    one, _, _ = clients[0].predict({"text": "and now?", "files": []}, FIXED, 4, False, False, api_name="/ask")
+    one, _, _ = clients[0].predict(
+        {"text": "and now?", "files": []}, FIXED, 4, False, 0, False, False, api_name="/ask"
+    )
     assert len(one) == 4 and "4 of 36 tokens" in one[-1]["content"][0]["text"]
 
 
@@ -237,6 +286,12 @@ def test_in_a_browser(url, path, tmp_path, browser):
     page.locator("#number input[type=number]").fill("4")
     page.locator("#number input[type=number]").press("Enter")
     expect(kept).not_to_have_attribute("src", before, timeout=20_000)
+    expect(page).to_have_url(re.compile(r"\?kind=fixed&number=4&by_question=false&views=0$"))
+    page.goto(page.url.replace("number=4", "number=6"))
+    expect(page.locator("#number input[type=number]")).to_have_value("6", timeout=20_000)
+    page.locator("#number input[type=number]").fill("4")
+    page.locator("#number input[type=number]").press("Enter")
+    page.locator("#question input[type=file]").set_input_files(path)
 
     box.fill("and now?")
     box.press("Enter")
@@ -248,7 +303,11 @@ def test_in_a_browser(url, path, tmp_path, browser):
     expect(chat).to_contain_text("bad.png cannot be read as an image", timeout=20_000)
     page.locator("#examples img").first.click()
     expect(chat).to_contain_text(EXAMPLES[0]["text"], timeout=20_000)
-    expect(page.get_by_text("all tokens:")).to_have_count(3, timeout=20_000)
+    expect(page.get_by_text("all tokens:")).to_have_count(2, timeout=20_000)
+    page.locator("#compare input").check()
+    box.fill("and this?")
+    box.press("Enter")
+    expect(chat.locator("table tr")).to_have_count(4, timeout=20_000)
     page.get_by_role("button", name="Clear").click()
     expect(kept).to_have_count(0)
     assert asked_of <= {"http://127.0.0.1", "blob:", "data:"}
