@@ -83,10 +83,11 @@ def draw(results: list[dict], path: Path) -> None:
             axis.plot(
                 *zip(*points, strict=True),
                 "-o" if position_ids == "original" else "--o",
-                label=f"{selector}, {position_ids}",
+                label=f"{selector.partition('+')[0]}, {position_ids} ids",
             )
         axis.set(title=name.removeprefix("mosaics_test_"), xscale="log", xlabel="K, tokens of an image")
         axis.set_xticks([16, 64, 576], [16, 64, 576])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("questions about a place, %")
     axes[-1].legend(fontsize=8)
