@@ -363,7 +363,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             # vLLM reads the class; the module itself stays, because a second one would draw random weights once more
             # and so change the initialisation of everything after it.
             layer.self_attn.__class__ = whole_attention
-        if config.position_ids == "original" and config.text_config._attn_implementation == "vllm":
+        self.is_in_vllm = config.text_config._attn_implementation == "vllm"
+        if config.position_ids == "original" and self.is_in_vllm:
             logger.warning_once(
                 "vLLM counts positions itself: kept image tokens and what follows are at consecutive ones there, "
                 'and not at original ones, as this checkpoint says (config.position_ids="original").'
@@ -469,6 +470,11 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         """
         if question_ids is not None and len(question_ids) != len(pixel_values):
             raise ValueError(f"question_ids has {len(question_ids)} rows, but there are {len(pixel_values)} images.")
+        if self.is_in_vllm and mean_image_tokens is not None:
+            logger.warning_once(
+                'vLLM places an image\'s tokens before it has seen it: "dynamic" keeps all of them there.'
+            )
+            mean_image_tokens = None
         num_image_tokens, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
         layout = self.lay_out(pixel_values, image_sizes)
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values), layout.lengths if layout else None)
