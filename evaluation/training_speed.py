@@ -31,9 +31,6 @@ def make_trainer(config: LightVLMConfig, method: str, dtype: torch.dtype, device
     arguments = LightVLMArguments(str(SHIPPED), [], num_image_tokens=1, lora_r=128 if is_lora else None)
     model = random_model(config, device, dtype if is_lora else torch.float32)
     freeze_all_but(model, arguments.full_parts)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     processor = LightVLMProcessor.from_pretrained(SHIPPED)
     settings = SFTConfig(
         folder,
