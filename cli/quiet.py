@@ -4,6 +4,7 @@ import logging
 
 SAID = {
     "torchao": "Failed to load",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "torch.utils._pytree": "%s is an Enum subclass",
     "torch.onnx._internal.exporter._registration": "torchvision is not installed",
     "onnxscript.optimizer._constant_folding": "Skipping constant folding",
@@ -11,10 +12,10 @@ SAID = {
 
 
 def is_for_users(record: logging.LogRecord) -> bool:
-    """False of what torchao says whenever transformers imports it, and ONNX's exporter of every graph.
+    """False of what torchao and bitsandbytes say whenever they are imported, and ONNX's exporter of every graph.
 
     torchao misses kernels that int8 weights don't need (mxfp8, cutlass), and registers enumerations in a way that
-    PyTorch deprecates. The exporter has no need of torchvision.
+    PyTorch deprecates; bitsandbytes misses one that makes four bits faster. The exporter has no need of torchvision.
     """
     return not str(record.msg).startswith(SAID[record.name])
 
