@@ -1,0 +1,51 @@
+"""Time and memory of encoding images once for `training/pruner.py`, and of reading features in batches afterwards.
+
+    accelerate launch --num_processes 2 --cpu --mixed_precision no -m lightvlm.evaluation.scale_encoding \
+        --model-path tiny --data-path build/scale/rows.json --image-folder build/scale --images 20000 --folder build/f
+
+Rows of `scale.py`, whose images are sixteen files; each row is encoded as if it had its own.
+"""
+
+import argparse
+import random
+import re
+import time
+from pathlib import Path
+
+from accelerate import PartialState
+from lightvlm.common.checkpoint import load
+from lightvlm.training.features import ImageArguments, encode_rows, load_rows, stack_features
+
+
+def own_memory() -> int:
+    """Megabytes of this process that are no mapped files."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--data-path", required=True)
+    parser.add_argument("--image-folder", required=True)
+    parser.add_argument("--images", type=int, required=True)
+    parser.add_argument("--folder", required=True)
+    args = parser.parse_args()
+    state = PartialState(cpu=True)
+    model, processor = load(args.model_path, "float32")
+    rows = load_rows(ImageArguments("", [args.data_path], args.image_folder, max_images=[args.images]), 0)
+    before = own_memory()
+    state.wait_for_everyone()
+    start = time.perf_counter()
+    examples = encode_rows(model, processor, rows, 0, args.folder)
+    seconds, encoded = time.perf_counter() - start, own_memory()
+    for _ in range(200):
+        stack_features(random.sample(examples, 32))
+    if state.is_main_process:
+        print(
+            f"{args.images} images, {state.num_processes} processes: {seconds:.1f} s; own memory {before} MB before, "
+            f"{encoded} after, {own_memory()} after 200 batches; {len(examples)} examples"
+        )
+
+
+if __name__ == "__main__":
+    main()
