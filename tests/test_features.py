@@ -1,5 +1,6 @@
 """Images are encoded once, by whichever run or process comes first."""
 
+import gc
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from lightvlm import LightVLM
 from lightvlm.common.llava_data import load_llava
 from lightvlm.training import features
 from lightvlm.training.prepare_easy_vqa import llava_row
+from lightvlm.training.pruner import SplitTurns
 from lightvlm.views_lightvlm import lay_out
 from tiny import GRIDS, make_image, make_model, make_processor
 
@@ -41,6 +43,10 @@ def encoded(monkeypatch):
     return counts
 
 
+def turn_of(question):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+
+
 def views(grids):
     return make_model(image_grid_pinpoints=grids), make_processor(pinpoints=grids)
 
@@ -59,6 +65,42 @@ def test_an_example_is_what_the_model_encodes(data, grids):
         torch.testing.assert_close(found, expected.last_hidden_state.bfloat16().float())
         if grids:
             assert found.shape[1] == layout.lengths[0] == lay_out([example["size"]], model.config, "cpu").lengths[0]
+
+
+def test_no_tensor_and_no_conversation_of_an_image_stays_in_memory(data, monkeypatch):
+    monkeypatch.setattr(features, "SHARD", 256)
+    folder, rows = data
+    model, processor = views(None)
+
+    def tensors_of(some):
+        gc.collect()
+        before = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        examples = features.encode_rows(model, processor, some, folder=folder / "features")
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()) - before, examples
+
+    tensors_of(rows)
+    few, _ = tensors_of(rows.select([0]))
+    many, examples = tensors_of(rows)
+    assert many == few
+    with pytest.raises(IndexError, match="5 images"):
+        examples[5]
+
+
+def test_each_question_is_an_example_with_its_images_features(data):
+    folder, rows = data
+    model, processor = views(None)
+    conversations = [
+        [message for turn in range(1 + row) for message in turn_of(f"{row}.{turn}")] for row in range(len(rows))
+    ]
+    rows = rows.remove_columns("messages").add_column("messages", conversations)
+    examples = features.encode_rows(model, processor, rows, folder=folder / "features")
+    split = SplitTurns(examples)
+    names = [example["messages"][0]["content"] for example in (split[index] for index in range(len(split)))]
+    assert names == [f"{row}.{turn}" for row in range(5) for turn in range(1 + row)]
+    for index, name in enumerate(names):
+        assert [message["content"] for message in split[index]["messages"]] == [name, "yes"]
+        assert torch.equal(split[index]["features"], examples[int(name[0])]["features"])
 
 
 def test_a_second_run_encodes_nothing_and_an_interrupted_one_goes_on(data, encoded):

@@ -163,7 +163,7 @@ def main() -> None:
 
     pruner, needs, pooled = model.model.pruner, [], []
     for start in tqdm(range(0, len(examples), args.batch_size), "Trying budgets"):
-        batch = examples[start : start + args.batch_size]
+        batch = [examples[index] for index in range(start, min(start + args.batch_size, len(examples)))]
         stacked = stack_features(batch, model.device)
         features, prior, layout = lay_out_batch(**stacked, config=model.config)
         needs.append(needed_tokens(model, processor, batch, features, prior, layout, args.sweep, args.delta))

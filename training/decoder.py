@@ -15,7 +15,14 @@ import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.common.turns import IGNORED, pack_turns
 from lightvlm.common.views import cut_views, parse_grids
-from lightvlm.training.features import ImageArguments, encode_rows, lay_out_batch, load_rows, stack_features
+from lightvlm.training.features import (
+    EncodedImages,
+    ImageArguments,
+    encode_rows,
+    lay_out_batch,
+    load_rows,
+    stack_features,
+)
 from lightvlm.training.pruner import draw_turns, extend_card
 from torch import nn
 from tqdm import tqdm
@@ -40,14 +47,15 @@ class DecoderArguments(ImageArguments):
 
 
 @torch.no_grad()
-def rank_patches(model: LightVLMForConditionalGeneration, examples: list[dict], count: int) -> None:
+def rank_patches(model: LightVLMForConditionalGeneration, examples: EncodedImages, count: int) -> None:
     """Give each example its `order`: the first `count` of its image's tokens, best first, as the pruner chooses."""
-    pruner = model.model.pruner
+    pruner, orders = model.model.pruner, []
     for example in tqdm(examples, "Choosing patches"):
         stacked = stack_features([example], model.device)
         features, prior, layout = lay_out_batch(**stacked, config=model.config)
         scores = pruner.score(features, prior, layout=layout)
-        example["order"] = pruner.select(scores, features, count)[0].to("cpu", torch.int32)
+        orders.append(pruner.select(scores, features, count)[0].to("cpu", torch.int32))
+    examples.columns["order"] = torch.stack(orders)
 
 
 class Reader(nn.Module):

@@ -18,6 +18,7 @@ from lightvlm.common.llava_data import load_llava
 from lightvlm.views_lightvlm import Layout, lay_out
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 SHARD = 256  # images in a file: 300 MB for CLIP ViT-L/14-336
@@ -87,6 +88,37 @@ def name_features(model: LightVLMForConditionalGeneration, processor: LightVLMPr
     return digest.hexdigest()[:16]
 
 
+class EncodedImages(TorchDataset):
+    """What `encode_rows` returns: items are read from Arrow and from mapped files each time that they are asked for.
+
+    Args:
+        rows: with `messages`.
+        files: of `encode_shard`, with `SHARD` images each.
+    """
+
+    def __init__(self, rows: Dataset, files: list[Path]):
+        self.conversations = rows.select_columns("messages")
+        self.shards = [load_file(file) for file in files]  # maps the files: nothing is read yet
+        self.size = SHARD
+        self.columns: dict[str, torch.Tensor] = {}  # what else is known of each image
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict:
+        if index >= len(self):
+            raise IndexError(f"There are {len(self)} images.")
+        shard, at = self.shards[index // self.size], index % self.size
+        start, end = int(shard["ends"][at - 1]) if at else 0, int(shard["ends"][at])
+        return {
+            **self.conversations[index],
+            "features": shard["features"][start:end],
+            "prior": shard["prior"][start:end],
+            "size": shard["sizes"][at].tolist(),
+            **{name: column[index] for name, column in self.columns.items()},
+        }
+
+
 @torch.no_grad()
 def encode_shard(
     model: LightVLMForConditionalGeneration, batches: Iterable[dict[str, torch.Tensor]]
@@ -116,7 +148,7 @@ def encode_rows(
     rows: Dataset,
     num_workers: int = 0,
     folder: str | Path | None = None,
-) -> list[dict]:
+) -> EncodedImages:
     """Encode the images that no earlier run did, each by one of the processes, and wait for all.
 
     Args:
@@ -128,7 +160,7 @@ def encode_rows(
 
     Returns:
         For each row its `messages`, and `features` (views, patches, dim) in bf16, `prior` (views, patches) and `size`
-        (height, width) of its image, as the image processor saw it. Tensors are read from the files when used.
+        (height, width) of its image, as the image processor saw it.
     """
     state = PartialState()
     folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE, "lightvlm"), name_features(model, processor, rows))
@@ -149,19 +181,7 @@ def encode_rows(
         save_file(encoded, unfinished)
         unfinished.rename(file)
     state.wait_for_everyone()
-    return read_rows(rows["messages"], files)
-
-
-def read_rows(messages: list[list[dict]], files: list[Path]) -> list[dict]:
-    """What `encode_rows` returns, of its files."""
-    examples, conversations = [], iter(messages)
-    for file in files:
-        shard = load_file(file)  # maps the file: nothing is read yet
-        ends = shard["ends"].tolist()
-        for start, end, size in zip([0, *ends], ends, shard["sizes"].tolist(), strict=False):
-            features, prior = shard["features"][start:end], shard["prior"][start:end]
-            examples.append({"messages": next(conversations), "features": features, "prior": prior, "size": size})
-    return examples
+    return EncodedImages(rows, files)
 
 
 def stack_features(examples: list[dict], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ The encoder runs once for each image, and its features are kept on disk: 1.2 MB 
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -20,9 +21,17 @@ import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.common.turns import pack_turns
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
-from lightvlm.training.features import ImageArguments, encode_rows, lay_out_batch, load_rows, stack_features
+from lightvlm.training.features import (
+    EncodedImages,
+    ImageArguments,
+    encode_rows,
+    lay_out_batch,
+    load_rows,
+    stack_features,
+)
 from lightvlm.views_lightvlm import Layout
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from trl import TrlParser
 
@@ -179,18 +188,27 @@ class PrunerTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 
-def split_turns(examples: list[dict]) -> list[dict]:
-    """One example for each question."""
-    return [
-        {**example, "messages": example["messages"][start : start + 2]}
-        for example in examples
-        for start in range(0, len(example["messages"]), 2)
-    ]
+class SplitTurns(Dataset):
+    """Encoded images as one example for each question."""
+
+    def __init__(self, examples: EncodedImages):
+        self.examples = examples
+        counts = torch.tensor([len(row["messages"]) // 2 for row in examples.conversations])
+        self.ends = counts.cumsum(dim=0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict:
+        image = int(torch.searchsorted(self.ends, index, right=True))
+        example = self.examples[image]
+        start = 2 * (index - int(self.ends[image - 1]) if image else index)
+        return {**example, "messages": example["messages"][start : start + 2]}
 
 
 @torch.no_grad()
 def center_questions(
-    model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, examples: list[dict]
+    model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, examples: Iterable[dict]
 ) -> None:
     """Tell the pruner what the examples' questions have in common: their mean embedding."""
     questions = [example["messages"][0]["content"] for example in examples]
@@ -271,7 +289,7 @@ def main() -> None:
     rows, num_workers = load_rows(args, training_args.seed), training_args.dataloader_num_workers
     examples = encode_rows(model.to(training_args.device), processor, rows, num_workers, args.features_dir)
     if args.question_aware:
-        examples = split_turns(examples)
+        examples = SplitTurns(examples)
         center_questions(model, processor, examples)
     trainer = PrunerTrainer(
         PolicyGradient(model, args.num_samples, args.question_aware),
