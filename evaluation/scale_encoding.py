@@ -39,7 +39,7 @@ def main() -> None:
     examples = encode_rows(model, processor, rows, 0, args.folder)
     seconds, encoded = time.perf_counter() - start, own_memory()
     for _ in range(200):
-        stack_features(random.sample(examples, 32))
+        stack_features([examples[index] for index in random.sample(range(len(examples)), 32)])
     if state.is_main_process:
         print(
             f"{args.images} images, {state.num_processes} processes: {seconds:.1f} s; own memory {before} MB before, "
