@@ -153,15 +153,13 @@ class Answerer:
             stop.set()  # a visitor who leaves does not keep the model busy
         talk.history = history
         picture, kept, patches = self.draw(talk, choice)
-        answer, line = answer.strip(), f"{kept} of {patches} tokens · first token after {first:.0f} ms"
+        answer, line, table = answer.strip(), f"{kept} of {patches} tokens · first token after {first:.0f} ms", ""
         if choice.compare:
-            table = {kept: (answer, first)}
+            answers = {kept: (answer, first)}
             for budget in {max(1, kept // 4), max(kept, self.processor.num_patches)} - {kept}:
-                table[budget] = self.ask_again(talk, before, replace(choice, budget=budget))
-            line += "*\n\n" + tabulate_answers(table)
+                answers[budget] = self.ask_again(talk, before, replace(choice, budget=budget))
+            table = f"\n\n{tabulate_answers(answers)}"
         elif kept < patches:
             _, time_of_all = self.ask_again(talk, before, Choice(patches), max_new_tokens=1)
-            line += f" (all tokens: {time_of_all:.0f} ms)*"
-        else:
-            line += "*"
-        yield f"{answer}\n\n*{line}", picture
+            line += f" (all tokens: {time_of_all:.0f} ms)"
+        yield f"{answer}\n\n*{line}*{table}", picture

@@ -1,15 +1,18 @@
 """The one tiny model that every test builds on."""
 
 import json
+import logging
 from functools import partial
 
 import datasets
 import easy_vqa
 import pytest
 import torch
+from lightvlm import modeling_lightvlm
 from lightvlm.training import prepare_easy_vqa
 from tiny import make_model, make_processor
-from transformers import set_seed
+from transformers import AttentionInterface, set_seed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def pytest_configure(config):
@@ -25,6 +28,21 @@ def cache(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         patch.setenv("HF_DATASETS_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def in_vllm(monkeypatch):
+    """Makes a configuration as vLLM does, and the model's warnings, each as if it were the first, seen by caplog."""
+    AttentionInterface.register("vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    for logger in (modeling_lightvlm.logger, logging.getLogger("transformers")):
+        monkeypatch.setattr(logger, "propagate", True)
+    modeling_lightvlm.logger.warning_once.cache_clear()
+
+    def configure(config):
+        config.text_config._attn_implementation = "vllm"
+        return config
+
+    return configure
 
 
 @pytest.fixture(autouse=True)

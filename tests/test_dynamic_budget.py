@@ -1,12 +1,11 @@
 """With a dynamic budget each image gets as many tokens as it needs, and all else is as if these had been asked for."""
 
 import copy
-import logging
 
 import pytest
 import torch
 from datasets import Dataset
-from lightvlm import LightVLMModel, modeling_lightvlm
+from lightvlm import LightVLMModel
 from lightvlm.common.turns import pack_turns
 from lightvlm.training.collator import LightVLMCollator
 from tiny import (
@@ -20,8 +19,7 @@ from tiny import (
     make_processor,
     mixed_batch,
 )
-from transformers import AttentionInterface, DynamicCache, GenerationConfig, StaticCache, pipeline
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import DynamicCache, GenerationConfig, StaticCache, pipeline
 from trl import SFTConfig, SFTTrainer
 
 
@@ -487,14 +485,8 @@ def test_words_that_are_no_budget_are_refused(processor, budget):
         processor(images=make_image(), text="<image>", num_image_tokens=budget)
 
 
-def test_in_vllm_which_has_placed_the_tokens_by_then_a_dynamic_budget_keeps_all(monkeypatch, caplog):
-    AttentionInterface.register("vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
-    for logger in (modeling_lightvlm.logger, logging.getLogger("transformers")):
-        monkeypatch.setattr(logger, "propagate", True)
-    modeling_lightvlm.logger.warning_once.cache_clear()
+def test_in_vllm_which_has_placed_the_tokens_by_then_a_dynamic_budget_keeps_all(in_vllm, caplog):
     inputs = make_processor()(images=[make_image(0), make_image(1)], num_image_tokens="dynamic:8", return_tensors="pt")
-    config = make_dynamic().config
-    config.text_config._attn_implementation = "vllm"
-    outputs = LightVLMModel(config).get_image_features(**inputs)
+    outputs = LightVLMModel(in_vllm(make_dynamic().config)).get_image_features(**inputs)
     assert [len(kept) for kept in outputs.kept_indices] == [36, 36]
     assert '"dynamic" keeps all of them' in caplog.text

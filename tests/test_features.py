@@ -9,7 +9,6 @@ from lightvlm import LightVLM
 from lightvlm.common.llava_data import load_llava
 from lightvlm.training import features
 from lightvlm.training.prepare_easy_vqa import llava_row
-from lightvlm.training.pruner import SplitTurns
 from lightvlm.views_lightvlm import lay_out
 from tiny import GRIDS, make_image, make_model, make_processor
 
@@ -95,7 +94,7 @@ def test_each_question_is_an_example_with_its_images_features(data):
     ]
     rows = rows.remove_columns("messages").add_column("messages", conversations)
     examples = features.encode_rows(model, processor, rows, folder=folder / "features")
-    split = SplitTurns(examples)
+    split = features.SplitTurns(examples)
     names = [example["messages"][0]["content"] for example in (split[index] for index in range(len(split)))]
     assert names == [f"{row}.{turn}" for row in range(5) for turn in range(1 + row)]
     for index, name in enumerate(names):

@@ -83,7 +83,8 @@ def test_bitsandbytes_packs_the_same_layers(folder):
     assert 0 < (logits - expected).norm() < 0.05 * expected.norm()
 
 
-def test_torchao_is_told_the_same_names():
+def test_both_backends_are_told_the_same_names():
+    assert int8_config("bitsandbytes").llm_int8_skip_modules == FULL_PRECISION
     assert int8_config().modules_to_not_convert == FULL_PRECISION
 
 

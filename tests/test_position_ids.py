@@ -1,15 +1,12 @@
 """With original position ids a pruned prompt is the whole one in which nobody attends to the dropped patches."""
 
-import logging
-
 import pytest
 import torch
-from lightvlm import LightVLMModel, modeling_lightvlm
+from lightvlm import LightVLMModel
 from lightvlm.common.inference import compile_for_inference
 from lightvlm.pruning_lightvlm import count_dropped
 from tiny import IMAGES, NUM_PATCHES, TEXT, make_config, make_dynamic, make_image, make_processor, mixed_batch
-from transformers import AttentionInterface, DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import DynamicCache
 
 NEW = 5
 
@@ -200,12 +197,6 @@ def test_embeddings_without_ids_are_refused():
 
 
 @pytest.mark.parametrize(("position_ids", "warns"), [("original", True), ("consecutive", False)])
-def test_in_vllm_a_warning_says_that_positions_are_consecutive(monkeypatch, caplog, position_ids, warns):
-    AttentionInterface.register("vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
-    for logger in (modeling_lightvlm.logger, logging.getLogger("transformers")):
-        monkeypatch.setattr(logger, "propagate", True)
-    modeling_lightvlm.logger.warning_once.cache_clear()
-    config = make_config(position_ids=position_ids)
-    config.text_config._attn_implementation = "vllm"
-    LightVLMModel(config)
+def test_in_vllm_a_warning_says_that_positions_are_consecutive(in_vllm, caplog, position_ids, warns):
+    LightVLMModel(in_vllm(make_config(position_ids=position_ids)))
     assert ("vLLM counts positions itself" in caplog.text) == warns

@@ -500,9 +500,7 @@ def test_the_frozen_base_of_a_lora_may_be_int8_or_nf4(data, monkeypatch, lora_ba
     assert held["bytes"] == before[weight].numel() * bits / 8
     assert held["learns"] == {torch.float32}
     change = model.state_dict()[weight] - before[weight]
-    assert (
-        1 <= torch.linalg.matrix_rank(change, rtol=1e-3) <= 4
-    )  # merged into the weights as they were, not rounded ones
+    assert 1 <= torch.linalg.matrix_rank(change, rtol=1e-3) <= 4  # merged into the weights as they were
 
 
 def test_the_projector_may_learn_at_its_own_rate(data, monkeypatch):
@@ -678,6 +676,8 @@ def test_nothing_in_the_folder_is_a_pickle_but_the_state_of_interrupted_runs(dat
         ({"independent_turns": True, "max_length": 9}, "max_length"),
         ({"projector_learning_rate": 1e-4, "train_parts": ["lm_head"]}, "projector_learning_rate"),
         ({"save_dtype": "int8"}, "save_dtype"),
+        ({"lora_base": "fp4", "lora_r": 2}, "lora_base is int8 or nf4"),
+        ({"lora_base": "nf4"}, "lora_base needs lora_r"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
         ({"train_sampling_strategy": "group_by_length", "streaming": True, "max_steps": 1}, "train_sampling_strategy"),
         ({"push_to_hub": True}, "lightvlm push"),

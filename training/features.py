@@ -99,7 +99,6 @@ class EncodedImages(TorchDataset):
     def __init__(self, rows: Dataset, files: list[Path]):
         self.conversations = rows.select_columns("messages")
         self.shards = [load_file(file) for file in files]  # maps the files: nothing is read yet
-        self.size = SHARD
         self.columns: dict[str, torch.Tensor] = {}  # what else is known of each image
 
     def __len__(self) -> int:
@@ -108,7 +107,7 @@ class EncodedImages(TorchDataset):
     def __getitem__(self, index: int) -> dict:
         if index >= len(self):
             raise IndexError(f"There are {len(self)} images.")
-        shard, at = self.shards[index // self.size], index % self.size
+        shard, at = self.shards[index // SHARD], index % SHARD
         start, end = int(shard["ends"][at - 1]) if at else 0, int(shard["ends"][at])
         return {
             **self.conversations[index],
@@ -117,6 +116,24 @@ class EncodedImages(TorchDataset):
             "size": shard["sizes"][at].tolist(),
             **{name: column[index] for name, column in self.columns.items()},
         }
+
+
+class SplitTurns(TorchDataset):
+    """Encoded images as one example for each question."""
+
+    def __init__(self, examples: EncodedImages):
+        self.examples = examples
+        counts = torch.tensor([len(row["messages"]) // 2 for row in examples.conversations])
+        self.ends = counts.cumsum(dim=0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict:
+        image = int(torch.searchsorted(self.ends, index, right=True))
+        example = self.examples[image]
+        start = 2 * (index - int(self.ends[image - 1]) if image else index)
+        return {**example, "messages": example["messages"][start : start + 2]}
 
 
 @torch.no_grad()

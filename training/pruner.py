@@ -22,8 +22,8 @@ from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMP
 from lightvlm.common.turns import pack_turns
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training.features import (
-    EncodedImages,
     ImageArguments,
+    SplitTurns,
     encode_rows,
     lay_out_batch,
     load_rows,
@@ -31,7 +31,6 @@ from lightvlm.training.features import (
 )
 from lightvlm.views_lightvlm import Layout
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from trl import TrlParser
 
@@ -188,30 +187,12 @@ class PrunerTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 
-class SplitTurns(Dataset):
-    """Encoded images as one example for each question."""
-
-    def __init__(self, examples: EncodedImages):
-        self.examples = examples
-        counts = torch.tensor([len(row["messages"]) // 2 for row in examples.conversations])
-        self.ends = counts.cumsum(dim=0)
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index: int) -> dict:
-        image = int(torch.searchsorted(self.ends, index, right=True))
-        example = self.examples[image]
-        start = 2 * (index - int(self.ends[image - 1]) if image else index)
-        return {**example, "messages": example["messages"][start : start + 2]}
-
-
 @torch.no_grad()
 def center_questions(
-    model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, examples: Iterable[dict]
+    model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, conversations: Iterable[dict]
 ) -> None:
-    """Tell the pruner what the examples' questions have in common: their mean embedding."""
-    questions = [example["messages"][0]["content"] for example in examples]
+    """Tell the pruner what the conversations' questions have in common: their mean embedding."""
+    questions = [message["content"] for row in conversations for message in row["messages"][::2]]
     center = model.model.pruner.question_center.weight.zero_()
     for start in range(0, len(questions), 256):
         some = questions[start : start + 256]
@@ -289,8 +270,8 @@ def main() -> None:
     rows, num_workers = load_rows(args, training_args.seed), training_args.dataloader_num_workers
     examples = encode_rows(model.to(training_args.device), processor, rows, num_workers, args.features_dir)
     if args.question_aware:
+        center_questions(model, processor, examples.conversations)
         examples = SplitTurns(examples)
-        center_questions(model, processor, examples)
     trainer = PrunerTrainer(
         PolicyGradient(model, args.num_samples, args.question_aware),
         training_args,

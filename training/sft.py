@@ -398,9 +398,11 @@ def main() -> None:
     train_rows, eval_rows = load_rows(args)
     processor = LightVLMProcessor.from_pretrained(args.model_path)
     frozen_dtype = base_dtype(args, training_args)
-    quantize = {"int8": int8_config, "nf4": partial(nf4_config, frozen_dtype)}.get(args.lora_base, lambda: None)
+    quantization = None
+    if args.lora_base:
+        quantization = int8_config() if args.lora_base == "int8" else nf4_config(frozen_dtype)
     model = LightVLMForConditionalGeneration.from_pretrained(
-        args.model_path, dtype=frozen_dtype, quantization_config=quantize()
+        args.model_path, dtype=frozen_dtype, quantization_config=quantization
     )
     model.config.num_image_tokens = processor.num_image_tokens = args.num_image_tokens
     learns_places = "pruner" in args.train_parts and config.score in ("positional", "question")
