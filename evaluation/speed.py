@@ -25,6 +25,8 @@ from lightvlm.processing.processing_lightvlm import shrink, to_rgb
 from lightvlm.views_lightvlm import token_rows
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop
 from tqdm import tqdm
 from transformers import Cache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -365,6 +367,22 @@ def kv_cache_bytes(cache: Cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
+class Flops(TorchDispatchMode):
+    """Counts what matrix products, convolutions and attention take, without the module hooks of `FlopCounterMode`."""
+
+    counted = flop_registry | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if count := self.counted.get(function.overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
 def decode(model: nn.Module, output, tokens: int) -> torch.Tensor:
     """Greedy continuation after a prefill without padding, (batch, tokens), without `generate`'s bookkeeping."""
     cache, chosen = output.past_key_values, [output.logits[:, -1:].argmax(dim=-1)]
@@ -437,6 +455,20 @@ class Trial:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def preprocess(self) -> dict[str, torch.Tensor]:
+        """What the image processor makes of all images."""
+        images = [shrink(to_rgb(image), self.image_processor) for image in self.images]
+        return self.image_processor(images, return_tensors="pt")
+
+    @torch.no_grad()
+    def flops(self, configuration: Configuration) -> int:
+        """Of the matrix products, convolutions and attention up to the first token; compiled or not, the same."""
+        inputs, text = self.preprocess(), self.text(configuration.placeholders)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+        with torch.compiler.set_stance("force_eager"), Flops() as flops:
+            configuration.prefill(**inputs, use_cache=True, logits_to_keep=1, **text)
+        return flops.total
+
     @torch.no_grad()
     def run(self, configuration: Configuration) -> dict[str, float]:
         """Times in milliseconds and memory in bytes of one pass, from images on the host to the last token there."""
@@ -446,8 +478,7 @@ class Trial:
 
         self.synchronize()
         start = time.perf_counter()
-        images = [shrink(to_rgb(image), self.image_processor) for image in self.images]
-        inputs = self.image_processor(images, return_tensors="pt")
+        inputs = self.preprocess()
         preprocessed = time.perf_counter()
         with self.stopwatch.stage(ENCODER):
             inputs["pixel_values"] = inputs["pixel_values"].to(device, self.model.dtype)
@@ -493,13 +524,17 @@ def summarise(samples: list[dict[str, float]]) -> dict:
 
 
 def compare(rows: list[dict], batch_size: int) -> None:
-    """Add to each row its speed-ups over the first, which are ratios of medians, and the ceiling by token count."""
+    """Add to each row its speed-ups over the first, which are ratios of medians, and their ceilings.
+
+    The prefill's is what the number of positions allows, and TTFT's what the FLOPs of encoder and language model do.
+    """
     for row in rows:
         if "error" in row:
             continue
         row["decode_tokens_per_second"] = 1000 * batch_size / row["times_ms"]["decode step"]["median"]
         row["prefill_ceiling"] = rows[0]["positions"] / row["positions"]
         if "error" not in rows[0]:
+            row["ttft_ceiling"] = rows[0]["flops"] / row["flops"]
             for name in row["times_ms"].keys() & {PREFILL, QUEUED, TTFT}:
                 row.setdefault("speedup", {})[name] = (
                     rows[0]["times_ms"][name]["median"] / row["times_ms"][name]["median"]
@@ -554,8 +589,8 @@ def measure(
 
     Yields:
         `batch_size`, `images` and `rows`, one for each configuration with `method`, `num_image_tokens`, `positions` of
-        the language model, and either `error` or the fields of `summarise` and `compare`. Batches that a GPU has no
-        memory for cost their own row only.
+        the language model, and either `error` or `flops` of one batch row and the fields of `summarise` and `compare`.
+        Batches that a GPU has no memory for cost their own row only.
     """
     stopwatch = Stopwatch(model.device)
     if views is None:
@@ -564,7 +599,10 @@ def measure(
         compared = view_configurations(model, budgets, views[::-1], tuple(max_views), encoder_keep)
     for batch_size, count in itertools.product(batch_sizes, images):
         size = views or IMAGE_SIZE
-        trial = Trial(model, image_processor, stopwatch, batch_size, count, prompt_tokens, new_tokens, size)
+        trial, one_row = (
+            Trial(model, image_processor, stopwatch, rows, count, prompt_tokens, new_tokens, size)
+            for rows in (batch_size, 1)
+        )
         samples, failed = [[] for _ in compared], set()
         for repetition in tqdm(range(warmup + repetitions), desc=f"Batch size {batch_size}, images {count}"):
             for index, configuration in enumerate(compared):
@@ -589,7 +627,12 @@ def measure(
             budget = configuration.num_image_tokens
             positions = prompt_tokens + count * budget
             row = {"method": configuration.method, "num_image_tokens": budget, "positions": positions}
-            rows.append(row | ({"error": "out of memory"} if index in failed else summarise(samples[index])))
+            if index in failed:
+                rows.append(row | {"error": "out of memory"})
+                continue
+            with encoder_attention(model, configuration.encoder_attention):
+                row["flops"] = one_row.flops(configuration)
+            rows.append(row | summarise(samples[index]))
         compare(rows, batch_size)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -29,8 +29,9 @@ Written by `python -m lightvlm.evaluation.speed_report evaluation/results`, from
 a file took turns within each repetition, on the same weights. "Llava" is transformers' own class with all tokens, and
 "output_attentions", or "as published", the same pruned by the attention matrices that the encoder returns; "dynamic"
 has its tokens on average. "×" is the speed-up over Llava in the first row of the same batch, "ceiling" what the
-number of tokens alone would give. Compiled rows have scoring, selection and projector in the encoder's time; "both
-compiled" is LightVLM compiled over Llava compiled."""
+number of tokens alone would give, and TTFT's what the FLOPs of encoder and language model do, which older results have
+not. Compiled rows have scoring, selection and projector in the encoder's time; "both compiled" is LightVLM compiled
+over Llava compiled."""
 
 
 def describe_model(report: dict) -> str:
@@ -49,12 +50,17 @@ def milliseconds(time: dict[str, float]) -> str:
     return "{} ({})".format(*(f"{value:.{2 if value < 10 else 1}f}" for value in (time["median"], time["p95"])))
 
 
+def first_token_ceiling(row: dict) -> str:
+    """The speed-up of TTFT that FLOPs allow, where it was counted."""
+    return f"{row['ttft_ceiling']:.2f}×" if "ttft_ceiling" in row else "–"
+
+
 def table(result: dict) -> str:
     """Markdown: a line for each configuration of one batch size, times as median (95th percentile)."""
     on_gpu = any(QUEUED in row.get("times_ms", {}) for row in result["rows"])
     times = [*STAGES, *([QUEUED] if on_gpu else []), "sum of stages", TTFT]
     ratios = [PREFILL, *([QUEUED] if on_gpu else []), TTFT]
-    heads = ["method", "tokens", *times, "ceiling", *(f"{name} ×" for name in ratios)]
+    heads = ["method", "tokens", *times, "ceiling", *(f"{name} ×" for name in ratios), "TTFT ceiling"]
     heads += ["decode, tokens/s", "KV cache, MB", "peak memory, MB"]
     lines = []
     for row in result["rows"]:
@@ -65,6 +71,7 @@ def table(result: dict) -> str:
             cells += [milliseconds(row["times_ms"][name]) for name in times]
             cells.append(f"{row['prefill_ceiling']:.2f}×")
             cells += [f"{row['speedup'][name]:.2f}×" if "speedup" in row else "–" for name in ratios]
+            cells.append(first_token_ceiling(row))
             cells.append(f"{row['decode_tokens_per_second']:.1f}")
             cells.append(f"{row['kv_cache_bytes'] / 1e6:.1f}")
             cells.append(f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "not measured")
@@ -75,7 +82,7 @@ def table(result: dict) -> str:
 def summary(report: dict) -> str:
     """Markdown: medians of a whole report of `lightvlm bench`."""
     heads = ["batch × images", "method", "tokens", "encoder, ms", "scoring", "selection", "prefill", "TTFT"]
-    heads += ["prefill ×", "ceiling", "TTFT ×", "decode, tokens/s", "KV cache, MB", "peak memory, MB"]
+    heads += ["prefill ×", "ceiling", "TTFT ×", "TTFT ceiling", "decode, tokens/s", "KV cache, MB", "peak memory, MB"]
     lines = []
     for result in report["results"]:
         for row in result["rows"]:
@@ -90,6 +97,7 @@ def summary(report: dict) -> str:
                 cells += [f"{medians[PREFILL]:.1f}", f"{medians[TTFT]:.1f}"]
                 ratio = {name: f"{ratio:.2f}×" for name, ratio in row.get("speedup", {}).items()}
                 cells += [ratio.get(PREFILL, "–"), f"{row['prefill_ceiling']:.2f}×", ratio.get(TTFT, "–")]
+                cells.append(first_token_ceiling(row))
                 cells += [f"{row['decode_tokens_per_second']:.1f}", f"{row['kv_cache_bytes'] / 1e6:.1f}"]
                 cells.append(f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "–")
             lines.append(cells)

@@ -25,7 +25,7 @@ def result(images=1, out_of_memory=()) -> dict:
     for (method, tokens), (prefill, ttft, decoded) in MEASURED.items():
         times = dict.fromkeys([*STAGES, "sum of stages"], 0) | {ENCODER: 50, SCORING: 1, SELECTION: 2}
         times |= {PREFILL: prefill, TTFT: ttft, "decode step": 1000 / decoded, "kv_cache_bytes": 1e6 * tokens}
-        row = {"method": method, "num_image_tokens": tokens, "positions": tokens + 64}
+        row = {"method": method, "num_image_tokens": tokens, "positions": tokens + 64, "flops": tokens + 128}
         rows.append(row | ({"error": "out of memory"} if method in out_of_memory else summarise([times])))
     compare(rows, batch_size=1)
     return {"batch_size": 1, "images": images, "rows": rows}
