@@ -2,6 +2,7 @@
 
 examples:
   lightvlm export --num-image-tokens 64 --output image_tokens.onnx
+  lightvlm export --num-image-tokens 64 --int8 --output image_tokens.onnx
   lightvlm export --model-path phi2-clip --num-image-tokens 144 --output image_tokens.xml
 
 The language model is not in it: runtimes have exporters of their own for that. It reads the graph's image_tokens in
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights (float32)"
     )
+    parser.add_argument("--int8", action="store_true", help="products with weights in int8; .onnx only")
     parser.add_argument(
         "--output", type=Path, required=True, help="ends in .pt2 (torch.export), .onnx, or .xml (OpenVINO)"
     )
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     budget = args.num_image_tokens or model.config.num_image_tokens
     if budget == "dynamic":
         raise ValueError("this checkpoint's K is dynamic: give --num-image-tokens.")
-    export_image_tokens(model, args.output, budget, args.batch_size)
+    export_image_tokens(model, args.output, budget, args.batch_size, args.int8)
     side = model.config.vision_config.image_size
     print(
         f"{args.output}: pixel_values ({args.batch_size}, 3, {side}, {side}) to image_tokens ({args.batch_size}, "

@@ -37,7 +37,7 @@ class ImageTokens(nn.Module):
         return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])), kept
 
 
-def check(model: LightVLM, path: Path, num_image_tokens: int) -> None:
+def check(model: LightVLM, path: Path, num_image_tokens: int, int8: bool) -> None:
     """ValueError where this cannot be exported, or not to a file of this name."""
     if path.suffix not in PACKAGES:
         raise ValueError(f"{path}: end the name in {', '.join(PACKAGES)}, for torch.export, ONNX or OpenVINO.")
@@ -45,14 +45,20 @@ def check(model: LightVLM, path: Path, num_image_tokens: int) -> None:
         raise ValueError("This checkpoint sees several views of every image: a graph of one view is of no use to it.")
     if not 1 <= num_image_tokens <= model.config.encoded_patches:
         raise ValueError(f"num_image_tokens={num_image_tokens}: give one from 1 to {model.config.encoded_patches}.")
-    for package in PACKAGES[path.suffix]:
+    if int8 and path.suffix != ".onnx":
+        raise ValueError(f"{path}: int8 is for .onnx.")
+    if int8 and model.dtype != torch.float32:
+        raise ValueError(f"int8 is made of float32, and not of {model.dtype}.")
+    for package in (*PACKAGES[path.suffix], *(("onnxruntime",) if int8 else ())):
         try:
             __import__(package)
         except ImportError:
             raise ValueError(f'{path.suffix} needs {package}: pip install "lightvlm[export]"') from None
 
 
-def export_image_tokens(model: LightVLM, path: str | Path, num_image_tokens: int, batch_size: int = 1) -> None:
+def export_image_tokens(
+    model: LightVLM, path: str | Path, num_image_tokens: int, batch_size: int = 1, int8: bool = False
+) -> None:
     """Write encoder, pruner and projector as one graph from pixels to the K tokens that the language model reads.
 
     The graph maps `pixel_values` (images, channels, height, width), as the processor returns them for images of one
@@ -63,12 +69,13 @@ def export_image_tokens(model: LightVLM, path: str | Path, num_image_tokens: int
         path: ends in .pt2 (`torch.export.load`), .onnx, or .xml (OpenVINO, with its .bin beside it).
         num_image_tokens: K.
         batch_size: images.
+        int8: products with weights are of int8, of activations by the range that each has; .onnx only, of float32.
 
     Raises:
         ValueError: where the name ends otherwise, K is out of range, or the format's package is missing.
     """
     path = Path(path)
-    check(model, path, num_image_tokens)
+    check(model, path, num_image_tokens, int8)
     side = model.config.vision_config.image_size
     pixels = torch.zeros(batch_size, 3, side, side, dtype=model.dtype, device=model.device)
     with torch.no_grad(), warnings.catch_warnings():
@@ -79,6 +86,8 @@ def export_image_tokens(model: LightVLM, path: str | Path, num_image_tokens: int
             torch.export.save(program, path)
         elif path.suffix == ".onnx":
             save_onnx(program, path)
+            if int8:
+                quantize_onnx(path)
         else:
             save_openvino(program, path)
 
@@ -100,6 +109,18 @@ def save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
         external_data=False,
         verbose=False,
+    )
+
+
+def quantize_onnx(path: Path) -> None:
+    """Its products of activations and weights in int8, in place; those of queries and keys stay in float32."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    quant_pre_process(path, path, skip_symbolic_shape=True)
+    options = {"MatMulConstBOnly": True}
+    quantize_dynamic(
+        path, path, ["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8, extra_options=options
     )
 
 

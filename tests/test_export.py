@@ -1,5 +1,6 @@
 """A graph for another runtime has the tokens that the model has."""
 
+import onnx
 import pytest
 import torch
 from lightvlm.common.export import export_image_tokens
@@ -41,6 +42,23 @@ def test_a_graph_has_the_tokens_of_the_model(tmp_path, suffix, vision, select):
     torch.testing.assert_close(tokens, torch.stack(expected.pooler_output), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_in_int8_a_graph_is_smaller_and_has_nearly_the_same_tokens(tmp_path, vision):
+    model = make_model(vision, select="topk")
+    pixels = make_processor(vision).image_processor(IMAGES[:1], return_tensors="pt")["pixel_values"]
+    for name, int8 in (("whole", False), ("int8", True)):
+        export_image_tokens(model, tmp_path / f"{name}.onnx", NUM_PATCHES, int8=int8)
+    (whole, kept), (tokens, same) = (run_graph(tmp_path / f"{name}.onnx", pixels) for name in ("whole", "int8"))
+    assert kept.tolist() == same.tolist()
+    error = (tokens - whole).norm() / whole.norm()
+    assert 1e-4 < error < 0.03
+    names = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
+    read = len(model.model.vision_tower.encoder.layers) - 1  # the last layer is not
+    assert names.count("MatMulInteger") >= 6 * read + 2  # the projector has two
+    assert names.count("MatMul") >= 2 * read  # of queries and keys, and of their weights and values
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.7 * (tmp_path / "whole.onnx").stat().st_size
+
+
 def test_an_image_of_one_view_has_its_tokens_where_others_have_many(tmp_path):
     model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
     inputs = processor(images=IMAGES[0], text="<image>", return_tensors="pt")
@@ -61,6 +79,8 @@ def test_the_language_model_is_not_in_the_file(tmp_path):
     ("options", "message"),
     [
         (["--output", "graph.bin"], "end the name in .pt2, .onnx, .xml"),
+        (["--output", "graph.pt2", "--int8"], "int8 is for .onnx"),
+        (["--output", "graph.onnx", "--int8", "--dtype", "bfloat16"], "not of torch.bfloat16"),
         (["--output", "graph.pt2", "--num-image-tokens", "37"], f"from 1 to {NUM_PATCHES}"),
     ],
 )
