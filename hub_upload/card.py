@@ -60,6 +60,12 @@ def read_card(checkpoint: Path) -> tuple[ModelCardData, str, str]:
     return card.data, intro[1].strip() if intro else "", training[1].strip()
 
 
+def own_examples(data: ModelCardData) -> list[str]:
+    """Images of the widget that are the checkpoint's own files, and not addresses."""
+    sources = [example.get("src", "") for example in data.get("widget") or []]
+    return [source for source in sources if source and "://" not in source]
+
+
 def is_own(row: dict, config: LightVLMConfig) -> bool:
     """Whether tokens were kept as the checkpoint itself does it, and not in a rival's way."""
     return row["selector"] in ("all", config.select, f"{config.select}+question")
@@ -116,7 +122,7 @@ def make_card(
     title = Path(name).name
     data.model_name = title if own else None
     data.pipeline_tag, data.library_name = "image-text-to-text", "transformers"
-    data.tags = list(dict.fromkeys([*(data.tags or []), "lightvlm", "token-pruning"]))
+    data.tags = list(dict.fromkeys([*(data.tags or []), "lightvlm", "token-pruning", "custom_code"]))
     data.eval_results = [
         EvalResult(
             task_type="image-text-to-text",

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from lightvlm.hub import stranger
 from lightvlm.hub.build import save
-from lightvlm.hub.card import eval_results, make_card
+from lightvlm.hub.card import eval_results, make_card, own_examples
 
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)
@@ -55,7 +55,7 @@ def write_folder(
         datasets: as of `make_card`.
 
     Raises:
-        ValueError: where weights are NaN, infinite or quantized, or the card or the licence lacks something.
+        ValueError: where weights are NaN, infinite or quantized, or a card, an example or a licence lacks something.
     """
     if hasattr(model.config, "quantization_config"):
         raise ValueError(
@@ -86,6 +86,11 @@ def write_folder(
     for part in ("config.json", *(file.name for file in output.glob("*.py"))):
         if (checkpoint / part).is_file():
             shutil.copy(checkpoint / part, output)
+    for example in own_examples(card.data):
+        if not (checkpoint / example).is_file() or ".." in Path(example).parts:
+            raise ValueError(f"README.md has the example {example} in its widget: put this file in {checkpoint}.")
+        (output / example).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkpoint / example, output / example)
     card.save(output / "README.md")
     for file, text in {**licences, **{f".eval_results/{file}": text for file, text in entries.items()}}.items():
         (output / file).parent.mkdir(exist_ok=True)

@@ -27,7 +27,7 @@ def test_it_keeps_front_matter_introduction_and_training(checkpoint):
     card = card_of(checkpoint)
     data = card.data.to_dict()
     assert (data["base_model"], data["datasets"], data["license"]) == (["someone/vision"], ["someone/images"], "mit")
-    assert data["tags"] == ["toy", "lightvlm", "token-pruning"]
+    assert data["tags"] == ["toy", "lightvlm", "token-pruning", "custom_code"]
     assert (data["pipeline_tag"], data["library_name"]) == ("image-text-to-text", "transformers")
     assert "# toy\n\nIt answers yes\nor no.\n\n## Use" in card.text
     assert "## Training\n\n- steps: 3\n- loss: 1.5\n\n## Results" in card.text

@@ -126,6 +126,20 @@ def test_weights_are_sharded_and_configuration_and_code_taken_as_they_are(checkp
     assert all(torch.equal(weight, again[name]) for name, weight in model.state_dict().items())
 
 
+def test_examples_of_the_widget_come_along(checkpoint, tmp_path):
+    make_image().save(checkpoint / "example.png")
+    sources = {"in the folder": "example.png", "elsewhere": "https://example.org/other.png"}
+    widget = "widget:\n" + "".join(f"- src: {source}\n  text: {text}\n" for text, source in sources.items())
+    (checkpoint / "README.md").write_text(CARD.replace("license:", f"{widget}license:"))
+    arguments = (make_model(), make_processor(), checkpoint)
+    write_folder(*arguments, tmp_path / "hub", "me/toy", [], {})
+    assert {file.name for file in (tmp_path / "hub").iterdir()} == FILES | {"example.png"}
+    assert widget in (tmp_path / "hub" / "README.md").read_text()
+    (checkpoint / "example.png").unlink()
+    with pytest.raises(ValueError, match="has the example example.png in its widget: put this file in"):
+        write_folder(*arguments, tmp_path / "again", "me/toy", [], {})
+
+
 def test_another_licence_comes_with_its_text(checkpoint, tmp_path):
     model, processor = LightVLM.from_pretrained(checkpoint), make_processor()
     (checkpoint / "README.md").write_text(CARD.replace("mit", "llama2"))
