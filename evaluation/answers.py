@@ -5,6 +5,8 @@ Apart from `lmms_model.py` because it needs no lmms-eval.
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from PIL import Image
 
 
 def batches(wanted: list[dict], batch_size: int) -> list[list[int]]:
@@ -69,6 +71,46 @@ def questions(conversation: list[dict]) -> list[str]:
     return [asked for message in conversation for part in message["content"] if part["type"] == "image"]
 
 
+def encode(
+    model: LightVLM, processor: LightVLMProcessor, images: list[Image.Image], questions: list[str] | None, **options
+) -> LightVLMImageFeatures:
+    """Kept tokens of all images; one that stands there several times, with the same question, is encoded once.
+
+    Args:
+        model: in evaluation mode.
+        processor: the checkpoint's.
+        images: opened; which of them are the same is told by identity.
+        questions: about each image, for question-aware selection; else None.
+        options: of the processor.
+    """
+    keys = [*zip(map(id, images), questions or [None] * len(images), strict=True)]
+    first = {key: images[keys.index(key)] for key in keys}
+    if questions:
+        options["question"] = [question for _, question in first]
+    inputs = processor(images=[*first.values()], return_tensors="pt", **options).to(model.device)
+    found = model.get_image_features(**inputs)
+    places = [[*first].index(key) for key in keys]
+    tokens, kept = ([part[place] for place in places] for part in (found.pooler_output, found.kept_indices))
+    lengths = found.lengths and [found.lengths[place] for place in places]
+    return LightVLMImageFeatures(pooler_output=tokens, kept_indices=kept, lengths=lengths)
+
+
+def tokenize(
+    conversations: list[list[dict]], processor: LightVLMProcessor, features: LightVLMImageFeatures | None
+) -> dict[str, torch.Tensor]:
+    """Padded ids and mask of prompts with as many placeholders as the images have tokens."""
+    texts = processor.apply_chat_template(conversations, add_generation_prompt=True)
+    counts = iter(map(len, features.pooler_output if features else []))
+    for number, text in enumerate(texts):
+        start, *rest = text.split(processor.image_token)
+        texts[number] = start + "".join(processor.image_token * next(counts) + part for part in rest)
+    begins = processor.tokenizer.bos_token
+    special = begins is None or not texts[0].startswith(begins)  # as in transformers, which tokenizes with the images
+    return processor.tokenizer(
+        texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt"
+    )
+
+
 @torch.no_grad()
 def answer(
     model: LightVLM,
@@ -84,8 +126,8 @@ def answer(
     Args:
         model: in evaluation mode.
         processor: the checkpoint's.
-        conversations: messages of transformers' chat templates, with any number of images each, none included; the
-            template puts a message's images before its text.
+        conversations: messages of transformers' chat templates, with any number of images each, none included; an
+            image of several of them is encoded once, and the template puts a message's images before its text.
         wanted: `generation_kwargs` of the task. Without `max_new_tokens` the checkpoint's own limit holds, or 256.
         num_image_tokens: K of every image, "dynamic" or "dynamic:64"; the processor's default if None.
         question_aware: whether the last message helps to choose the kept tokens.
@@ -95,21 +137,18 @@ def answer(
         ValueError: where a conversation holds video or audio, or the processor refuses an image or K.
     """
     conversations = [clean(conversation, processor.image_token) for conversation in conversations]
+    images = [
+        part["image"] for talk in conversations for message in talk for part in message["content"] if "image" in part
+    ]
+    asked = [text for talk in conversations for text in questions(talk)] if question_aware else None
     limits = {"num_image_tokens": num_image_tokens, "max_views": max_views}
-    options = {"padding": True} | {name: limit for name, limit in limits.items() if limit is not None}
-    if question_aware:
-        options["question"] = [text for conversation in conversations for text in questions(conversation)]
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=options,
-    ).to(model.device)
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    features = encode(model, processor, images, asked, **limits) if images else None
+    inputs = tokenize(conversations, processor, features).to(model.device)
+    encoded = {"mm_encoder_outputs": {"image": features}} if images else {}
     stops = stop_strings(wanted)
     stopping = {"stop_strings": stops, "tokenizer": processor.tokenizer} if stops else {}
     limit = model.generation_config.max_new_tokens or 256
-    output = model.generate(**inputs, **generation_options(wanted, limit), **stopping)
+    output = model.generate(**inputs, **encoded, **generation_options(wanted, limit), **stopping)
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [cut(text, stops) for text in texts]

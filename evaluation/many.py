@@ -123,15 +123,19 @@ def read_done(output: Path) -> dict[tuple[int, int | str | None], dict]:
 
 
 def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcessor) -> Iterator[list[Ask]]:
-    """Batches of questions of like length about pictures of as many views."""
+    """Batches of questions of like length about pictures of as many views, those about the same one together."""
 
-    def size(ask: Ask) -> tuple[int, int]:
-        views = [attempt(count_views, image, processor) for image in ask.images if not is_url(image)]
-        return sum(count for count in views if isinstance(count, int)), len(ask.question)
+    def views(ask: Ask) -> int:
+        counts = [attempt(count_views, image, processor) for image in ask.images if not is_url(image)]
+        return sum(count for count in counts if isinstance(count, int))
 
     asks = iter(asks)
     while window := [*islice(asks, WINDOW * batch_size)]:
-        window.sort(key=size)
+        longest = {}
+        for ask in window:
+            images = tuple(ask.images)
+            longest[images] = max(len(ask.question), longest.get(images, 0))
+        window.sort(key=lambda ask: (views(ask), longest[tuple(ask.images)], ask.images))
         for start in range(0, len(window), batch_size):
             yield window[start : start + batch_size]
 
@@ -147,9 +151,12 @@ def open_named(names: list[str]) -> list[Image.Image]:
     return open_images([name if is_url(name) else Path(name) for name in names])
 
 
-def to_conversation(ask: Ask) -> list[dict]:
-    """A message with the opened images; ValueError where one cannot be read."""
-    content = [{"type": "image", "image": image} for image in open_named(ask.images)]
+def to_conversation(ask: Ask, opened: dict[str, Image.Image]) -> list[dict]:
+    """A message with images, opened once; ValueError where one cannot be read."""
+    for name in ask.images:
+        if name not in opened:
+            opened[name] = open_named([name])[0]
+    content = [{"type": "image", "image": opened[name]} for name in ask.images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": ask.question}]}]
 
 
@@ -188,7 +195,8 @@ def answer_all(
     processor.resolve_budgets(num_image_tokens, 1)
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(left), unit=" answers", disable=None) as bar:
         for batch in in_batches(left, batch_size, processor):
-            results = [attempt(to_conversation, ask) for ask in batch]
+            images = {}
+            results = [attempt(to_conversation, ask, images) for ask in batch]
             pairs = list(zip(batch, results, strict=True))
             errors |= {ask.row: talk for ask, talk in pairs if isinstance(talk, Exception)}
             opened = [(ask, talk) for ask, talk in pairs if not isinstance(talk, Exception)]

@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+from lightvlm import LightVLMModel
 from lightvlm.evaluation import many
 from lightvlm_cli.main import main
 from PIL import Image
@@ -50,6 +51,22 @@ def test_answers_are_those_of_each_question_alone(data, budget, capsys):
     for line, one in zip(answers, alone, strict=True):
         assert line["image"] == [one["image"]] and line["question"] == one["prompt"]
         assert line["answer"].strip() == one["answer"]
+
+
+@pytest.mark.parametrize("budget", ["9", "dynamic:8"])
+def test_a_picture_is_opened_and_encoded_once_for_all_its_questions(data, monkeypatch, budget):
+    encoded, opened = [], []
+    encode, open_named = LightVLMModel.get_image_features, many.open_named
+
+    def count(self, pixel_values, *args, **kwargs):
+        encoded.append(len(pixel_values))
+        return encode(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(LightVLMModel, "get_image_features", count)
+    monkeypatch.setattr(many, "open_named", lambda names: opened.extend(names) or open_named(names))
+    asked = ["--prompt", *QUESTIONS, "--num-image-tokens", budget, "--batch-size", 6]
+    assert infer(data, "--image", data / "pictures", *asked, "--output", data / "answers.jsonl") == 0
+    assert (sum(encoded), len(opened), len(lines(data / "answers.jsonl"))) == (6, 6, 18)
 
 
 def test_files_folders_patterns_and_standard_input_name_images(data, monkeypatch):
