@@ -27,7 +27,8 @@ def pack_turns(
         num_images: of each row; one each if None.
 
     Returns:
-        `input_ids`, `labels` and `position_ids` (batch, length), `attention_mask` (batch, 1, length, length, bool).
+        `input_ids`, `labels`, `position_ids` and `blocks` (batch, length); `mask_blocks` makes the attention mask,
+        which is their square, where it is used.
     """
     counts = num_images or [1] * len(conversations)
     budgets = iter([num_image_tokens] * sum(counts) if isinstance(num_image_tokens, int) else num_image_tokens)
@@ -36,11 +37,10 @@ def pack_turns(
         for messages, count in zip(conversations, counts, strict=True)
     ]
     padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": IGNORED, "position_ids": 0, "blocks": -1}
-    batch = {
+    return {
         name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
         for name, value in padding.items()
     }
-    return {**batch, "attention_mask": mask_blocks(batch.pop("blocks"))[:, None]}
 
 
 def tokenize_turns(
@@ -85,8 +85,15 @@ def lay_out(prefix: list[int], turns: list[tuple[list[int], list[int]]]) -> dict
     return row
 
 
-def mask_blocks(blocks: torch.Tensor) -> torch.Tensor:
-    """Who attends to whom, (batch, length, length): causally, to the prefix and to the own block, (batch, length)."""
-    queries, keys = blocks[:, :, None], blocks[:, None, :]
-    causal = torch.ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool).tril()
-    return ((queries == keys) | (keys == 0)) & causal  # padding attends to padding, which nothing reads
+def mask_blocks(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with `attention_mask`, (batch, 1, length, length, bool), in place of `blocks`, if it has them.
+
+    A position attends causally to its row's prefix and to its own block; padding to padding, which nothing reads.
+    """
+    if "blocks" not in batch:
+        return batch
+    blocks = batch["blocks"]
+    queries, keys = blocks[:, None, :, None], blocks[:, None, None, :]
+    causal = torch.ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool, device=blocks.device).tril()
+    others = {name: value for name, value in batch.items() if name != "blocks"}
+    return {**others, "attention_mask": ((queries == keys) | (keys == 0)) & causal}

@@ -21,7 +21,7 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.common.budgets import find_kappa
 from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.common.llava_data import load_llava
-from lightvlm.common.turns import pack_turns
+from lightvlm.common.turns import mask_blocks, pack_turns
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.pruning_lightvlm import allot_budgets
 from matplotlib.figure import Figure
@@ -93,7 +93,8 @@ class Encoded:
         inputs = pack_turns(self.turns, self.processor, budgets)
         labels = inputs.pop("labels")[:, 1:]
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        outputs = backbone(**inputs, mm_encoder_outputs={"image": backbone.keep(self.features, kept)})
+        images = {"image": backbone.keep(self.features, kept)}
+        outputs = backbone(**mask_blocks(inputs), mm_encoder_outputs=images)
         results = []
         for states, wanted in zip(outputs[0][:, :-1].cpu(), labels, strict=True):
             places = (wanted >= 0).nonzero()[:, 0]

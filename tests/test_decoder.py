@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
+from lightvlm.common.turns import mask_blocks
 from lightvlm.common.views import parse_grids
 from lightvlm.training import decoder
 from lightvlm.training.prepare_easy_vqa import llava_row
@@ -92,7 +93,7 @@ def test_the_loss_is_that_of_the_model_with_the_tokens_that_its_pruner_keeps(dat
 
     images = [row["images"][0] for row in rows]
     pixels = processor(images=images, num_image_tokens=7, return_tensors="pt")
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "labels")}
+    inputs = mask_blocks({name: batch[name] for name in ("input_ids", "blocks", "position_ids", "labels")})
     torch.testing.assert_close(found, model(**inputs, **pixels).loss, atol=1e-2, rtol=0)  # features are kept in bf16
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from launch import launch
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
-from lightvlm.common.turns import pack_turns
+from lightvlm.common.turns import mask_blocks, pack_turns
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training import pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
@@ -228,7 +228,7 @@ def test_the_reward_is_the_mean_log_probability_of_the_answers_with_the_kept_tok
     for sample, image in itertools.product(range(2), range(2)):
         chosen = kept[sample, image]
         tokens = model.model.pruner.add_positions(model.model.multi_modal_projector(features[image, chosen]), chosen)
-        inputs = pack_turns(conversations[image : image + 1], processor, 2)
+        inputs = mask_blocks(pack_turns(conversations[image : image + 1], processor, 2))
         labels = inputs.pop("labels")[0, 1:]
         images = {"image": LightVLMImageFeatures(pooler_output=[tokens])}
         found = model(**inputs, mm_encoder_outputs=images).logits[0, :-1].log_softmax(dim=-1)
@@ -270,7 +270,7 @@ def test_the_reward_of_many_views_is_that_of_the_model_with_these_tokens():
     inputs = processor(images=[make_image(0, (250, 240)), make_image(1)], num_image_tokens=20, return_tensors="pt")
     encoded = model.get_image_features(**inputs)
     layout = model.model.lay_out(inputs["pixel_values"], inputs["image_sizes"])
-    packed = pack_turns([[ask, say]] * 2, processor, 20)
+    packed = mask_blocks(pack_turns([[ask, say]] * 2, processor, 20))
     kept = torch.stack(encoded.kept_indices)[None]
     (found,) = pruner.PolicyGradient(model).reward(encoded.last_hidden_state, kept, {**packed}, layout)
     labels = packed.pop("labels")[:, 1:]

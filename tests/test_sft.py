@@ -16,6 +16,7 @@ from datasets import concatenate_datasets
 from launch import launch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.common.llava_data import load_llava
+from lightvlm.common.turns import mask_blocks
 from lightvlm.training import sft
 from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream, group_rows, measure_rows
 from lightvlm.training.prepare_easy_vqa import llava_row
@@ -195,14 +196,14 @@ def test_independent_turns_at_original_positions_are_each_turn_alone(data, budge
     (row,) = load_llava(data / "data.json", data).select([3]).to_list()
     row["images"] = [Image.open(data / "2.png")]
     packed = LightVLMCollator(processor, independent_turns=True)([row])
-    logits = model(**packed).logits
+    logits = model(**mask_blocks(packed)).logits
     for turn in (0, 2):
         alone = LightVLMCollator(processor, independent_turns=True)(
             [{**row, "messages": row["messages"][turn : turn + 2]}]
         )
         wanted = packed["labels"][0, 1:] != -100
         answer = alone["labels"][0, 1:] != -100
-        expected = model(**alone).logits[0, :-1][answer]
+        expected = model(**mask_blocks(alone)).logits[0, :-1][answer]
         found = logits[0, :-1][wanted]
         start = 0 if turn == 0 else len(found) - len(expected)
         torch.testing.assert_close(found[start : start + len(expected)], expected, **TOLERANCE)
@@ -402,17 +403,13 @@ def test_a_batch_of_text_alone_runs_the_whole_model_and_has_the_same_loss(data, 
     )
     assert torch.as_tensor(batch["num_image_tokens"]).tolist() == [7] and "mean_image_tokens" not in batch
     model = make_model()
-    loss = model(**batch).loss
+    loss = model(**mask_blocks(batch)).loss
     loss.backward()
     assert all(weight.grad is not None for weight in model.model.multi_modal_projector.parameters())
     for name in ("pixel_values", "num_image_tokens"):
         batch.pop(name)
-    for name in ("input_ids", "labels", "position_ids"):
-        batch[name] = batch[name][:, :-7] if name in batch else None
-    batch["attention_mask"] = batch["attention_mask"][..., :-7]
-    if independent_turns:
-        batch["attention_mask"] = batch["attention_mask"][..., :-7, :]
-    torch.testing.assert_close(model(**batch).loss, loss)
+    text = {name: values[:, :-7] for name, values in batch.items()}
+    torch.testing.assert_close(model(**mask_blocks(text)).loss, loss)
 
 
 # Independent turns
@@ -430,7 +427,16 @@ def test_independent_turns_have_the_loss_of_each_question_asked_alone(data):
             alone += [model(**batch).loss] * (batch["labels"] != -100).sum()
     batch = collator(independent_turns=True)(rows)
     assert (batch["labels"] != -100).sum() == len(alone)
-    torch.testing.assert_close(model(**batch).loss, torch.stack(alone).mean())
+    torch.testing.assert_close(model(**mask_blocks(batch)).loss, torch.stack(alone).mean())
+
+
+def test_what_workers_send_of_independent_turns_grows_with_the_positions_and_not_with_their_square(data):
+    row = load_llava(data / "data.json", data)[1]
+    long = {**row, "messages": row["messages"] * 50}
+    batch = collator(independent_turns=True)([long])
+    positions = batch["input_ids"].shape[1]
+    assert positions > 500
+    assert sum(values.nbytes for name, values in batch.items() if name != "pixel_values") < 64 * positions
 
 
 def test_independent_turns_train_with_rows_without_an_image(data, monkeypatch, logs):

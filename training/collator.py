@@ -205,14 +205,10 @@ def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
     """
     (placeholders,), (mean,) = processor.resolve_budgets(None, 1)
     budget = mean or placeholders  # a dynamic one is its mean, so that the blank image costs what others do
-    mask = batch["attention_mask"]
     blank = processor(images=[Image.new("RGB", (32, 32))], num_image_tokens=budget, return_tensors="pt")
-    batch["attention_mask"] = pad(mask, (0, budget) if mask.dim() == 2 else (0, budget, 0, budget))
-    if mask.dim() == 4:
-        behind = torch.arange(-budget, 0)
-        batch["attention_mask"][..., behind, behind] = True  # attention without any key is NaN
-        batch["position_ids"] = pad(batch["position_ids"], (0, budget))
-    batch["labels"] = pad(batch["labels"], (0, budget), value=-100)
-    batch["input_ids"] = pad(batch["input_ids"], (0, budget), value=processor.tokenizer.pad_token_id)
+    paddings = {"attention_mask": 0, "blocks": -1, "position_ids": 0, "labels": -100}
+    paddings["input_ids"] = processor.tokenizer.pad_token_id
+    for name in paddings.keys() & batch.keys():
+        batch[name] = pad(batch[name], (0, budget), value=paddings[name])
     batch["input_ids"][0, -budget:] = processor.image_token_id
     return {**batch, **blank}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.turns import IGNORED, pack_turns
+from lightvlm.common.turns import IGNORED, mask_blocks, pack_turns
 from lightvlm.common.views import cut_views, parse_grids
 from lightvlm.training.features import (
     EncodedImages,
@@ -81,7 +81,8 @@ class Reader(nn.Module):
         """
         backbone, labels = self.model.model, inputs.pop("labels")
         features, _, layout = lay_out_batch(features, prior, sizes, self.model.config)
-        hidden = backbone(**inputs, mm_encoder_outputs={"image": backbone.keep(features, list(kept), layout)})[0]
+        images = {"image": backbone.keep(features, list(kept), layout)}
+        hidden = backbone(**mask_blocks(inputs), mm_encoder_outputs=images)[0]
         is_answer = labels[:, 1:] != IGNORED
         logits = self.model.lm_head(hidden[:, :-1][is_answer])
         return {"loss": nn.functional.cross_entropy(logits.float(), labels[:, 1:][is_answer])}

@@ -19,7 +19,7 @@ from statistics import fmean
 
 import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.turns import pack_turns
+from lightvlm.common.turns import mask_blocks, pack_turns
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training.features import (
     ImageArguments,
@@ -162,7 +162,7 @@ class PolicyGradient(nn.Module):
         images = join_images([backbone.keep(features, list(sample), layout) for sample in kept])
         inputs = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
         labels = inputs.pop("labels")[:, 1:]
-        hidden = backbone(**inputs, mm_encoder_outputs={"image": images})[0]
+        hidden = backbone(**mask_blocks(inputs), mm_encoder_outputs={"image": images})[0]
         is_answer = labels >= 0
         logits = self.model.lm_head(hidden[:, :-1][is_answer]).float()
         found = -nn.functional.cross_entropy(logits, labels[is_answer], reduction="none").clamp_max(6)

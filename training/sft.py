@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.common.inference import int8_config, nf4_config
 from lightvlm.common.llava_data import load_llava
+from lightvlm.common.turns import mask_blocks
 from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream, group_rows, measure_rows
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -301,6 +302,10 @@ class LightVLMTrainer(SFTTrainer):
                 group["params"] = [weight for weight in group["params"] if id(weight) not in projector]
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """As Trainer's. The mask of independent turns is made on the device: workers would send its square bytes."""
+        return mask_blocks(super()._prepare_inputs(inputs))
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
         """As SFTTrainer's, with FSDP as well."""
