@@ -46,6 +46,7 @@ def measure(base):
             peft_config=make_lora_config(model, arguments),
         )
     trainer.create_optimizer()
+    trainer.accelerator.prepare_model(trainer.model)
     model = trainer.accelerator.unwrap_model(trainer.model)
     samples = [run_step(trainer, make_batch(model, 1, 128, 64)) for _ in range(3)]
     peak = samples[-1]["peak_memory_bytes"] - empty

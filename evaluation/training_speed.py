@@ -51,6 +51,7 @@ def make_trainer(config: LightVLMConfig, method: str, dtype: torch.dtype, device
         peft_config=make_lora_config(model, arguments) if is_lora else None,
     )
     trainer.create_optimizer()
+    trainer.accelerator.prepare_model(trainer.model)  # with autocast, as `train` does it
     return trainer
 
 

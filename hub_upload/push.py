@@ -87,7 +87,8 @@ def write_folder(
         if (checkpoint / part).is_file():
             shutil.copy(checkpoint / part, output)
     for example in own_examples(card.data):
-        if not (checkpoint / example).is_file() or ".." in Path(example).parts:
+        path = Path(example)
+        if path.is_absolute() or ".." in path.parts or not (checkpoint / path).is_file():
             raise ValueError(f"README.md has the example {example} in its widget: put this file in {checkpoint}.")
         (output / example).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(checkpoint / example, output / example)

@@ -104,6 +104,21 @@ def test_readmes_python_runs(monkeypatch, tmp_path):
         exec(block.replace("data/easy-vqa/images/test/0.png", str(image)), {})
 
 
+def test_an_exported_graph_answers_as_it_is_shown(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("checkpoints", "demo"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    page = (ROOT / "docs" / "serving.md").read_text()
+    command, block = (
+        re.search(r"^    lightvlm (export .+)$", page, re.M)[1],
+        re.search(r"```python\n(import onnx.+?)```", page, re.S)[1],
+    )
+    assert main(command.split()) == 0
+    capsys.readouterr()
+    exec(block, {})
+    assert capsys.readouterr().out.strip() == "['red']"
+
+
 @pytest.mark.parametrize("label", SELECTORS)
 def test_accuracies_are_those_of_the_results(label):
     expected = []

@@ -7,12 +7,17 @@ from lightvlm.evaluation.training_speed import FULL, LORA, make_batch, make_trai
 from tiny import NUM_PATCHES, make_config
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", [FULL, LORA])
-def test_what_learns_in_a_timed_step_is_what_learns_in_training(tmp_path, method):
-    trainer = make_trainer(make_config(), method, torch.float32, "cpu", str(tmp_path))
-    model = trainer.model
+def test_what_learns_in_a_timed_step_is_what_learns_in_training(tmp_path, method, dtype):
+    trainer = make_trainer(make_config(), method, dtype, "cpu", str(tmp_path))
+    model, computed = trainer.model, set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, args, output: computed.add(output.dtype))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     run_step(trainer, make_batch(trainer.accelerator.unwrap_model(model), 2, 8, 9))
+    assert computed == {dtype}
     changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
     assert any("multi_modal_projector" in name for name in changed)
     assert not any("vision_tower" in name or "scorer" in name for name in changed)
