@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_it_is_small_and_all_safetensors():
     files = [file for file in SHIPPED.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 32 * 2**20
-    assert {file.suffix for file in files} == {".json", ".jinja", ".md", ".py", ".safetensors"}
+    assert {file.suffix for file in files} == {".jpg", ".json", ".jinja", ".md", ".py", ".safetensors"}
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_an_exported_graph_answers_as_it_is_shown(monkeypatch, tmp_path, capsys)
     assert main(command.split()) == 0
     capsys.readouterr()
     exec(block, {})
-    assert capsys.readouterr().out.strip() == "['red']"
+    assert capsys.readouterr().out.strip() == "red"
 
 
 @pytest.mark.parametrize("label", SELECTORS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from lightvlm import LightVLMModel
-from lightvlm.common.turns import pack_turns
+from lightvlm.common.turns import mask_blocks, pack_turns
 from lightvlm.training.collator import LightVLMCollator
 from tiny import (
     IMAGES,
@@ -390,13 +390,13 @@ def test_questions_packed_behind_one_image_have_the_loss_of_each_alone(dynamic):
     ]
     images = [make_image(0), make_image(1)]
     pixels = processor(images=images, num_image_tokens="dynamic:8", return_tensors="pt")
-    batch = pack_turns([messages, messages[:2]], processor, NUM_PATCHES)
+    batch = mask_blocks(pack_turns([messages, messages[:2]], processor, NUM_PATCHES))
     losses = []
     for row, count in ((0, 3), (1, 1)):
         image = {name: value[row : row + 1] for name, value in pixels.items()}
         (budget,) = budgets_of(model, image)
         for start in range(0, 2 * count, 2):
-            alone = pack_turns([messages[start : start + 2]], processor, budget)
+            alone = mask_blocks(pack_turns([messages[start : start + 2]], processor, budget))
             with torch.no_grad():
                 loss = model(**alone, pixel_values=image["pixel_values"], num_image_tokens=[budget]).loss
             losses += [loss] * int((alone["labels"] >= 0).sum())
