@@ -14,6 +14,7 @@ from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.common.views import upright_size
 from lightvlm.evaluation.answer_log import AnswerLog
+from lightvlm.evaluation.answers import tokenize
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import (
@@ -108,12 +109,7 @@ class Questions:
 
     def tokenize(self, batch: list[int], budgets: list[int]) -> dict[str, torch.Tensor]:
         """Each row's prompt with its K placeholders."""
-        mark, tokenizer = self.processor.image_token, self.processor.tokenizer
-        prompts = [self.prompts[row].replace(mark, mark * budget) for row, budget in zip(batch, budgets, strict=True)]
-        begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
-        return tokenizer(
-            prompts, padding=True, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not begun
-        )
+        return tokenize([self.prompts[row] for row in batch], budgets, self.processor)
 
 
 def repeat_images(layout: Layout, images: torch.Tensor) -> Layout:

@@ -3,6 +3,8 @@
 Apart from `lmms_model.py` because it needs no lmms-eval.
 """
 
+import re
+
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
@@ -95,20 +97,19 @@ def encode(
     return LightVLMImageFeatures(pooler_output=tokens, kept_indices=kept, lengths=lengths)
 
 
-def tokenize(
-    conversations: list[list[dict]], processor: LightVLMProcessor, features: LightVLMImageFeatures | None
-) -> dict[str, torch.Tensor]:
-    """Padded ids and mask of prompts with as many placeholders as the images have tokens."""
-    texts = processor.apply_chat_template(conversations, add_generation_prompt=True)
-    counts = iter(map(len, features.pooler_output if features else []))
-    for number, text in enumerate(texts):
-        start, *rest = text.split(processor.image_token)
-        texts[number] = start + "".join(processor.image_token * next(counts) + part for part in rest)
-    begins = processor.tokenizer.bos_token
-    special = begins is None or not texts[0].startswith(begins)  # as in transformers, which tokenizes with the images
-    return processor.tokenizer(
-        texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt"
-    )
+def tokenize(prompts: list[str], budgets: list[int], processor: LightVLMProcessor) -> dict[str, torch.Tensor]:
+    """Padded ids and mask of prompts, of which each image mark becomes as many placeholders as its image has tokens.
+
+    Args:
+        prompts: of the chat template.
+        budgets: K of each image of all prompts, in order.
+        processor: the checkpoint's.
+    """
+    counts, tokenizer, mark = iter(budgets), processor.tokenizer, processor.image_token
+    texts = [re.sub(re.escape(mark), lambda _: mark * next(counts), prompt) for prompt in prompts]
+    begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_token_type_ids": False}
+    return tokenizer(texts, add_special_tokens=not begun, **options)
 
 
 @torch.no_grad()
@@ -144,8 +145,10 @@ def answer(
     limits = {"num_image_tokens": num_image_tokens, "max_views": max_views}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     features = encode(model, processor, images, asked, **limits) if images else None
-    inputs = tokenize(conversations, processor, features).to(model.device)
-    encoded = {"mm_encoder_outputs": {"image": features}} if images else {}
+    prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
+    counts = [len(tokens) for tokens in features.pooler_output] if features else []
+    inputs = tokenize(prompts, counts, processor).to(model.device)
+    encoded = {"mm_encoder_outputs": {"image": features}} if features else {}
     stops = stop_strings(wanted)
     stopping = {"stop_strings": stops, "tokenizer": processor.tokenizer} if stops else {}
     limit = model.generation_config.max_new_tokens or 256
