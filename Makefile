@@ -131,7 +131,7 @@ test-zero3: .venv/ready
 	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/pytest tests/test_sft.py -k zero3
 
 # The files that travel to the Hub are typed in full.
-TYPED := configuration_lightvlm.py views_lightvlm.py pruning_lightvlm.py modeling_lightvlm.py processing/processing_lightvlm.py
+TYPED := configuration_lightvlm.py compaction_lightvlm.py views_lightvlm.py pruning_lightvlm.py modeling_lightvlm.py processing/processing_lightvlm.py
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -29,12 +30,21 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from .compaction_lightvlm import (
+    Compaction,
+    Record,
+    compact,
+    count_dropped,
+    count_positions,
+    follow_cache,
+    mark_surplus,
+    restore_prompt,
+)
 from .configuration_lightvlm import LightVLMConfig
 from .pruning_lightvlm import (
     ZERO_MODULES,
     TokenPruner,
     cls_attention,
-    count_dropped,
     probe_attention,
     received_attention,
 )
@@ -49,6 +59,14 @@ NEEDS_IDS = (
 Budgets = int | list[int] | Tensor
 Means = list[int] | Tensor
 ENCODERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # and how each selects its features
+IMAGE_INPUTS = (
+    "pixel_values",
+    "num_image_tokens",
+    "mean_image_tokens",
+    "question_ids",
+    "image_sizes",
+    "max_views",
+)
 HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -161,143 +179,6 @@ def hidden_states_at(
     return states, places
 
 
-@dataclass
-class ShortPrompt:
-    """A prompt without its surplus placeholders; kept on a KV cache that holds it, for later calls.
-
-    Args:
-        source: (batch, short length), the index of each of its positions in the whole prompt.
-        stays: (batch, short length), False where it is padding.
-        length: of the whole prompt.
-        shift: (batch, 1), how many dropped patches come before what follows; None with consecutive position ids.
-    """
-
-    source: Tensor
-    stays: Tensor
-    length: int
-    shift: Tensor | None = None
-
-    @classmethod
-    def of(cls, past_key_values: Cache | None, like: Tensor) -> tuple["ShortPrompt", int]:
-        """What a cache, or None, holds, and how many positions of the whole sequence that stands for."""
-        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        nothing = torch.zeros(len(like), 0, dtype=torch.long, device=like.device)
-        short = getattr(past_key_values, "short_prompt", None) if cached else None
-        short = short or cls(nothing, nothing.bool(), 0)
-        return short, cached + short.length - short.source.shape[1]
-
-    @classmethod
-    def without(cls, is_dropped: Tensor) -> "ShortPrompt":
-        """The positions that are not dropped, (batch, length), padded on the left to the longest row."""
-        length = int((~is_dropped).sum(dim=1).max())
-        source = (~is_dropped).int().argsort(dim=1, stable=True)[:, -length:]  # those that are dropped come first
-        return cls(source, ~is_dropped.gather(1, source), is_dropped.shape[1])
-
-    def followed_by(self, start: int, later: "ShortPrompt") -> "ShortPrompt":
-        """The same with all further positions up to `start`, and those of a later prompt."""
-        between = torch.arange(self.length, start, device=self.source.device).expand(len(self.source), -1)
-        return ShortPrompt(
-            torch.cat([self.source, between, later.source + start], dim=1),
-            torch.cat([self.stays, torch.ones_like(between, dtype=torch.bool), later.stays], dim=1),
-            start + later.length,
-            later.shift if self.shift is None or later.shift is None else self.shift + later.shift,
-        )
-
-    def remember(self, cache: Cache | None, copies: int = 1) -> None:
-        """Keep it on a cache, for each of several sequences of a row."""
-        if cache is not None:
-            source, stays = (each.repeat_interleave(copies, dim=0) for each in (self.source, self.stays))
-            shift = None if self.shift is None else self.shift.repeat_interleave(copies, dim=0)
-            cache.short_prompt = ShortPrompt(source, stays, self.length, shift)  # type: ignore[attr-defined]
-
-    def shorten(self, whole: Tensor, fill: int) -> Tensor:
-        """Ids or a 2D mask, (batch, whole length and more), at its positions; what follows the prompt stays."""
-        head = whole.gather(1, self.source).masked_fill(~self.stays, fill)
-        return torch.cat([head, whole[:, self.length :]], dim=1)
-
-    def shorten_matrix(self, mask: Tensor) -> Tensor:
-        """A mask of booleans, (batch, 1, whole length, whole length), at its positions."""
-        mask = mask.take_along_dim(self.source[:, None, :, None], 2).take_along_dim(self.source[:, None, None], 3)
-        itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)  # without any key, attention is NaN
-        return mask & self.stays[:, None, None] | itself
-
-    def restore(self, states: Tensor) -> Tensor:
-        """Hidden states (batch, short length, hidden) as (batch, whole length, hidden), zero at what was dropped."""
-        states = states.masked_fill(~self.stays[..., None], 0)
-        whole = states.new_zeros(len(states), self.length, states.shape[-1])
-        return whole.scatter(1, self.source[..., None].expand_as(states), states)
-
-
-def compact(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    is_surplus: Tensor,
-    pad_token_id: int,
-) -> tuple[dict[str, Tensor], ShortPrompt]:
-    """Drop surplus positions and padding of each row, and pad what is left on the left.
-
-    Args:
-        input_ids: (batch, length).
-        attention_mask: (batch, length), or of booleans (batch, 1, length, length); None where nothing is padding.
-        position_ids: (batch, length) before anything is dropped; None to count each row's positions.
-        is_surplus: (batch, length), True where to drop.
-        pad_token_id: for the new padding.
-
-    Returns:
-        `input_ids`, `attention_mask` and `position_ids` of the new length, and which positions these are.
-    """
-    if attention_mask is not None and attention_mask.dim() == 4:
-        short = ShortPrompt.without(is_surplus)
-        mask = short.shorten_matrix(attention_mask)
-    else:
-        short = ShortPrompt.without(is_surplus if attention_mask is None else is_surplus | ~attention_mask.bool())
-        mask = short.stays.long()
-    positions = short.stays.cumsum(dim=1) - 1
-    if position_ids is not None:
-        positions = (position_ids - is_surplus.cumsum(dim=1)).gather(1, short.source)
-    inputs = {"input_ids": short.shorten(input_ids, pad_token_id), "attention_mask": mask}
-    return {**inputs, "position_ids": positions.clamp_min(0)}, short
-
-
-def follow_cache(
-    past_key_values: Cache, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Attention mask and positions after a KV cache from which surplus placeholders were dropped.
-
-    Args:
-        past_key_values: the cache.
-        input_ids: (batch, length) of what is not in it yet.
-        attention_mask: None; 2D, (batch, cached and new positions), counted as in the cache or as in the whole
-            sequence; or 4D, which is returned as it is.
-        position_ids: None, or (batch, length), counted as the mask is, or without a mask as they are.
-
-    Raises:
-        ValueError: if the mask has another length.
-    """
-    cached, length = int(past_key_values.get_seq_length()), input_ids.shape[1]
-    seen, start = ShortPrompt.of(past_key_values, input_ids)
-    if attention_mask is None:
-        is_short = not seen.length
-    else:
-        is_short = not cached or attention_mask.dim() != 2 or attention_mask.shape[1] == cached + length
-    shift = 0 if seen.shift is None else seen.shift
-    is_counted = position_ids is not None and (is_short or attention_mask is None and seen.shift is not None)
-    if is_counted or is_short and seen.shift is None:
-        return attention_mask, position_ids
-    if attention_mask is not None and attention_mask.dim() != 2:
-        return attention_mask, torch.arange(cached, cached + length, device=input_ids.device) + shift
-    if attention_mask is None:
-        attention_mask = torch.ones(len(input_ids), start + length, dtype=torch.long, device=input_ids.device)
-    if not is_short and attention_mask.shape[1] != start + length:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} positions: give one of {start + length}, for the {start} "
-            f"before past_key_values ends and the {length} of input_ids."
-        )
-    attention_mask = attention_mask if is_short else seen.shorten(attention_mask, 0)
-    return attention_mask, (attention_mask.cumsum(dim=1) - 1)[:, -length:].clamp_min(0) + shift
-
-
 def refuse_cached_images(input_ids: Tensor, image_token_id: int, num_placeholders: int | None) -> None:
     """ValueError if images come with a KV cache, and the positions after it have no, or other, placeholders."""
     count = int((input_ids == image_token_id).sum())
@@ -314,19 +195,6 @@ def infer_attention_mask(input_ids: Tensor, settings: GenerationConfig, pad: int
     pad = settings.pad_token_id if pad is None else pad
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
-
-
-def restore_prompt(output: Any, prompt: Tensor, short_length: int, held: ShortPrompt, past: Cache | None) -> Any:
-    """What `generate` returned for a short prompt: sequences that begin with the whole, caches that remember it."""
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    copies = len(sequences) // len(prompt)
-    for cache in (past, getattr(output, "past_key_values", None)):
-        held.remember(cache, copies)
-    sequences = torch.cat([prompt.repeat_interleave(copies, dim=0), sequences[:, short_length:]], dim=1)
-    if isinstance(output, Tensor):
-        return sequences
-    output.sequences = sequences
-    return output
 
 
 class LightVLMPreTrainedModel(LlavaPreTrainedModel):
@@ -603,29 +471,6 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         tokens = self.pruner.add_layout(tokens[None], kept)[0]
         return tokens if self.image_newline is None else tokens.where(kept.is_patch[0, :, None], self.image_newline)
 
-    def mark_surplus(self, input_ids: Tensor, num_image_tokens: Any, tokens: list[Tensor]) -> Tensor:
-        """(batch, length), True at each image's first placeholders, as many as it has too many.
-
-        The last ones stay, because the logits of the very last predict the first word after the image.
-
-        Args:
-            input_ids: (batch, length).
-            num_image_tokens: (images,) placeholders of each image, a list or tensor.
-            tokens: (K, hidden) of each image.
-
-        Raises:
-            ValueError: if the number of placeholders is another.
-        """
-        written = torch.as_tensor(num_image_tokens).tolist()
-        surplus = [n < count - len(kept) for count, kept in zip(written, tokens, strict=True) for n in range(count)]
-        is_image = input_ids == self.config.image_token_id
-        if int(is_image.sum()) != len(surplus):
-            raise ValueError(
-                f"Image features and image tokens do not match: the text has {int(is_image.sum())} placeholders, and "
-                f"num_image_tokens says {len(surplus)}."
-            )
-        return torch.zeros_like(is_image).masked_scatter(is_image, torch.tensor(surplus, device=input_ids.device))
-
     @can_return_tuple
     def forward(
         self,
@@ -652,83 +497,78 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             # Without a mask, transformers takes each jump of position ids for the start of another sequence.
             attention_mask = None if input_ids is None else torch.ones_like(input_ids)
         if past_key_values is not None and input_ids is not None:
-            if pixel_values is not None and past_key_values.get_seq_length():
+            if pixel_values is not None and Record.of(past_key_values).cached:
                 refuse_cached_images(input_ids, self.config.image_token_id, None)
             attention_mask, position_ids = follow_cache(past_key_values, input_ids, attention_mask, position_ids)
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
         inputs |= {"input_ids": input_ids, "past_key_values": past_key_values, **kwargs}
-        means = None
         if mm_encoder_outputs:
             features: Any = mm_encoder_outputs["image"]
-            budgets: Any = [len(tokens) for tokens in features.pooler_output]
+            written = [len(tokens) for tokens in features.pooler_output]
         elif pixel_values is None:
             return super().forward(**inputs)
         else:
-            budgets, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
-            asked: dict[str, Any] = {"num_image_tokens": budgets, "mean_image_tokens": means}
-            asked |= {"question_ids": question_ids}
-            asked |= {"image_sizes": image_sizes, "max_views": max_views}
-            layer = inputs.pop("vision_feature_layer", None)
-            features = self.get_image_features(pixel_values, layer, return_dict=True, **asked)
-        if means is None and not self.moves_positions(features):
-            return self.prefill(**inputs, mm_encoder_outputs={"image": features})
+            asked = {"question_ids": question_ids, "image_sizes": image_sizes, "max_views": max_views}
+            asked |= {"vision_feature_layer": inputs.pop("vision_feature_layer", None)}
+            features, written = self.encode_prompt(pixel_values, num_image_tokens, mean_image_tokens, **asked)
+        inputs["mm_encoder_outputs"] = {"image": features}
+        has_surplus = written != [len(tokens) for tokens in features.pooler_output]
+        if not has_surplus and not self.moves_positions(features):
+            return self.prefill(**inputs)
         if input_ids is None:
             raise ValueError(NEEDS_IDS)
-        if not mm_encoder_outputs:
-            budgets = self.resolve_budgets(budgets, len(features.pooler_output), features.lengths)
-        return self.forward_short(**inputs, budgets=budgets, features=features)
+        return self.forward_short(inputs, written) if has_surplus else self.forward_moved(inputs)
+
+    def encode_prompt(
+        self, pixel_values: Tensor, num_image_tokens: Budgets | None, mean_image_tokens: Means | None, **options: Any
+    ) -> tuple[LightVLMImageFeatures, list[int]]:
+        """`get_image_features`, and how many placeholders each image has in the prompt."""
+        budgets, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
+        options |= {"num_image_tokens": budgets, "mean_image_tokens": means, "return_dict": True}
+        features = self.get_image_features(pixel_values, **options)
+        return features, self.resolve_budgets(budgets, len(pixel_values), features.lengths)
 
     def moves_positions(self, features: LightVLMImageFeatures | BaseModelOutputWithPooling | None) -> bool:
         """Whether these images' tokens, and what follows them, have other positions than they are counted."""
         return self.config.position_ids == "original" and getattr(features, "kept_indices", None) is not None
 
-    def drop_surplus(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        budgets: list[int],
-        features: Any,
-        pad_token_id: int,
-    ) -> tuple[dict[str, Tensor], ShortPrompt]:
-        """`compact` of what follows a cache, for encoded images; with original position ids if configured."""
-        is_surplus = self.mark_surplus(input_ids, budgets, features.pooler_output)
-        inputs, short = compact(input_ids, attention_mask, position_ids, is_surplus, pad_token_id)
-        if self.moves_positions(features):
-            is_image = inputs["input_ids"] == self.config.image_token_id
-            lengths = features.lengths or [self.config.num_patches] * len(features.kept_indices)
-            dropped = count_dropped(is_image, features.kept_indices, lengths)
-            inputs["position_ids"] = inputs["position_ids"] + dropped[:, :-1]
-            short.shift = dropped[:, -1:]
-        return inputs, short
+    def count_dropped(self, input_ids: Tensor, features: Any) -> Tensor | None:
+        """Dropped tokens before each of these ids, and before what follows; None if positions are consecutive."""
+        if not self.moves_positions(features):
+            return None
+        lengths = features.lengths or [self.config.num_patches] * len(features.kept_indices)
+        return count_dropped(input_ids == self.config.image_token_id, features.kept_indices, lengths)
 
-    def forward_short(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        budgets: list[int],
-        features: LightVLMImageFeatures,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward_moved(self, inputs: dict[str, Any]) -> Any:
+        """`forward` with kept tokens, and what follows them, at their original positions."""
+        input_ids, positions, record = (
+            inputs["input_ids"],
+            inputs["position_ids"],
+            Record.of(inputs["past_key_values"]),
+        )
+        if positions is None:
+            positions = record.count_behind(input_ids, inputs["attention_mask"])
+        dropped: Any = self.count_dropped(input_ids, inputs["mm_encoder_outputs"]["image"])
+        outputs = self.prefill(**inputs | {"position_ids": positions + dropped[:, :-1]})
+        record.moved_by(dropped[:, -1:]).write(outputs.past_key_values)
+        return outputs
+
+    def forward_short(self, inputs: dict[str, Any], written: list[int]) -> Any:
         """`forward` without surplus positions, with hidden states at the positions of the whole prompt."""
-        seen, start = ShortPrompt.of(past_key_values, input_ids)
-        before, length = None, input_ids.shape[1]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            before, attention_mask = attention_mask[:, :-length], attention_mask[:, -length:]
-        pad_token_id = self.config.text_config.pad_token_id or 0
-        inputs, short = self.drop_surplus(input_ids, attention_mask, position_ids, budgets, features, pad_token_id)
-        if start:
-            if before is None:
-                raise ValueError("With past_key_values, a dynamic budget takes an attention_mask of two dimensions.")
-            if position_ids is None:
-                inputs["position_ids"] += before.sum(dim=1, keepdim=True) + (0 if seen.shift is None else seen.shift)
-            inputs["attention_mask"] = torch.cat([before.long(), inputs["attention_mask"]], dim=1)
-        kwargs["mm_encoder_outputs"] = {"image": features}
-        outputs = self.prefill(**inputs, past_key_values=past_key_values, **kwargs)
-        seen.followed_by(start, short).remember(outputs.past_key_values)
-        outputs.last_hidden_state = short.restore(outputs.last_hidden_state)
+        input_ids, mask, record = inputs["input_ids"], inputs["attention_mask"], Record.of(inputs["past_key_values"])
+        if record.cached and (mask is None or mask.dim() != 2):
+            raise ValueError("With past_key_values, a dynamic budget takes an attention_mask of two dimensions.")
+        features = inputs["mm_encoder_outputs"]["image"]
+        kept = [len(tokens) for tokens in features.pooler_output]
+        is_surplus = mark_surplus(input_ids == self.config.image_token_id, written, kept)
+        fill = self.config.text_config.pad_token_id or 0
+        short, compaction = compact(input_ids, mask, inputs["position_ids"], is_surplus, fill)
+        record = record.followed_by(compaction)
+        if (dropped := self.count_dropped(short["input_ids"], features)) is not None:
+            short["position_ids"], record = short["position_ids"] + dropped[:, :-1], record.moved_by(dropped[:, -1:])
+        outputs = self.prefill(**inputs | short)
+        record.write(outputs.past_key_values)
+        outputs.last_hidden_state = compaction.restore(outputs.last_hidden_state)
         return outputs
 
     def get_placeholder_mask(
@@ -808,7 +648,7 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As `GenerationMixin.generate`, and on the short prompt where budgets are dynamic.
+        """As `GenerationMixin.generate`, and on the short prompt if budgets are dynamic.
 
         Returned sequences begin with the prompt as it was given, and lengths are counted with it. Streamers, logits
         processors and stopping criteria see the short prompt. `<image>` is never generated: it would be read as an
@@ -822,103 +662,95 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         settings = generation_config or self.generation_config
         suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
         kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
-        prompt = kwargs.pop("input_ids", inputs)
-        is_short = self.prepare_budgets(prompt, kwargs)
-        if prompt is None:
-            return run(None, generation_config, *args, **kwargs)
-        past = kwargs.get("past_key_values")
-        seen, start = ShortPrompt.of(past, prompt)
-        if not is_short and not seen.length:
+        prompt, past = kwargs.pop("input_ids", inputs), kwargs.get("past_key_values")
+        is_special, record = self.prepare_budgets(prompt, kwargs), Record.of(past)
+        if prompt is None or not is_special and record.is_plain:
             output = run(prompt, generation_config, *args, **kwargs)
-            if getattr(getattr(output, "past_key_values", None), "short_prompt", None):
-                output.past_key_values.short_prompt = None  # of an earlier call: static caches are used again
+            for cache in (past, getattr(output, "past_key_values", None)):
+                Record().write(cache)  # it may hold an earlier call's: static caches are used again
             return output
-
-        short, held = self.shorten(prompt, seen, start, settings, kwargs)
-        length = short["input_ids"].shape[1]
+        input_ids, kwargs, record = self.prepare_prompt(prompt, record, settings, kwargs)
         for name in ("max_length", "min_length"):
             if total := kwargs.get(name) or getattr(settings, name):
-                kwargs[name] = max(0, total - prompt.shape[1] + length)
-        output = run(None, generation_config, *args, **short, **kwargs)
-        return restore_prompt(output, prompt, length, held, past)
+                kwargs[name] = max(0, total - prompt.shape[1] + input_ids.shape[1])
+        output = run(input_ids, generation_config, *args, **kwargs)
+        return restore_prompt(output, prompt, input_ids.shape[1], record, past)
 
     def prepare_budgets(self, prompt: Tensor | None, kwargs: dict[str, Any]) -> bool:
         """Complete or refuse the budgets among the arguments of `generate`.
 
-        Returns whether the prompt is to be shortened: budgets are dynamic, or positions are original ones.
+        Returns whether budgets are dynamic, or positions other than those that `generate` counts.
         """
         images, encoded = kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs") or {}
         if images is None:
             kwargs.pop("mean_image_tokens", None)
-            return prompt is not None and self.model.moves_positions(encoded.get("image"))
+            return self.model.moves_positions(encoded.get("image"))
         given = kwargs.get("num_image_tokens"), kwargs.get("mean_image_tokens")
         budgets, means = self.model.default_budgets(*given, len(images))
-        if prompt is None and (means is not None or self.config.position_ids == "original"):
+        is_special = means is not None or self.config.position_ids == "original"
+        if prompt is None and is_special:
             raise ValueError(NEEDS_IDS)
-        if prompt is not None and (start := ShortPrompt.of(kwargs.get("past_key_values"), prompt)[1]):
+        record = Record.of(kwargs.get("past_key_values"))
+        if prompt is not None and record.cached:
             layout = self.model.lay_out(images, kwargs.get("image_sizes"))
             count = sum(self.model.resolve_budgets(budgets, len(images), layout.lengths if layout else None))
-            refuse_cached_images(prompt[:, start:], self.config.image_token_id, count)
+            refuse_cached_images(prompt[:, record.whole_length :], self.config.image_token_id, count)
         kwargs |= {"num_image_tokens": budgets, "mean_image_tokens": means}
-        return means is not None or self.config.position_ids == "original"
+        return is_special
 
-    def shorten(
-        self, prompt: Tensor, seen: ShortPrompt, start: int, settings: GenerationConfig, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], ShortPrompt]:
-        """The prompt without surplus placeholders, as arguments for `generate`; what it replaces leaves `kwargs`.
+    def prepare_prompt(
+        self, prompt: Tensor, record: Record, settings: GenerationConfig, given: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any], Record]:
+        """Ids without surplus placeholders, the other arguments of `generate` for them, and the cache's new record.
 
-        Of its positions, (batch, length), the first `start` are in the cache already, as `seen` says.
+        Args:
+            prompt: (batch, length), of which the first positions may be in the cache already.
+            record: what the cache remembers of these.
+            settings: the generation configuration.
+            given: arguments of `generate`; images among them are encoded here, because positions depend on them.
         """
+        kwargs, cached, start = {**given}, record.cached, record.whole_length
         mask, positions = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
         if mask is None:
             mask = infer_attention_mask(prompt, settings, kwargs.get("pad_token_id"))
-        pads = (kwargs.get("pad_token_id"), settings.pad_token_id, self.config.text_config.pad_token_id, 0)
-        pad = next(token for token in pads if token is not None)
-        new, held = {"input_ids": prompt[:, start:], "attention_mask": mask[:, start:]}, seen
-        if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
-            features, budgets = self.take_features(kwargs)
-            new, short = self.model.drop_surplus(
-                **new, position_ids=None if start else positions, budgets=budgets, features=features, pad_token_id=pad
+        if mask.shape != prompt.shape:
+            raise ValueError(
+                f"attention_mask has the shape {(*mask.shape,)} and input_ids {(*prompt.shape,)}: give `generate` the "
+                "whole sequence, with what is in past_key_values."
             )
-            held = seen.followed_by(start, short)
-        if not start:
-            return new, held
-        ids, mask = seen.shorten(prompt[:, :start], pad), seen.shorten(mask[:, :start], 0)
-        if held.shift is not None:
-            positions = new.get("position_ids", new["attention_mask"].cumsum(dim=1) - 1)
-            positions = positions + mask.sum(dim=1, keepdim=True) + (0 if seen.shift is None else seen.shift)
-            new["position_ids"] = torch.cat(
-                [torch.zeros_like(ids), positions], dim=1
-            )  # those of the cache are not read
-        else:
-            new.pop("position_ids", None)  # generate counts them by the mask
-        ids = torch.cat([ids, new["input_ids"]], dim=1)
-        mask = torch.cat([mask, new["attention_mask"].to(mask)], dim=1)
-        return {**new, "input_ids": ids, "attention_mask": mask}, held
+        features, written, kept = self.take_features(kwargs)
+        is_image, input_ids, positions = prompt == self.config.image_token_id, prompt, None if start else positions
+        if written != kept:
+            is_surplus = mark_surplus(is_image[:, start:], written, kept)
+            later = Compaction.without(is_surplus | (mask[:, start:] == 0))
+            record = record.followed_by(later)
+            positions = None if positions is None else later.shorten(positions - is_surplus.cumsum(dim=1), 0)
+        if record.compaction is not None:
+            pads = (kwargs.get("pad_token_id"), settings.pad_token_id, self.config.text_config.pad_token_id, 0)
+            fill = next(token for token in pads if token is not None)
+            input_ids, mask = record.compaction.shorten(prompt, fill), record.compaction.shorten(mask, 0)
+        dropped = self.model.count_dropped(input_ids[:, cached:], features)
+        if positions is None and (dropped is not None or record.shift is not None):
+            positions = record.add_shift(count_positions(mask))
+        if dropped is not None:  # positions of what is cached are not read
+            positions, record = positions + pad(dropped[:, :-1], (cached, 0)), record.moved_by(dropped[:, -1:])
+        more = {} if positions is None else {"position_ids": positions}
+        return input_ids, {**kwargs, **more, "attention_mask": mask}, record
 
-    def take_features(self, kwargs: dict[str, Any]) -> tuple[LightVLMImageFeatures, list[int]]:
-        """Encoded images among the arguments of `generate`, or those that it encodes, and their placeholders.
+    def take_features(self, kwargs: dict[str, Any]) -> tuple[Any, list[int], list[int]]:
+        """Encoded images among the arguments of `generate`, or those that it encodes, their placeholders and tokens.
 
         Left in the arguments are the tokens alone: their positions are known then.
         """
-        if given := kwargs.get("mm_encoder_outputs"):
-            features, budgets = given["image"], [len(tokens) for tokens in given["image"].pooler_output]
-        else:
-            names = (
-                "pixel_values",
-                "num_image_tokens",
-                "mean_image_tokens",
-                "question_ids",
-                "image_sizes",
-                "max_views",
-            )
-            asked = {name: kwargs.pop(name, None) for name in names}
-            features = self.model.get_image_features(**asked, return_dict=True)
-            images = len(features.pooler_output)
-            budgets = self.model.resolve_budgets(asked["num_image_tokens"], images, features.lengths)
-        tokens = LightVLMImageFeatures(pooler_output=features.pooler_output)
-        kwargs["mm_encoder_outputs"] = {"image": tokens}
-        return features, budgets
+        images, written = (kwargs.get("mm_encoder_outputs") or {}).get("image"), None
+        if kwargs.get("pixel_values") is not None:
+            asked = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+            images, written = self.model.encode_prompt(**asked)
+        if images is None:
+            return None, [], []
+        kept = [len(tokens) for tokens in images.pooler_output]
+        kwargs["mm_encoder_outputs"] = {"image": LightVLMImageFeatures(pooler_output=images.pooler_output)}
+        return images, written or kept, kept
 
     @torch.no_grad()
     def chat(

@@ -490,3 +490,21 @@ def test_in_vllm_which_has_placed_the_tokens_by_then_a_dynamic_budget_keeps_all(
     outputs = LightVLMModel(in_vllm(make_dynamic().config)).get_image_features(**inputs)
     assert [len(kept) for kept in outputs.kept_indices] == [36, 36]
     assert '"dynamic" keeps all of them' in caplog.text
+
+
+@torch.no_grad()
+def test_a_whole_mask_is_read_as_one_where_the_longest_row_has_nothing_to_drop(dynamic):
+    model, processor = dynamic
+    text = ["what color is the shape in the top left? " * 12, "<image> what?"]
+    batch = processor(
+        images=[[], [make_image(0)]], text=text, num_image_tokens="dynamic:8", padding=True, return_tensors="pt"
+    )
+    expected = generate(model, batch)[:, -8:]
+    outputs, mask = model(**batch, use_cache=True), batch["attention_mask"]
+    assert outputs.past_key_values.get_seq_length() == mask.shape[1]  # so that its length does not tell
+    tokens = [outputs.logits[:, -1:].argmax(dim=-1)]
+    for _ in range(7):
+        mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
+        outputs = model(input_ids=tokens[-1], past_key_values=outputs.past_key_values, attention_mask=mask)
+        tokens.append(outputs.logits[:, -1:].argmax(dim=-1))
+    assert torch.equal(torch.cat(tokens, dim=1), expected)

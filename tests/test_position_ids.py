@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightvlm import LightVLMModel
 from lightvlm.common.inference import compile_for_inference
-from lightvlm.pruning_lightvlm import count_dropped
+from lightvlm.compaction_lightvlm import Compaction, count_dropped
 from tiny import IMAGES, NUM_PATCHES, TEXT, make_config, make_dynamic, make_image, make_processor, mixed_batch
 from transformers import DynamicCache
 
@@ -200,3 +200,23 @@ def test_embeddings_without_ids_are_refused():
 def test_in_vllm_a_warning_says_that_positions_are_consecutive(in_vllm, caplog, position_ids, warns):
     LightVLMModel(in_vllm(make_config(position_ids=position_ids)))
     assert ("vLLM counts positions itself" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("budget", [9, NUM_PATCHES])
+def test_at_a_fixed_k_positions_move_and_nothing_is_compacted(monkeypatch, budget):
+    model, processor = make_original(), make_processor()
+    inputs = mixed_batch(processor, budget)
+    expected = generate(model, inputs)
+    monkeypatch.setattr(Compaction, "without", None)
+    assert torch.equal(generate(model, inputs), expected)
+    model(**inputs)
+
+
+def test_generate_with_a_cache_asks_for_the_whole_sequence():
+    model, processor = make_original(), make_processor()
+    inputs = processor(images=[make_image(0)], text=["<image> what color?"], return_tensors="pt")
+    output = generate(model, inputs, return_dict_in_generate=True)
+    mask = torch.ones_like(output.sequences)
+    with pytest.raises(ValueError, match="give `generate` the whole sequence"):
+        cache = output.past_key_values
+        model.generate(output.sequences[:, -1:], attention_mask=mask, past_key_values=cache, max_new_tokens=1)

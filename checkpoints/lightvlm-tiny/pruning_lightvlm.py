@@ -184,26 +184,6 @@ def allot_budgets(complexity: Tensor, means: Tensor, dynamic_budget: dict[str, A
     return budgets.clamp(dynamic_budget["minimum"], dynamic_budget["maximum"]).long()
 
 
-def count_dropped(is_image: Tensor, kept: list[Tensor], lengths: list[int]) -> Tensor:
-    """How many dropped tokens the whole prompt has before each position of the pruned one.
-
-    Args:
-        is_image: (batch, length), True at the placeholders of the kept tokens.
-        kept: (K,) indices of each image's kept tokens, in raster order.
-        lengths: tokens of each image before pruning.
-
-    Returns:
-        (batch, length + 1), the last for what follows the prompt.
-    """
-    skipped = torch.cat([torch.diff(indices, prepend=indices.new_tensor([-1])) - 1 for indices in kept])
-    after_last = [length - 1 - each[-1:] for each, length in zip(kept, lengths, strict=True)]
-    behind = torch.cat([nn.functional.pad(n, (len(each) - 1, 0)) for n, each in zip(after_last, kept, strict=True)])
-    zeros = torch.zeros_like(is_image, dtype=torch.long)
-    before = nn.functional.pad(zeros.masked_scatter(is_image, skipped), (0, 1))
-    after = nn.functional.pad(zeros.masked_scatter(is_image, behind), (1, 0))
-    return (before + after).cumsum(dim=1)
-
-
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero."""
 

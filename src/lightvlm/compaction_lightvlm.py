@@ -1,0 +1,1 @@
+../../modeling_lightvlm/compaction_lightvlm.py
