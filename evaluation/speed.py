@@ -22,7 +22,7 @@ import torch
 from lightvlm import LightVLM, modeling_lightvlm
 from lightvlm.common.inference import compile_for_inference
 from lightvlm.processing.processing_lightvlm import shrink, to_rgb
-from lightvlm.views_lightvlm import token_rows
+from lightvlm.views_lightvlm import encoded_tokens, token_rows
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -326,7 +326,7 @@ def view_configurations(
         budgets: K.
         size: (height, width) of the images.
         max_views: how many views are encoded where not all are.
-        encoder_keep: as in `configurations`, with all views and with some.
+        encoder_keep: as in `configurations`, with all views and with some, at every K that it leaves.
     """
     total = token_rows(size, model.config).shape[1]
     wanted = [(ALL_VIEWS, total, None), *((ALL_VIEWS, budget, None) for budget in budgets)]
@@ -335,7 +335,8 @@ def view_configurations(
     runs = [(name, budget, views, model) for name, budget, views in wanted]
     if encoder_keep:
         twin, words = drop_in_encoder(model, encoder_keep)
-        runs += [(ENCODER_KEEP.format(name, words), budget, views, twin) for name, budget, views in wanted[1:-1]]
+        left = [row for row in wanted[1:-1] if row[1] <= encoded_tokens(size, twin.config, row[2])]
+        runs += [(ENCODER_KEEP.format(name, words), budget, views, twin) for name, budget, views in left]
     return [
         Configuration(name, budget, each, partial(run_views, each, budget, views), stages_of(each), budget)
         for name, budget, views, each in runs

@@ -48,7 +48,7 @@ from .pruning_lightvlm import (
     probe_attention,
     received_attention,
 )
-from .views_lightvlm import Layout, lay_out
+from .views_lightvlm import Layout, encoded_tokens, lay_out
 
 logger = logging.get_logger(__name__)
 
@@ -108,6 +108,7 @@ def encode_patches(
     feature_layers: int | list[int],
     prior_layer: int,
     keep: dict[int, int] | None = None,
+    in_picture: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a CLIP or SigLIP encoder up to the last layer that features and prior need.
 
@@ -117,6 +118,7 @@ def encode_patches(
         feature_layers: index or indices into the encoder's hidden states, of which 0 is the embeddings.
         prior_layer: index of the layer whose attention is the prior; a SigLIP pooling head takes precedence.
         keep: how many patches go on from a layer, by its index; those with the least attention in it are dropped.
+        in_picture: (batch, patches), False at the padding of tiles, which is dropped first.
 
     Returns:
         Features (batch, patches, dim), those of several layers concatenated, and the prior (batch, patches). Of a
@@ -128,7 +130,7 @@ def encode_patches(
     wanted = [index % (len(layers) + 1) for index in wanted]
     attending = max(wanted) if not is_clip and tower.use_head else prior_layer % len(layers)
 
-    states, places = hidden_states_at(tower, pixel_values, {*wanted, attending}, keep or {})
+    states, places = hidden_states_at(tower, pixel_values, {*wanted, attending}, keep or {}, in_picture)
     prior = attention_to_patches(tower, attending, states[attending])
     features = [states[index][:, 1:] if is_clip else states[index] for index in wanted]
     if keep:
@@ -154,7 +156,7 @@ def attention_to_patches(tower: Any, index: int, state: Tensor) -> Tensor:
 
 
 def hidden_states_at(
-    tower: Any, pixel_values: Tensor, indices: set[int], keep: dict[int, int]
+    tower: Any, pixel_values: Tensor, indices: set[int], keep: dict[int, int], in_picture: Tensor | None = None
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """The encoder's hidden states at these indices alone: all of them would be most of the memory that images take.
 
@@ -169,7 +171,10 @@ def hidden_states_at(
     for index in range(max(indices) + 1):
         if index in keep and index < len(layers):
             count = min(keep[index], at.shape[1])
-            left = attention_to_patches(tower, index, state).topk(count).indices.sort().values
+            attention = attention_to_patches(tower, index, state)
+            if in_picture is not None:
+                attention = attention.masked_fill(~in_picture.to(at.device).gather(1, at), -1.0)
+            left = attention.topk(count).indices.sort().values
             patches = state[:, others:].gather(1, left[..., None].expand(-1, -1, state.shape[-1]))
             state, at = torch.cat([state[:, :others], patches], dim=1), at.gather(1, left)
         if index in indices:
@@ -346,14 +351,15 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         num_image_tokens, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
         layout = self.lay_out(pixel_values, image_sizes)
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values), layout.lengths if layout else None)
-        if self.config.encoder_keep:
-            budgets = self.limit_to_encoded(budgets, means is not None, layout)
+        if self.config.encoded_patches < self.config.num_patches:
+            budgets = self.limit_to_encoded(budgets, means, image_sizes, max_views)
         if layout is not None:
             pixel_values = layout.cut(pixel_values)
         if means is None and layout is None:
             outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
         elif layout is None or max_views is None:
-            features, prior = self.encode(pixel_values, vision_feature_layer)
+            in_picture = layout and layout.in_picture(self.config.num_patches)
+            features, prior = self.encode(pixel_values, vision_feature_layer, in_picture)
             outputs = self.prune(features, prior, budgets, question_ids, means, layout)
         else:
             if max(budgets) > self.config.num_patches:
@@ -380,23 +386,36 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         return self.prune(*self.encode(pixel_values, vision_feature_layer), budgets, question_ids)
 
     def encode(
-        self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        in_picture: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Features and prior of `encode_patches`, by default at the configuration's layers."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         tower = self.vision_tower
         place = {} if tower.device.type == "meta" else {"device": tower.device}  # offloaded modules move their inputs
         pixel_values = pixel_values.to(dtype=tower.dtype, **place)
-        return encode_patches(tower, pixel_values, layers, self.config.prior_layer, self.config.encoder_counts)
+        settings = (layers, self.config.prior_layer, self.config.encoder_counts)
+        return encode_patches(tower, pixel_values, *settings, in_picture)
 
-    def limit_to_encoded(self, budgets: list[int], is_dynamic: bool, layout: Layout | None) -> list[int]:
-        """Budgets of at most the patches that the encoder does not drop; ValueError where a fixed K is larger."""
-        left = self.config.encoded_patches
-        limits = [left] * len(budgets) if layout is None else [left * views for views in layout.views]
-        if not is_dynamic and any(budget > limit for budget, limit in zip(budgets, limits, strict=True)):
+    def limit_to_encoded(
+        self, budgets: list[int], means: Means | None = None, image_sizes: Any = None, max_views: Any = None
+    ) -> list[int]:
+        """Budgets of at most the patches that are sure to have features; ValueError if a K that is no mean is larger.
+
+        Arguments as in `get_image_features`.
+        """
+        count, limits = len(budgets), [self.config.encoded_patches] * len(budgets)
+        if image_sizes is not None:
+            sizes = torch.as_tensor(image_sizes).tolist()
+            views = [None] * count if max_views is None else torch.as_tensor(max_views).tolist()
+            limits = [encoded_tokens((*size,), self.config, most) for size, most in zip(sizes, views, strict=True)]
+        is_fixed = [True] * count if means is None else (torch.as_tensor(means).expand(count) == 0).tolist()
+        if any(fixed and budget > limit for fixed, budget, limit in zip(is_fixed, budgets, limits, strict=True)):
             raise ValueError(
-                f"num_image_tokens={budgets}: encoder_keep={self.config.encoder_keep} leaves {left} patches of each "
-                f"view, so give numbers up to {limits}."
+                f"num_image_tokens={budgets}: encoder_keep={self.config.encoder_keep} leaves {limits} patches of "
+                "these images, so give no larger numbers."
             )
         return [*map(min, budgets, limits)]
 
@@ -416,8 +435,9 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         questions = None if question_ids is None else self.embed_questions(question_ids)
         is_kept = layout.choose_views(self.pruner.score(features, prior, questions), max_views)
         is_tile = is_kept & ~is_thumbnail
+        in_picture = layout.in_picture(self.config.num_patches)
         if is_tile.any():
-            tiles = self.encode(pixel_values[is_tile], vision_feature_layer)
+            tiles = self.encode(pixel_values[is_tile], vision_feature_layer, in_picture[is_tile])
             order = torch.cat([starts, is_tile.nonzero()[:, 0].to(starts)]).argsort()
             features, prior = (torch.cat(pair)[order] for pair in zip((features, prior), tiles, strict=True))
         return features, prior, layout.without_views(is_kept, self.config.num_patches)

@@ -105,13 +105,83 @@ def test_a_batch_answers_as_each_row_alone(budget, grids):
         assert torch.equal(model.generate(**alone, **settings)[0, alone["input_ids"].shape[1] :], together[row])
 
 
+def count_empty(features):
+    """Of each image, how many kept tokens have no features: dropped, not encoded, padding or newlines."""
+    pairs = zip(features.last_hidden_state, features.kept_indices, strict=True)
+    return [int((image[kept] == 0).all(dim=-1).sum()) for image, kept in pairs]
+
+
+def refused(model, inputs):
+    with pytest.raises(ValueError, match="encoder_keep=.* leaves .* patches of these images, so give no larger"):
+        model.get_image_features(**inputs)
+    return True
+
+
+@pytest.mark.parametrize("newline", [False, True])
+@pytest.mark.parametrize("keep", [{1: 0.5}, {0: 0.75, 1: 0.25}])
+@torch.no_grad()
+def test_no_kept_token_is_without_features_however_many_views_are_encoded(keep, newline):
+    model = make_model(encoder_keep=keep, prior_layer=-1, image_grid_pinpoints=GRIDS, image_newline=newline)
+    processor = make_processor(pinpoints=GRIDS, image_newline=newline)
+    for size in [(252, 252), (250, 100), (90, 250), (240, 150), (170, 250), (84, 84)]:  # most have padding
+        for max_views in (None, *range(1, 11)):
+            image = {"images": make_image(0, size), "max_views": max_views, "return_tensors": "pt"}
+            sizes = processor.image_processor(make_image(0, size), return_tensors="pt")["image_sizes"]
+            (limit,) = model.model.limit_to_encoded([360], [360], sizes, None if max_views is None else [max_views])
+            whole = min(limit, processor.largest_budget(size[::-1], max_views))
+            found = model.get_image_features(**processor(**image, num_image_tokens=whole))
+            assert (len(found.kept_indices[0]), count_empty(found)) == (whole, [0])
+            if whole == limit and processor.largest_budget(size[::-1], max_views) > limit:
+                assert refused(model, processor(**image, num_image_tokens=limit + 1))
+
+
+@torch.no_grad()
+def test_of_a_tile_the_padding_is_dropped_first():
+    model, processor = make_model(encoder_keep={1: 0.5}, image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
+    inputs = processor(images=make_image(0, (250, 100)), num_image_tokens=72, return_tensors="pt")
+    layout = model.model.lay_out(inputs["pixel_values"], inputs["image_sizes"])
+    left = torch.tensor([int(view.sum()) for view in layout.in_picture(36)]).clamp_max(18)
+    assert model.model.limit_to_encoded([360], [360], inputs["image_sizes"]) == [int(left.sum())]
+    features = model.get_image_features(**inputs | {"num_image_tokens": [int(left.sum())]})
+    views = layout.source[0, features.kept_indices[0]] // 36
+    assert views.bincount().tolist() == left.tolist() and layout.is_patch[0, features.kept_indices[0]].all()
+
+
+@pytest.mark.parametrize("max_views", [None, 1, 3])
+@torch.no_grad()
+def test_images_of_unlike_size_in_a_batch_and_dynamic_budgets_keep_what_has_features(max_views):
+    model = make_dynamic(encoder_keep={1: 0.5}, prior_layer=-1, image_grid_pinpoints=GRIDS)
+    torch.nn.init.constant_(model.model.pruner.complexity.bias, 9)  # every image would take all that there is
+    processor = make_processor(pinpoints=GRIDS)
+    images = [make_image(index, size) for index, size in enumerate([(250, 100), (84, 84), (240, 150)])]
+    for budget in ("dynamic:8", ["dynamic:8", 18, 18], [18, 5, 9]):
+        inputs = processor(images=images, num_image_tokens=budget, max_views=max_views, return_tensors="pt")
+        found = model.get_image_features(**inputs)
+        assert count_empty(found) == [0, 0, 0]
+        if budget == "dynamic:8":
+            limits = model.model.limit_to_encoded([36] * 3, [8] * 3, inputs["image_sizes"], inputs.get("max_views"))
+            assert [len(kept) for kept in found.kept_indices] == [min(36, limit) for limit in limits]
+    inputs = processor(images=images, num_image_tokens=["dynamic:8", 19, 9], max_views=max_views, return_tensors="pt")
+    assert refused(model, inputs)  # nor is the K of another image than the dynamic one reduced without a word
+
+
 def test_k_is_at_most_what_is_left():
-    model, processor = make_dynamic(encoder_keep={1: 0.5}, prior_layer=-1), make_processor()
+    model, processor = make_dynamic(encoder_keep={1: 0.5}, prior_layer=-1), make_processor(num_image_tokens=19)
     inputs = processor(images=make_image(), text="<image>?", num_image_tokens=19, return_tensors="pt")
-    with pytest.raises(ValueError, match="leaves 18 patches of each view, so give numbers up to"):
-        model(**inputs)
+    assert refused(model, inputs)
+    assert refused(model, processor(images=make_image(), return_tensors="pt"))  # the default is no exception
+    model.config.num_image_tokens = 19
+    assert refused(model, {"pixel_values": inputs["pixel_values"]})
     model.config.encoder_keep = None  # may be changed on a loaded model
     model(**inputs)
+
+
+@torch.no_grad()
+def test_a_share_of_all_limits_nothing():
+    model = make_model(encoder_keep={0: 1.0}, image_grid_pinpoints=GRIDS, image_newline=True)
+    processor = make_processor(pinpoints=GRIDS, image_newline=True)
+    inputs = processor(images=make_image(0, (250, 250)), num_image_tokens=378, return_tensors="pt")
+    assert len(model.get_image_features(**inputs).kept_indices[0]) == 36 + 18 * 19
 
 
 def test_the_loss_and_compiled_code_know_of_it():

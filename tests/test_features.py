@@ -12,7 +12,7 @@ from lightvlm.training.prepare_easy_vqa import llava_row
 from lightvlm.views_lightvlm import lay_out
 from tiny import GRIDS, make_image, make_model, make_processor
 
-SIZES = [(84, 84), (250, 240), (60, 84), (100, 300), (168, 168)]  # width, height
+SIZES = [(84, 84), (250, 240), (60, 84), (120, 250), (168, 168)]  # width, height; the fourth has padding in its tiles
 
 
 @pytest.fixture
@@ -46,14 +46,15 @@ def turn_of(question):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
 
 
-def views(grids):
-    return make_model(image_grid_pinpoints=grids), make_processor(pinpoints=grids)
+def views(grids, **overrides):
+    return make_model(image_grid_pinpoints=grids, **overrides), make_processor(pinpoints=grids)
 
 
+@pytest.mark.parametrize("keep", [None, {1: 0.5}])
 @pytest.mark.parametrize("grids", [None, GRIDS])
-def test_an_example_is_what_the_model_encodes(data, grids):
+def test_an_example_is_what_the_model_encodes(data, grids, keep):
     folder, rows = data
-    model, processor = views(grids)
+    model, processor = views(grids, encoder_keep=keep)
     examples = features.encode_rows(model, processor, rows, folder=folder)
     assert [example["messages"][1]["content"] for example in examples] == ["0", "1", "2", "3", "4"]
     for example, size in zip(examples, SIZES, strict=True):

@@ -133,12 +133,16 @@ def test_of_many_views_all_some_or_one_are_encoded_and_the_language_model_sees_k
     model = make_model(image_grid_pinpoints=[[84, 84], [252, 252]], num_image_tokens=9)
     processor = make_processor(pinpoints=[[84, 84], [252, 252]])
     encoded, encode = [], model.model.encode
-    model.model.encode = lambda pixels, layer=None: encoded.append(len(pixels)) or encode(pixels, layer)
+    model.model.encode = lambda pixels, *args: encoded.append(len(pixels)) or encode(pixels, *args)
     results = measure(model, processor.image_processor, [2], [20], 6, 2, 1, 0, views=(252, 252), max_views=(4,))
     rows = next(results)["rows"]
     assert [row["method"] for row in rows] == ["all views", "all views", "4 of the views", "one view"]
     assert [row["positions"] for row in rows] == [366, 26, 26, 42]
     assert encoded == [20, 20, 2, 6, 2] + [10, 10, 1, 3, 1]  # both rows are timed, and the FLOPs of one are counted
+    found = speed.view_configurations(model, [20, 100], (252, 252), (4,), {0: 0.5})
+    kept = [(row.method, row.num_image_tokens) for row in found if "encoder" in row.method]
+    some, every = "4 of the views, encoder 0: 0.5", "all views, encoder 0: 0.5"
+    assert kept == [(every, 20), (every, 100), (some, 20)]  # whose four views have 72 patches left
 
 
 @torch.no_grad()

@@ -268,9 +268,9 @@ def bright(monkeypatch):
     model, processor = make_views(score="cls")
     encode, encoded = model.model.encode, []
 
-    def encode_brightness(pixels, layer=None):
+    def encode_brightness(pixels, *options):
         encoded.append(len(pixels))
-        features, _ = encode(pixels, layer)
+        features, _ = encode(pixels, *options)
         return features, torch.nn.functional.avg_pool2d(pixels.mean(dim=1), 14).flatten(1).exp() ** 8
 
     monkeypatch.setattr(model.model, "encode", encode_brightness)

@@ -149,7 +149,8 @@ def encode_shard(
         views = [1] * len(pixels) if layout is None else layout.views
         if layout is not None:
             pixels = layout.cut(pixels)
-        features, prior = model.model.encode(pixels)
+        in_picture = layout and layout.in_picture(model.config.num_patches)
+        features, prior = model.model.encode(pixels, in_picture=in_picture)
         parts["features"].append(features.cpu().bfloat16())
         parts["prior"].append(prior.cpu())
         parts["views"].append(torch.tensor(views))

@@ -44,6 +44,11 @@ class Layout:
         values = values.flatten(0, 1)[self.source]
         return values * self.is_patch.view(*self.is_patch.shape, *[1] * (values.dim() - 2)).to(values)
 
+    def in_picture(self, patches: int) -> Tensor:
+        """Which patches (views, patches) are tokens: all but the padding that fits an image to its grid."""
+        counts = torch.zeros(sum(self.views) * patches, dtype=torch.long, device=self.source.device)
+        return counts.index_add(0, self.source.flatten(), self.is_patch.flatten().long()).view(-1, patches) > 0
+
     def cut(self, pixel_values: Tensor) -> Tensor:
         """The pixels (views, ...) of the views that there are, of (images, most views, ...)."""
         return torch.cat([image[:count] for image, count in zip(pixel_values, self.views, strict=True)])
@@ -108,6 +113,20 @@ def joined_tiles(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
     side, (rows, columns) = config.patches_per_side, tile_grid(size, config)
     tiles = torch.arange(rows * columns * side**2).view(rows, columns, side, side) + config.num_patches
     return unpad_image(tiles.transpose(1, 2).reshape(1, rows * side, columns * side), size)[0]
+
+
+def encoded_tokens(size: tuple[int, int], config: LightVLMConfig, max_views: int | None = None) -> int:
+    """How many of an image's patches are sure to have features, whatever the image shows.
+
+    Of each view those in the picture, at most as many as `encoder_keep` leaves. The image decides which tiles
+    `max_views` encodes, so that the tiles with the fewest patches count.
+    """
+    left, views = config.encoded_patches, num_views(size, config)
+    if views == 1:
+        return left
+    tiles = (joined_tiles(size, config) // config.num_patches).flatten().bincount(minlength=views)[1:]
+    encoded = tiles.clamp_max(left).sort().values
+    return left + int(encoded[: views if max_views is None else max_views - 1].sum())
 
 
 def token_rows(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
