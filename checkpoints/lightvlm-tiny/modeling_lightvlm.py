@@ -358,7 +358,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         if means is None and layout is None:
             outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
         elif layout is None or max_views is None:
-            in_picture = layout and layout.in_picture(self.config.num_patches)
+            in_picture = None if layout is None else layout.in_picture(self.config.num_patches)
             features, prior = self.encode(pixel_values, vision_feature_layer, in_picture)
             outputs = self.prune(features, prior, budgets, question_ids, means, layout)
         else:
