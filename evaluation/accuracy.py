@@ -21,6 +21,7 @@ from lightvlm.evaluation.selectors import (
     CHOOSERS,
     OF_VIEWS,
     SHARES,
+    choose_patches,
     downsample,
     encode_with_keys,
     mixing_weights,
@@ -30,7 +31,8 @@ from lightvlm.evaluation.selectors import (
 )
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.pruning_lightvlm import log_prior
-from lightvlm.views_lightvlm import Layout
+from lightvlm.views_lightvlm import Layout, encoded_tokens
+from torch.nn import functional
 from tqdm import tqdm
 
 NO_HARD = {"hard": None, "hard_accuracy": None}
@@ -135,10 +137,10 @@ class Batch:
         self.model, self.questions, self.rows = model, questions, rows
         pixels, sizes, images = questions.open_images(rows)
         self.pixels, self.images = pixels.to(model.device), images.to(model.device)
-        layout = backbone.lay_out(self.pixels, sizes)
+        layout, in_picture = backbone.lay_out(self.pixels, sizes), None
         if layout is not None:
-            self.pixels = layout.cut(self.pixels)
-        encoded = encode_with_keys(backbone, self.pixels)
+            self.pixels, in_picture = layout.cut(self.pixels), layout.in_picture(model.config.num_patches)
+        encoded = encode_with_keys(backbone, self.pixels, in_picture)
         if layout is not None:
             encoded = [layout.gather(values) for values in encoded]
         features, prior, _ = encoded
@@ -149,6 +151,7 @@ class Batch:
             self.importance = layout.view_importance(thumbnails)[self.images]
         self.features, self.prior, self.keys = (values[self.images] for values in encoded)
         self.layout = None if layout is None else repeat_images(layout, self.images)
+        self.sizes = None if sizes is None else torch.as_tensor(sizes)[images]
         self.scores = {"": scores[self.images], "cls": attention[self.images]}
         if question_aware:
             asked = backbone.embed_questions(questions.question_ids(rows).to(model.device))
@@ -170,6 +173,7 @@ class Batch:
         if isinstance(budget, str):
             (largest,), means = self.questions.processor.resolve_budgets(budget, 1)
             budgets = [min(largest, length) for length in self.lengths]
+            budgets = backbone.limit_to_encoded(budgets, means, self.sizes)
             kept = backbone.pruner(self.features, self.prior, budgets, means=means, layout=self.layout)
             return backbone.keep(self.features, kept, self.layout)
         if self.layout is not None and name not in ("all", *OF_VIEWS):
@@ -178,14 +182,19 @@ class Batch:
             encoded = [prior[:length] >= 0 for prior, length in zip(self.prior, self.lengths, strict=True)]
             kept = [is_encoded.nonzero()[:, 0] for is_encoded in encoded]  # what the encoder did not drop
             return backbone.keep(self.features, kept, self.layout)
+        if budget > min(self.left):
+            raise ValueError(f"num_image_tokens={budget}: an image has {min(self.left)} patches, so give no more.")
         compared = self.keys if name == "merge" else self.features
         if name == "max-min":
             compared = backbone.multi_modal_projector(self.features)
         if name in SHARES:
             kept = self.choose_by_view(SHARES[name], budget).sort(dim=-1).values
             return backbone.keep(self.features, list(kept), self.layout)
-        if name in CHOOSERS:
+        if name in CHOOSERS and self.layout is not None:  # where what is no patch has the score -inf
             kept = CHOOSERS[name](self.scores[score], compared, budget).sort(dim=-1).values
+            return backbone.keep(self.features, list(kept), self.layout)
+        if name in CHOOSERS:
+            kept = choose_patches(name, self.scores[score], compared, budget)
             return backbone.keep(self.features, list(kept), self.layout)
         weights = mixing_weights(name, self.scores[score], compared, budget)
         if name == "downsample":
@@ -196,10 +205,20 @@ class Batch:
 
     def choose_by_view(self, share: Callable, budget: int) -> torch.Tensor:
         """The first K tokens, (rows, K), of the checkpoint's own order when each view has a share of them."""
-        order = self.model.model.pruner.select(self.scores[""], self.features, self.features.shape[1])
+        scores, quotas = self.scores[""], share(self.importance, budget)
+        order = self.model.model.pruner.select(scores, self.features, self.features.shape[1])
         views = self.layout.source // self.model.config.num_patches
-        views = (views - views[:, :1]).clamp_min(0)  # counted within the image, from the thumbnail on
-        return spend_quotas(order, views, share(self.importance, budget), budget)
+        views = views - views[:, :1]  # counted within the image, from the thumbnail on
+        views = views.where(scores > -torch.inf, quotas.shape[1])  # what has no features is of no view
+        return spend_quotas(order, views, functional.pad(quotas, (0, 1)), budget)
+
+    @property
+    def left(self) -> list[int]:
+        """Patches of each row's image that are sure to have features."""
+        config = self.model.config
+        if self.sizes is None:
+            return [config.encoded_patches] * len(self.rows)
+        return [encoded_tokens((*size,), config) for size in self.sizes.tolist()]
 
     @property
     def lengths(self) -> list[int]:

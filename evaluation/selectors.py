@@ -36,11 +36,23 @@ def grid_side(count: int) -> int:
 
 
 def select_uniform(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """The patches at the centres of a square grid's cells. Shapes as in `select_topk`; not nested."""
+    """The patches at the centres of a square grid's cells. Shapes as in `select_topk`; not nested.
+
+    Where the encoder dropped a centre, the nearest patch that is left and not chosen yet.
+    """
     patches_per_side = math.isqrt(scores.shape[1])
     side = grid_side(count)
     centres = (2 * torch.arange(side, device=scores.device) + 1) * patches_per_side // (2 * side)
-    return (centres[:, None] * patches_per_side + centres).flatten().expand(len(scores), -1)
+    centres = (centres[:, None] * patches_per_side + centres).flatten()
+    is_left, chosen = scores > -torch.inf, []
+    if is_left.all():
+        return centres.expand(len(scores), -1)
+    patches = torch.arange(scores.shape[1], device=scores.device)
+    places = torch.stack([patches // patches_per_side, patches % patches_per_side], dim=-1).float()
+    for distance in torch.cdist(places[centres], places):
+        chosen.append(distance.expand_as(scores).masked_fill(~is_left, torch.inf).argmin(dim=-1, keepdim=True))
+        is_left = is_left.scatter(1, chosen[-1], False)
+    return torch.cat(chosen, dim=1)
 
 
 def select_max_min(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
@@ -122,7 +134,18 @@ def select_deduplicated(
 
 
 def pool(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """Means over the cells of a square grid: weights (batch, K, patches); scores do not count."""
+    """Means over what the encoder left of the cells of a square grid, (batch, K, patches); scores do not count else.
+
+    A cell of which nothing is left is the patch that `select_uniform` has for it.
+    """
+    weights = pool_cells(scores, features, count) * (scores > -torch.inf)[:, None]
+    total = weights.sum(dim=-1, keepdim=True)
+    nearest = functional.one_hot(select_uniform(scores, features, count), scores.shape[1]).to(weights)
+    return torch.where(total > 0, weights / total.clamp_min(1e-6), nearest)
+
+
+def pool_cells(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """Means over the whole cells of a square grid: weights (batch, K, patches)."""
     patches = scores.shape[1]
     each = torch.eye(patches, device=scores.device).unflatten(-1, (math.isqrt(patches), -1))
     cells = functional.adaptive_avg_pool2d(each, grid_side(count)).flatten(1)  # [N, K]
@@ -215,7 +238,7 @@ CHOOSERS = {
     "max-min": select_max_min,
     "dedup": select_deduplicated,
 }
-MIXERS = {"pool": pool, "downsample": pool, "merge": merge, "fastv": everything}
+MIXERS = {"pool": pool, "downsample": pool_cells, "merge": merge, "fastv": everything}
 SELECTORS = [*CHOOSERS, *MIXERS]  # of images of one view
 OF_VIEWS = (
     "topk",
@@ -226,18 +249,43 @@ OF_VIEWS = (
     *SHARES,
 )  # what else there is compares squares of patches
 SCORED = ("topk", "diverse", "k-center", "determinantal", "dedup", "merge")  # the others do not read the scores
+ON_GRIDS = ("uniform", "pool", "downsample")  # these need to know where patches are
+
+
+def gather_left(scores: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of images of one view, what the encoder did not drop: the patches' indices (batch, left), scores and features.
+
+    A dropped patch has the score -inf, and as many are dropped in each image.
+    """
+    left = (scores > -torch.inf).nonzero()[:, 1].view(len(scores), -1)
+    return left, scores.gather(1, left), features.gather(1, left[..., None].expand(-1, -1, features.shape[-1]))
+
+
+def choose_patches(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
+    """Which patches of images of one view are kept, (batch, K), in raster order; none that the encoder dropped.
+
+    `features` are what the selector compares: projected patches for `max-min`.
+    """
+    if selector in ON_GRIDS:
+        return CHOOSERS[selector](scores, features, count).sort(dim=-1).values
+    left, scores, features = gather_left(scores, features)
+    return left.gather(1, CHOOSERS[selector](scores, features, count)).sort(dim=-1).values
 
 
 def mixing_weights(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
     """How much of each patch is in each image token: (batch, K, patches), in raster order except for `merge`.
 
     Rows sum to one, except those of `merge`. `features` are what the selector compares: keys for `merge`, projected
-    patches for `max-min`.
+    patches for `max-min`. What the encoder dropped has no weight, except in `downsample`, which encodes again.
     """
-    if selector in MIXERS:
+    if selector in CHOOSERS:
+        kept = choose_patches(selector, scores, features, count)
+        return functional.one_hot(kept, scores.shape[1]).to(features.dtype)
+    if selector in ON_GRIDS:
         return MIXERS[selector](scores, features, count)
-    kept = CHOOSERS[selector](scores, features, count).sort(dim=-1).values
-    return functional.one_hot(kept, scores.shape[1]).to(features.dtype)
+    left, *of_left = gather_left(scores, features)
+    weights = MIXERS[selector](*of_left, count)
+    return weights.new_zeros(*weights.shape[:2], scores.shape[1]).scatter(2, left[:, None].expand_as(weights), weights)
 
 
 def project(backbone: LightVLMModel, features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -258,26 +306,27 @@ def project(backbone: LightVLMModel, features: torch.Tensor, weights: torch.Tens
 
 
 def encode_with_keys(
-    backbone: LightVLMModel, pixel_values: torch.Tensor
+    backbone: LightVLMModel, pixel_values: torch.Tensor, in_picture: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features and prior of `LightVLMModel.encode`, and the patches' keys, from the same run of the encoder.
 
     Args:
         backbone: with the encoder.
         pixel_values: (images, channels, height, width).
+        in_picture: as in `encode_patches`.
 
     Returns:
         Features (images, patches, dim), prior (images, patches), and keys (images, patches, head dim): of the layer
-        that makes the (deepest) features, averaged over its heads.
+        that makes the (deepest) features, averaged over its heads; of no meaning at patches that were dropped.
     """
     layers, wanted = backbone.vision_tower.encoder.layers, backbone.config.vision_feature_layer
     wanted = [wanted] if isinstance(wanted, int) else wanted
-    attention = layers[max(layer % (len(layers) + 1) for layer in wanted) - 1].self_attn
-    seen = []
-    with attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(output)):
-        features, prior = backbone.encode(pixel_values)
-    keys = seen[0][:, -features.shape[1] :]  # without CLIP's [CLS]
-    return features, prior, keys.unflatten(-1, (attention.num_heads, -1)).mean(dim=2)
+    deepest = max(layer % (len(layers) + 1) for layer in wanted) - 1
+    states, prior = backbone.encode(pixel_values, [*wanted, deepest], in_picture)
+    *features, below = states.split(backbone.config.vision_config.hidden_size, dim=-1)
+    attention = layers[deepest].self_attn
+    keys = attention.k_proj(layers[deepest].layer_norm1(below))
+    return torch.cat(features, dim=-1), prior, keys.unflatten(-1, (attention.num_heads, -1)).mean(dim=2)
 
 
 def downsample(backbone: LightVLMModel, pixel_values: torch.Tensor, count: int) -> torch.Tensor:

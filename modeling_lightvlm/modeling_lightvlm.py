@@ -351,8 +351,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         num_image_tokens, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
         layout = self.lay_out(pixel_values, image_sizes)
         budgets = self.resolve_budgets(num_image_tokens, len(pixel_values), layout.lengths if layout else None)
-        if self.config.encoded_patches < self.config.num_patches:
-            budgets = self.limit_to_encoded(budgets, means, image_sizes, max_views)
+        budgets = self.limit_to_encoded(budgets, means, image_sizes, max_views)
         if layout is not None:
             pixel_values = layout.cut(pixel_values)
         if means is None and layout is None:
@@ -407,6 +406,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         Arguments as in `get_image_features`.
         """
         count, limits = len(budgets), [self.config.encoded_patches] * len(budgets)
+        if self.config.encoded_patches == self.config.num_patches:
+            return budgets
         if image_sizes is not None:
             sizes = torch.as_tensor(image_sizes).tolist()
             views = [None] * count if max_views is None else torch.as_tensor(max_views).tolist()

@@ -151,7 +151,7 @@ def test_images_are_encoded_once_for_all_settings(tmp_path, monkeypatch):
     (tmp_path / "data.json").write_text(json.dumps(rows))
     questions = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
     encode = model.model.encode
-    monkeypatch.setattr(model.model, "encode", lambda pixels: encoded.append(tuple(pixels.shape)) or encode(pixels))
+    monkeypatch.setattr(model.model, "encode", lambda *args: encoded.append(tuple(args[0].shape)) or encode(*args))
     settings = [("all", 36), *((name, 4) for name in SELECTORS)]
     results = accuracy(model, questions, settings, POPE())
     assert all(result["f1"] == 0 for result in results)  # there is no yes to be found
