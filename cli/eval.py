@@ -33,9 +33,11 @@ selectors:
                        or the score is the encoder's attention alone, which is how topk+cls (FasterVLM), merge+cls and
                        dedup+cls were published
 
-random is always there, and downsample where K is a square number and images are one view. "where a smaller image
-fails" counts the questions that downsample gets wrong at the same K, which a plainly smaller image does not answer.
-"yes_excess" is how much more often than right the answer to a yes-or-no question is yes.
+By default the checkpoint's own selector is measured, which infer runs, at 576, 144, 64 and 16 tokens, as far as images
+have so many; with --encoder-keep at most at what is left. random is always there, and downsample where K is a square
+number and images are one view. "where a smaller image fails" counts the questions that downsample gets wrong at the
+same K, which a plainly smaller image does not answer. "yes_excess" is how much more often than right the answer to a
+yes-or-no question is yes.
 
 "selection" is the time from scores to projected tokens; scoring itself is not in it. "dynamic:64" among the budgets
 gives each image as many tokens as it needs, 64 on average, chosen by the checkpoint's own selector.
@@ -44,7 +46,6 @@ gives each image as many tokens as it needs, 64 on average, chosen by the checkp
 import argparse
 import itertools
 import json
-import math
 import shlex
 from pathlib import Path
 
@@ -65,8 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", help="folder that their image paths are relative to")
     parser.add_argument("--benchmark", help="one of those above, instead of the two")
     parser.add_argument("--data-dir", help="folder with the benchmark's files")
-    parser.add_argument("--selectors", default="topk", help="one or several of those above: topk,random (topk)")
-    parser.add_argument("--num-image-tokens", type=budget_list, default=[576, 144, 64, 16], help="576,144,dynamic:64")
+    parser.add_argument(
+        "--selectors", help="one or several of those above: topk,random (the checkpoint's own, which infer runs)"
+    )
+    parser.add_argument("--num-image-tokens", type=budget_list, help="576,144,dynamic:64 (see above)")
     parser.add_argument(
         "--encoder-keep",
         type=layer_shares,
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
 
     try:
-        from lightvlm.evaluation.accuracy import Questions, accuracy, table
+        from lightvlm.evaluation.accuracy import Questions, accuracy, choose_settings, table
         from lightvlm.evaluation.answer_log import AnswerLog
         from lightvlm.evaluation.benchmarks import BENCHMARKS, load_benchmark
         from lightvlm.evaluation.metrics import ExactMatch
@@ -106,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"measuring needs {error.name}: pip install 'lightvlm[eval]'") from None
 
-    selectors = [name.strip() for name in args.selectors.split(",")]
+    selectors = [name.strip() for name in args.selectors.split(",")] if args.selectors else []
     by_score = [f"{name}{score}" for name, score in itertools.product(SCORED, ("+question", "+cls"))]
     if unknown := set(selectors) - {*SELECTORS, *SHARES, *by_score}:
         raise ValueError(
@@ -130,31 +133,24 @@ def run(args: argparse.Namespace) -> None:
     if args.encoder_keep:
         checked = type(model.config).from_dict({**model.config.to_dict(), "encoder_keep": args.encoder_keep})
         model.config.encoder_keep = checked.encoder_keep
+    own = model.config.select
+    selectors = selectors or [own]
     for name in selectors:
         if name.endswith("+question"):
             check_question_aware(name, args.model_path, model)
-    for budget in args.num_image_tokens:
+    for budget in args.num_image_tokens or []:
         processor.resolve_budgets(budget, 1)
-    numbers = [budget for budget in args.num_image_tokens if isinstance(budget, int)]
-    dynamic = [budget for budget in args.num_image_tokens if isinstance(budget, str)]
-    own = model.config.select
+    numbers = args.num_image_tokens and [budget for budget in args.num_image_tokens if isinstance(budget, int)]
+    dynamic = [budget for budget in args.num_image_tokens or [] if isinstance(budget, str)]
     if dynamic and own not in selectors:
         raise ValueError(f"a dynamic budget is spent by the checkpoint's own selector: add {own} to --selectors.")
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
-        fewest, most = questions.count_tokens()
-        if unclear := [budget for budget in numbers if fewest <= budget < most]:
-            raise ValueError(
-                f"{name}: its images have {fewest} to {most} tokens, so {unclear[0]} are all of some and not of "
-                f"others: give fewer than {fewest}, or {most} for all of all."
-            )
-        settings = [("all", budget) for budget in numbers if budget >= most]
-        fewer = [budget for budget in numbers if budget < most]
-        settings += itertools.product(selectors, fewer)
-        settings += [("random", budget) for budget in fewer if "random" not in selectors]
-        if "downsample" not in selectors and most == processor.num_patches:
-            settings += [("downsample", budget) for budget in fewer if math.isqrt(budget) ** 2 == budget]
+        try:
+            settings = choose_settings(questions, model.config, selectors, numbers)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         settings += [(own, budget) for budget in dynamic]
         about = {"model": args.model_path, "dtype": str(model.dtype), "int8": args.int8, "settings": settings}
         about |= {"encoder_keep": model.config.encoder_keep, "seed": args.seed, "questions": questions.digest()}

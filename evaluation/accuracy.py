@@ -1,17 +1,19 @@
 """Accuracy of a checkpoint on questions about images, with several selectors at several token budgets."""
 
 import hashlib
+import itertools
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Container
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from datasets import Dataset
-from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
 from lightvlm.common.views import upright_size
 from lightvlm.evaluation.answer_log import AnswerLog
 from lightvlm.evaluation.answers import tokenize
@@ -37,6 +39,8 @@ from tqdm import tqdm
 
 NO_HARD = {"hard": None, "hard_accuracy": None}
 HARD = "where a smaller image fails"
+BUDGETS = (576, 144, 64, 16)  # the K that are measured by default, as far as images have so many tokens
+MAX_NEW_TOKENS = 64  # as many as `lightvlm infer` generates
 TIMED_BATCHES = 8  # after a warm-up; the others only answer
 
 
@@ -88,12 +92,21 @@ class Questions:
         asked = [self.paths, self.prompts, self.references]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
-    def count_tokens(self) -> tuple[int, int]:
-        """Tokens, before pruning, of the images that have the fewest and the most."""
-        if not self.processor.grid_pinpoints:
-            return self.processor.num_patches, self.processor.num_patches
-        counts = [self.processor.count_tokens(upright_size(path)) for path in {*self.paths}]
-        return min(counts), max(counts)
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths of the images, where these decide how many views they have; else none."""
+        return [upright_size(path) for path in {*self.paths}] if self.processor.grid_pinpoints else []
+
+    def have_one_view(self) -> bool:
+        """Whether no image has several."""
+        return all(self.processor.tile_grid(size) == (1, 1) for size in self.sizes)
+
+    def count_tokens(self, config: LightVLMConfig) -> tuple[int, int]:
+        """The largest K of the image that has the fewest patches with features, and that all images keep all with."""
+        left = [encoded_tokens(size, config) for size in self.sizes] or [config.encoded_patches]
+        if drops_patches(config):
+            return min(left), max(left)
+        return min(left), max(map(self.processor.count_tokens, self.sizes), default=config.num_patches)
 
     def open_images(self, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Pixel values of the batch's images, each image once, with their sizes if they have many views.
@@ -112,6 +125,50 @@ class Questions:
     def tokenize(self, batch: list[int], budgets: list[int]) -> dict[str, torch.Tensor]:
         """Each row's prompt with its K placeholders."""
         return tokenize([self.prompts[row] for row in batch], budgets, self.processor)
+
+
+def drops_patches(config: LightVLMConfig) -> bool:
+    """Whether the encoder drops some."""
+    return config.encoded_patches < config.num_patches
+
+
+def choose_budgets(wanted: list[int] | None, fewest: int, most: int, is_dropping: bool = False) -> list[int]:
+    """The K to measure of images with so many tokens, of which `most` and more stand for all; by default `BUDGETS`.
+
+    Args:
+        wanted: K, or None.
+        fewest, most: of `Questions.count_tokens`.
+        is_dropping: whether `most` are what the encoder left; then no K is larger.
+
+    Raises:
+        ValueError: where a K would be all tokens of some images and not of others, or of none.
+    """
+    if wanted is None:
+        possible = [min(budget, most) for budget in BUDGETS if budget < fewest or fewest == most]
+        wanted = list(dict.fromkeys(possible)) or [max(1, fewest - 1)]
+    if too_many := [budget for budget in wanted if is_dropping and budget > most]:
+        raise ValueError(f"the encoder leaves {most} patches of an image, so {too_many[0]} are too many.")
+    if unclear := [budget for budget in wanted if fewest <= budget < most]:
+        raise ValueError(
+            f"its images have {fewest} to {most} tokens, so {unclear[0]} are all of some and not of others: give "
+            f"fewer than {fewest}, or {most} for all of all."
+        )
+    return wanted
+
+
+def choose_settings(
+    questions: Questions, config: LightVLMConfig, selectors: list[str], wanted: list[int] | None
+) -> list[tuple[str, int]]:
+    """Selector and K of each measurement of `accuracy`, with the two that are always there, random and downsample."""
+    fewest, most = questions.count_tokens(config)
+    budgets = choose_budgets(wanted, fewest, most, drops_patches(config))
+    fewer = [budget for budget in budgets if budget < most]
+    settings = [("all", budget) for budget in budgets if budget >= most]
+    settings += itertools.product(selectors, fewer)
+    settings += [("random", budget) for budget in fewer if "random" not in selectors]
+    if "downsample" not in selectors and questions.have_one_view():
+        settings += [("downsample", budget) for budget in fewer if math.isqrt(budget) ** 2 == budget]
+    return settings
 
 
 def repeat_images(layout: Layout, images: torch.Tensor) -> Layout:
@@ -237,7 +294,7 @@ class Batch:
         with prune_in_language_model(model, **inputs, count=budget) if selector == "fastv" else nullcontext():
             if time_prefill:
                 _, measured["prefill_ms"] = self.timed(model, **inputs, **options, logits_to_keep=1)
-            output = model.generate(**inputs, **options, max_new_tokens=16, do_sample=False)
+            output = model.generate(**inputs, **options, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True), measured
 
 

@@ -105,7 +105,8 @@ def select_determinantal(scores: torch.Tensor, features: torch.Tensor, count: in
         chosen = (weights + distance.log()).argmax(dim=-1)  # [B]
         order.append(chosen)
         known = (factor[images, :, chosen][:, None] @ factor)[:, 0]  # [B, N]
-        row = (similarity[images, chosen] - known) / distance[images, chosen].sqrt()[:, None]
+        new = distance[images, chosen][:, None]
+        row = ((similarity[images, chosen] - known) / new.sqrt()).masked_fill(new <= NOTHING_NEW, 0)  # within the span
         factor[:, step] = row
         distance = (distance - row**2).clamp_min(NOTHING_NEW)
         weights[images, chosen] = -torch.inf

@@ -6,9 +6,17 @@ from functools import partial
 import pytest
 import torch
 from lightvlm.common.llava_data import load_llava
-from lightvlm.evaluation.accuracy import Batch, Questions, accuracy, table, wilson_interval
+from lightvlm.evaluation.accuracy import (
+    MAX_NEW_TOKENS,
+    Batch,
+    Questions,
+    accuracy,
+    choose_budgets,
+    table,
+    wilson_interval,
+)
 from lightvlm.evaluation.metrics import POPE, ExactMatch
-from lightvlm.evaluation.selectors import CHOOSERS, SELECTORS, encode_with_keys
+from lightvlm.evaluation.selectors import CHOOSERS, OF_VIEWS, SELECTORS, encode_with_keys
 from lightvlm.training.prepare_easy_vqa import llava_row
 from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor
 
@@ -25,7 +33,12 @@ def test_right_answers_are_counted_whatever_the_batch(tmp_path, selector):
     question_aware, select = selector.endswith("+question"), selector.removesuffix("+question")
     model, processor = make_model(score="question", select=select), make_processor()
     torch.nn.init.normal_(model.model.pruner.question_projection.weight)
-    options = {"num_image_tokens": 4, "processor": processor, "question_aware": question_aware, "max_new_tokens": 16}
+    options = {
+        "num_image_tokens": 4,
+        "processor": processor,
+        "question_aware": question_aware,
+        "max_new_tokens": MAX_NEW_TOKENS,
+    }
     questions = ["what color?", "is there a circle?", "what is in this image?"]
     rows = []
     for index in range(6):
@@ -51,7 +64,7 @@ def test_answers_about_images_of_many_views_are_those_of_the_model(tmp_path, sel
     processor = make_processor(pinpoints=GRIDS)
     torch.nn.init.normal_(model.model.pruner.question_projection.weight)
     budget = {"all": 360, "dynamic": "dynamic:8"}.get(selector, 20)
-    options = {"num_image_tokens": budget, "processor": processor, "max_new_tokens": 16}
+    options = {"num_image_tokens": budget, "processor": processor, "max_new_tokens": MAX_NEW_TOKENS}
     rows = []
     for index, size in enumerate([(250, 240), (100, 300), (84, 84), (250, 240)]):
         make_image(index, size).save(tmp_path / f"{index}.png")
@@ -60,12 +73,85 @@ def test_answers_about_images_of_many_views_are_those_of_the_model(tmp_path, sel
         rows.append(llava_row(index, f"{index}.png", [("what color?", answer if index else f"not {answer}")]))
     (tmp_path / "data.json").write_text(json.dumps(rows))
     data = Questions(load_llava(tmp_path / "data.json", tmp_path), processor)
-    assert data.count_tokens() == (36, 360)
+    assert data.count_tokens(model.config) == (36, 360)
     setting = (select if selector == "dynamic" else selector, budget)
     (result,) = accuracy(model, data, [setting], ExactMatch(), batch_size=3)
     assert result["accuracy"] == 3 / 4
     with pytest.raises(ValueError, match="pool is not for images of many views"):
         accuracy(model, data, [("pool", 9)], ExactMatch())
+
+
+def one_question_each(folder, sizes, processor):
+    """A question about each of several images of these sizes."""
+    for index, size in enumerate(sizes):
+        make_image(index, size).save(folder / f"{index}.png")
+    rows = [llava_row(index, f"{index}.png", [("what color?", "red")]) for index in range(len(sizes))]
+    (folder / "data.json").write_text(json.dumps(rows))
+    return Questions(load_llava(folder / "data.json", folder), processor)
+
+
+@pytest.mark.parametrize("selector", [*CHOOSERS, "topk+cls", "k-center+question", "dedup+cls"])
+@torch.no_grad()
+def test_selectors_keep_different_patches_that_the_encoder_left(tmp_path, selector):
+    model, processor = make_model(encoder_keep={1: 0.44}, prior_layer=-1, score="question"), make_processor()
+    for module in (model.model.pruner.question_projection, model.model.pruner.row_score):
+        torch.nn.init.normal_(module.weight)
+    batch = Batch(model, one_question_each(tmp_path, [(84, 84)] * 3, processor), [0, 1, 2], question_aware=True)
+    for count in (1, 4, 9, 16):
+        kept = torch.stack(batch.choose(selector, count).kept_indices)
+        assert (kept.diff(dim=1) > 0).all() and kept.shape == (3, count)
+        assert (batch.prior.gather(1, kept) >= 0).all()
+    with pytest.raises(ValueError, match="num_image_tokens=25: an image has 16 patches, so give no more"):
+        batch.choose(selector, 25)
+
+
+@pytest.mark.parametrize("keep", [None, {1: 0.5}])
+@pytest.mark.parametrize("selector", OF_VIEWS)
+@torch.no_grad()
+def test_selectors_keep_different_patches_of_images_of_unlike_size(tmp_path, selector, keep):
+    newline = keep is None
+    model = make_model(encoder_keep=keep, prior_layer=-1, image_grid_pinpoints=GRIDS, image_newline=newline)
+    processor = make_processor(pinpoints=GRIDS, image_newline=newline)
+    questions = one_question_each(tmp_path, [(120, 250), (250, 100), (90, 250)], processor)
+    batch = Batch(model, questions, [0, 1, 2], question_aware=False)
+    for count in (1, 20, min(batch.left)):
+        for row, kept in enumerate(batch.choose(selector, count).kept_indices):
+            assert len(kept) == count and (kept.diff() > 0).all()
+            assert batch.layout.is_patch[row, kept].all() and (batch.prior[row, kept] >= 0).all()
+    with pytest.raises(ValueError, match="so give no more"):
+        batch.choose(selector, min(batch.left) + 1)
+
+
+@pytest.mark.parametrize("sizes", [[(84, 84)] * 2, [(250, 100), (84, 84)]])
+@torch.no_grad()
+def test_with_fewer_patches_in_the_encoder_answers_are_those_of_the_model(tmp_path, sizes):
+    grids = None if sizes[0] == sizes[1] else GRIDS
+    model = make_dynamic(encoder_keep={1: 0.5}, prior_layer=-1, image_grid_pinpoints=grids)
+    torch.nn.init.constant_(model.model.pruner.complexity.bias, 9)  # every image would take all that there is
+    processor = make_processor(pinpoints=grids)
+    batch = Batch(model, one_question_each(tmp_path, sizes, processor), [0, 1], question_aware=False)
+    for budget in (9, 18, "dynamic:8"):
+        inputs = processor(
+            images=[str(tmp_path / f"{row}.png") for row in (0, 1)], num_image_tokens=budget, return_tensors="pt"
+        )
+        expected = model.get_image_features(**inputs)
+        found = batch.choose("diverse", budget)
+        for one, other in zip(found.kept_indices, expected.kept_indices, strict=True):
+            assert one.tolist() == other.tolist()
+        torch.testing.assert_close(found.pooler_output, expected.pooler_output)
+
+
+def test_the_budgets_that_are_measured_are_those_that_images_have():
+    assert choose_budgets(None, 576, 576) == [576, 144, 64, 16]
+    assert choose_budgets(None, 36, 36) == [36, 16]  # of a small view
+    assert choose_budgets(None, 115, 115, is_dropping=True) == [115, 64, 16]
+    assert choose_budgets(None, 576, 2880) == [144, 64, 16]
+    assert choose_budgets(None, 9, 40) == [8]
+    assert choose_budgets([700, 9], 576, 576) == [700, 9]  # all, and 9
+    with pytest.raises(ValueError, match="the encoder leaves 115 patches of an image, so 144 are too many"):
+        choose_budgets([144], 115, 115, is_dropping=True)
+    with pytest.raises(ValueError, match="have 36 to 360 tokens, so 36 are all of some"):
+        choose_budgets([36], 36, 360)
 
 
 @torch.no_grad()
@@ -133,7 +219,7 @@ def test_with_original_position_ids_answers_are_those_of_the_model(tmp_path, sel
     batch, name = Batch(model, questions, [0], False), "topk" if selector == "topk" else "diverse"
     model.model.pruner.select = CHOOSERS[name]
     found, _ = batch.answer(name if selector in ("topk", "dynamic") else selector, budget, time_prefill=False)
-    options = {"num_image_tokens": budget, "processor": processor, "max_new_tokens": 16}
+    options = {"num_image_tokens": budget, "processor": processor, "max_new_tokens": MAX_NEW_TOKENS}
     expected = model.chat(make_image(0), "what color?", **options)
     assert found[0].strip() == expected
     model.config.position_ids = "consecutive"

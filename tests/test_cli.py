@@ -15,6 +15,8 @@ from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.evaluation.accuracy import Batch
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
+from lightvlm.hub.card import is_own
+from lightvlm.hub.card import read_results as read_results_of_card
 from lightvlm_cli.main import VERBS, main
 from lightvlm_cli.options import SHIPPED as DEFAULT
 from lightvlm_cli.quiet import silence_libraries
@@ -296,7 +298,7 @@ def test_eval_spends_a_dynamic_budget_by_the_checkpoints_own_selector(data, caps
 @pytest.mark.parametrize(
     ("numbers", "expected"),
     [
-        ("360,20", [("all", 360), ("topk", 20), ("random", 20)]),
+        ("360,20", [("all", 360), ("diverse", 20), ("random", 20)]),
         ("36", "36 are all of some and not of others: give fewer than 36, or 360"),
     ],
 )
@@ -314,13 +316,48 @@ def test_eval_of_large_pictures(data, numbers, expected, capsys):
         assert [(row["selector"], row["num_image_tokens"]) for row in rows] == expected
 
 
+@pytest.mark.parametrize("select", ["diverse", "topk"])
+def test_eval_measures_by_default_what_infer_answers(data, capsys, select):
+    model = make_model(select=select)
+    torch.nn.init.normal_(model.model.pruner.scorer[-1].weight)  # a score that was learned
+    for part in (model, make_processor()):
+        part.save_pretrained(data / "model")
+    rows, images = json.loads((data / "data.json").read_text()), [str(data / f"{row}.png") for row in range(3)]
+    for budget in ("4", "9"):
+        capsys.readouterr()
+        asked = ["--image", *images, "--prompt", "what?", "--num-image-tokens", budget, "--format", "json"]
+        assert main(["infer", "--model-path", str(data / "model"), *asked]) == 0
+        answers = {row["image"]: row["answer"] for row in json.loads(capsys.readouterr().out)}
+        assert max(map(len, answers.values())) > 80  # more than a few words of each are compared
+        for row in rows:
+            row["conversations"][1]["value"] = answers[str(data / row["image"])]
+        (data / "data.json").write_text(json.dumps(rows))
+        report = data / "out.json"
+        assert evaluate(str(data / "model"), data, "--num-image-tokens", budget, "--output", str(report)) == 0
+        results = {row["selector"]: row["accuracy"] for row in json.loads(report.read_text())["results"]}
+        assert results[select] == 1 and results["random"] < 1
+        own = [row["selector"] for row in read_results_of_card([report]) if is_own(row, model.config)]
+        assert own == [select]  # which a card shows first
+
+
+def test_eval_measures_by_default_at_the_budgets_that_images_have(checkpoint, data, capsys):
+    paths = ["--data-path", str(data / "data.json"), "--image-folder", str(data), "--output", str(data / "out.json")]
+    assert main(["eval", "--model-path", checkpoint, *paths]) == 0
+    results = json.loads((data / "out.json").read_text())["results"]
+    own = [(row["selector"], row["num_image_tokens"]) for row in results if row["selector"] in ("all", "diverse")]
+    assert own == [("all", 36), ("diverse", 16)]
+
+
 def test_eval_drops_patches_in_the_encoder(data, capsys):
     for part in (make_model(prior_layer=-1), make_processor()):
         part.save_pretrained(data / "model")
-    options = ["--encoder-keep", "1:0.5", "--num-image-tokens", "36,9", "--output", str(data / "out.json")]
-    assert evaluate(str(data / "model"), data, *options) == 0
+    options = ["--encoder-keep", "1:0.44", "--output", str(data / "out.json")]
+    measured = ["--selectors", ",".join(SELECTORS), "--num-image-tokens", "16,9"]
+    assert evaluate(str(data / "model"), data, *options, *measured) == 0
     results = json.loads((data / "out.json").read_text())["results"]
-    assert [(row["selector"], row["tokens"]) for row in results][:2] == [("all", 18), ("topk", 9)]
+    assert [(row["selector"], row["tokens"]) for row in results] == [("all", 16), *((name, 9) for name in SELECTORS)]
+    assert evaluate(str(data / "model"), data, *options, "--num-image-tokens", "36,9") == 2
+    assert "data: the encoder leaves 16 patches of an image, so 36 are too many" in capsys.readouterr().err
     assert evaluate(str(data / "model"), data, "--encoder-keep", "9:0.5") == 2
     assert "give layers from 0 to" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightvlm.evaluation.selectors import (
+    CHOOSERS,
     SELECTORS,
     downsample,
     encode_with_keys,
@@ -32,6 +33,27 @@ def test_every_selector_makes_k_tokens_whose_weights_sum_to_one(selector, count)
         sums = sums / ((weights > 0).sum(dim=-1) > 1).add(1)
     torch.testing.assert_close(sums, torch.ones(weights.shape[:2]))
     assert (weights.sum(dim=1) <= 1 + 1e-6).all()  # no patch twice
+
+
+@pytest.mark.parametrize("selector", [name for name in SELECTORS if name != "downsample"])  # which encodes again
+@pytest.mark.parametrize("count", [1, 4, 9, 16])
+def test_no_selector_has_patches_that_the_encoder_dropped(selector, count):
+    is_dropped = torch.rand(3, 36).argsort(dim=1) < 20
+    scores = torch.randn(3, 36).masked_fill(is_dropped, -torch.inf)
+    features = torch.randn(3, 36, 32).masked_fill(is_dropped[..., None], 0)
+    weights = mixing_weights(selector, scores, features, count)
+    assert weights.shape == (3, 16 if selector == "fastv" else count, 36)
+    assert (weights.sum(dim=-1) > 0.99).all() and (weights.sum(dim=1)[is_dropped] == 0).all()
+    if selector in CHOOSERS:
+        assert (weights.sum(dim=1) <= 1).all()  # no patch twice
+
+
+def test_where_a_cell_has_no_patch_left_the_nearest_one_is_taken():
+    scores = torch.full((1, 36), -torch.inf)
+    scores[0, [0, 5, 6, 30]] = 0.0  # of a grid of 2 x 2, the last cell has none
+    assert select_uniform(scores, None, 4).tolist() == [[6, 5, 30, 0]]
+    kept = pool(scores, torch.zeros(1, 36, 1), 4)
+    assert [row.nonzero()[:, 0].tolist() for row in kept[0]] == [[0, 6], [5], [30], [0]]
 
 
 @pytest.mark.parametrize("selector", [name for name in SELECTORS if name != "random"])
@@ -149,6 +171,20 @@ def test_keys_are_those_of_the_layer_that_makes_the_features(vision, prior_layer
         expected = model.encode(pixels)
     torch.testing.assert_close(keys, every.unflatten(-1, (layer.self_attn.num_heads, -1)).mean(dim=2))
     torch.testing.assert_close((features, prior), expected)
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@torch.no_grad()
+def test_keys_of_an_encoder_that_drops_patches_are_those_of_the_patches_that_are_left(vision):
+    model = make_model(vision, encoder_keep={1: 0.5}, prior_layer=-1).model
+    pixels, seen = torch.randn(2, 3, 84, 84), []
+    attention = model.vision_tower.encoder.layers[-2].self_attn
+    attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    features, prior, keys = encode_with_keys(model, pixels)
+    torch.testing.assert_close((features, prior), model.encode(pixels))
+    expected = next(each for each in seen if each.shape[1] < 36)  # before it, all of them told which to drop
+    expected = expected[:, -18:].unflatten(-1, (attention.num_heads, -1)).mean(dim=2)
+    torch.testing.assert_close(keys[prior >= 0].view(expected.shape), expected)
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
