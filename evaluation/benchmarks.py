@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, Features
 from lightvlm.common.llava_data import FEATURES, attempt, find_image, report
-from lightvlm.evaluation.metrics import POPE, AnswerMetric, ExactMatch, ScienceQA, VQAAccuracy
+from lightvlm.evaluation.metrics import POPE, AnswerMetric, ExactMatch, ScienceQA, TextVQAAccuracy, VQAAccuracy
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -65,7 +65,8 @@ def read_pope(folder: Path) -> dict[str, list[dict]]:
     """POPE (Li et al. 2023, arXiv 2305.10355) on COCO, its three ways to choose absent objects."""
     items = {}
     for kind in ("random", "popular", "adversarial"):
-        rows = map(json.loads, read_text(folder, f"coco_pope_{kind}.json").splitlines())
+        lines = read_text(folder, f"coco_pope_{kind}.json").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
         items[f"pope_{kind}"] = [
             item(row["question_id"], f"val2014/{row['image']}", row["text"] + SHORT, row["label"]) for row in rows
         ]
@@ -89,7 +90,7 @@ def read_scienceqa(folder: Path) -> dict[str, list[dict]]:
 BENCHMARKS = {
     "vqav2": (read_vqav2, VQAAccuracy),
     "gqa": (read_gqa, ExactMatch),
-    "textvqa": (read_textvqa, VQAAccuracy),
+    "textvqa": (read_textvqa, TextVQAAccuracy),
     "pope": (read_pope, POPE),
     "scienceqa": (read_scienceqa, ScienceQA),
 }

@@ -2,7 +2,8 @@
 
     VQAAccuracy().compute(predictions=["2"], references=[["two"] * 9 + ["3"]])  # {"accuracy": 1.0}
 
-All of them take the generated texts as predictions and return proportions.
+All of them take the generated texts as predictions and return proportions. docs/papers.md says what differs from the
+authors' own code.
 """
 
 import re
@@ -32,7 +33,6 @@ WHOLE = {
     if sign == "'"
 }
 WHOLE["somebody'd"] = "somebodyd"  # so in the official code
-LETTER = re.compile(r"([A-Z])(?:\.?$|\. )|.*\b[Tt]he answer is ([A-Z])\b", re.DOTALL)
 
 
 def normalise(answer: str) -> str:
@@ -56,28 +56,51 @@ def normalise_vqa(answer: str) -> str:
     return " ".join(WHOLE.get(word, word) for word in words if word not in ARTICLES)
 
 
-def vqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """Mean over the annotators of min(1, how many of the others gave this answer / 3).
+def normalise_textvqa(answer: str) -> str:
+    """An answer as the evaluation of M4C compares it (Hu et al. 2020, arXiv 1911.06258), which TextVQA is scored by.
 
-    The leave-one-out variant of the official code, which normalises only where the annotators differ.
+    As `normalise_vqa`, but commas and question marks leave no space, and 's is a word of its own.
     """
-    prediction, *answers = (" ".join(re.split(r"[\n\t]", text)).strip() for text in (prediction, *answers))
-    if len(set(answers)) > 1:
-        prediction, *answers = map(normalise_vqa, (prediction, *answers))
-    matches = [answer.lower() == prediction.lower() for answer in answers]
+    return normalise_vqa(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
+
+
+def one_line(text: str) -> str:
+    """A text with spaces for newlines and tabs, and none around it."""
+    return re.sub(r"[\n\t]", " ", text).strip()
+
+
+def leave_one_out(prediction: str, answers: list[str]) -> float:
+    """Mean over the annotators of min(1, how many of the others gave this answer / 3)."""
+    matches = [answer == prediction for answer in answers]
     return sum(min(1, (sum(matches) - match) / 3) for match in matches) / len(matches)
 
 
+def vqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """`leave_one_out` as in the official code of VQA, which normalises only where the annotators differ."""
+    texts = [one_line(text) for text in (prediction, *answers)]
+    normalise_all = normalise_vqa if len(set(texts[1:])) > 1 else str.lower
+    prediction, *answers = map(normalise_all, texts)
+    return leave_one_out(prediction, answers)
+
+
+def textvqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """`leave_one_out` as in the evaluation of M4C, which always normalises the prediction and the answers."""
+    prediction, *answers = (normalise_textvqa(one_line(text)) for text in (prediction, *answers))
+    return leave_one_out(prediction, answers)
+
+
 def says_yes(text: str) -> bool:
-    """Whether a text means yes, as POPE reads it: there is no "no" or "not" in its first sentence."""
-    words = text.split(".")[0].replace(",", "").split()
+    """Whether a text means yes, as POPE reads it: its first sentence has no "no" or "not" between spaces."""
+    words = text.strip().split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
 def option_letter(text: str) -> str | None:
-    """The letter of "B", "B.", "B. a cat" or "The answer is B.", or None."""
-    found = LETTER.match(text.strip())
-    return found and (found[1] or found[2])
+    """The letter of "B", "B.", "B. a cat" or "The answer is B", as LLaVA's evaluation finds it, or None."""
+    text = text.strip().replace("\n", ". ")
+    found = re.match(r"([A-E])(?:\.?$|\. )", text)
+    found = found or re.search(r"The answer is ([A-E])\.", text) or re.search(r"The answer is ([A-E])", text)
+    return found and found[1]
 
 
 class AnswerMetric(Metric):
@@ -120,12 +143,21 @@ class ExactMatch(AnswerMetric):
 
 
 class VQAAccuracy(AnswerMetric):
-    """VQA accuracy (Antol et al. 2015), leave-one-out over the ten answers, of VQAv2 and TextVQA."""
+    """VQA accuracy (Antol et al. 2015), leave-one-out over the ten answers, of VQAv2."""
 
     reference = List(Value("string"))
 
     def score(self, prediction: str, reference: list[str]) -> float:
         return vqa_accuracy(prediction, reference)
+
+
+class TextVQAAccuracy(AnswerMetric):
+    """Accuracy of TextVQA (Singh et al. 2019, arXiv 1904.08920): VQA accuracy whose texts are always normalised."""
+
+    reference = List(Value("string"))
+
+    def score(self, prediction: str, reference: list[str]) -> float:
+        return textvqa_accuracy(prediction, reference)
 
 
 class POPE(AnswerMetric):

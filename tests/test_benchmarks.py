@@ -97,6 +97,16 @@ def test_questions_images_and_references(benchmark):
     assert metric.compute(predictions=[first] * len(rows), references=list(rows["references"]))["accuracy"] == 1
 
 
+def test_each_benchmark_is_scored_by_its_own_rule(tmp_path):
+    scores = {}
+    for name, write_files in WRITE.items():
+        write_files(tmp_path / name)
+        scores[name] = load_benchmark(name, tmp_path / name)[1].score
+    assert (scores["textvqa"]("Nokia.", ["nokia"] * 10), scores["vqav2"]("Nokia.", ["nokia"] * 10)) == (1, 0)
+    assert (scores["gqa"]("Dog.", "dog"), scores["gqa"]("the dog", "dog")) == (1, 0)
+    assert (scores["pope"]("There is not.", "no"), scores["scienceqa"]("B\nbecause", "B")) == (1, 1)
+
+
 def test_pope_has_three_parts_and_scienceqa_only_test_questions_with_an_image(tmp_path):
     write_pope(tmp_path / "pope")
     parts, _ = load_benchmark("pope", tmp_path / "pope")
@@ -135,7 +145,7 @@ def test_eval_runs_a_benchmark_in_one_command(benchmark, tmp_path, capsys):
     assert main(["eval", *options, "--benchmark", name, "--data-dir", str(folder)]) == 0
     out = capsys.readouterr().out
     part = "pope_adversarial" if name == "pope" else name
-    assert f"| {part} | all | 36 |" in out and f"| {part} | topk | 4 |" in out
+    assert f"| {part} | all | 36 |" in out and f"| {part} | diverse | 4 |" in out
     assert ("yes_rate" in out) == (name == "pope")
 
 

@@ -7,10 +7,13 @@ from lightvlm.evaluation.metrics import (
     POPE,
     ExactMatch,
     ScienceQA,
+    TextVQAAccuracy,
     VQAAccuracy,
+    normalise_textvqa,
     normalise_vqa,
     option_letter,
     says_yes,
+    textvqa_accuracy,
     vqa_accuracy,
 )
 
@@ -65,6 +68,34 @@ def test_vqa_accuracy_normalises_only_where_annotators_differ():
     assert vqa_accuracy("Two\n", ["two"] * 10) == 1
 
 
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("Nokia.", "nokia"),
+        ("1,000", "1000"),
+        ("red,green", "redgreen"),  # as VQA's rule would not
+        ("what?ever", "whatever"),
+        ("Joe's diner", "joe 's diner"),
+        ("hes", "he's"),
+        ("he's", "he 's"),  # which the rule before does not equal
+        ("the\tSeven\nUp", "7 up"),
+    ],
+)
+def test_textvqa_is_normalised_as_by_its_evaluator(answer, expected):
+    assert normalise_textvqa(" ".join(answer.split())) == expected
+
+
+def test_textvqa_accuracy_normalises_whether_annotators_differ_or_not():
+    assert textvqa_accuracy("Nokia.", ["nokia"] * 10) == 1  # and 0 by the rule of VQAv2
+    assert textvqa_accuracy("nokia", ["Nokia!"] * 10) == 1
+    assert textvqa_accuracy("the two\n", ["2"] * 10) == 1
+    assert textvqa_accuracy("toshiba", ["nokia"] * 10) == 0
+    # The 2 who agree see one other (1/3), the other 8 see two (2/3): 2/10 * 1/3 + 8/10 * 2/3 = 0.6.
+    assert textvqa_accuracy("Coca-Cola", ["coca cola"] * 2 + ["pepsi"] * 8) == pytest.approx(0.6)
+    result = TextVQAAccuracy().compute(predictions=["Nokia.", "x"], references=[["nokia"] * 10] * 2)
+    assert result == {"accuracy": 0.5}
+
+
 def test_vqa_accuracy_is_the_mean_over_questions():
     references = [["red"] * 10, ["red"] * 2 + ["blue"] * 8]
     result = VQAAccuracy().compute(predictions=["red", "red"], references=references)
@@ -95,6 +126,8 @@ def test_exact_match_tells_how_much_too_often_yes_is_said():
         ("There is not.", False),
         ("Yes. It is not red.", True),
         ("nothing", True),  # only whole words count
+        (" no\n", False),
+        ("No\nThere is none", True),  # by the authors' code, which parts words at spaces alone
     ],
 )
 def test_pope_reads_the_first_sentence(text, yes):
@@ -121,7 +154,12 @@ def test_pope_without_any_yes():
         ("B", "B"),
         ("B.", "B"),
         (" C. a cat", "C"),
-        ("I think the answer is D.", "D"),
+        ("C\nbecause of the cat", "C"),
+        ("I think. The answer is D.", "D"),
+        ("The answer is D", "D"),
+        ("The answer is A dog, so The answer is B.", "B"),  # one with a full stop comes first
+        ("I think the answer is D.", None),
+        ("F", None),
         ("A cat", None),
         ("b", None),
         ("", None),
