@@ -1,6 +1,9 @@
 """Loading a checkpoint, with errors that name the cure."""
 
+import logging
+import re
 from pathlib import Path
+from typing import Any
 
 FLOAT32_ONLY = ("DEFAULT", "NO AVX", "AVX2")  # capabilities of CPUs
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "lightvlm-tiny"
@@ -27,7 +30,7 @@ def load(
 
     Raises:
         ValueError: where the device is missing, there is no such checkpoint, it is of another kind or broken, its
-            weights don't fit, or torchao is missing.
+            weights don't fit or are not finite, its processor contradicts its configuration, or torchao is missing.
     """
     import torch
     from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
@@ -44,9 +47,7 @@ def load(
     try:
         model_type = AutoConfig.from_pretrained(model_path).model_type
         if model_type == "lightvlm":
-            model, report = LightVLMForConditionalGeneration.from_pretrained(
-                model_path, **options, ignore_mismatched_sizes=True, output_loading_info=True
-            )
+            model, report = read_weights(LightVLMForConditionalGeneration, model_path, **options)
             processor = LightVLMProcessor.from_pretrained(model_path)
     except Exception as error:
         raise ValueError(
@@ -55,13 +56,64 @@ def load(
         ) from error
     if model_type != "lightvlm":
         raise ValueError(f"{model_path} is a {model_type} checkpoint: turn it into LightVLM with `lightvlm build`.")
-    mismatched = [name for name, *_ in report["mismatched_keys"]]
-    if unfit := sorted({*report["missing_keys"], *report["unexpected_keys"], *mismatched}):
+    check_weights(report, model_path, "save the checkpoint again, or correct its config.json.")
+    model = model.eval() if device_map else model.eval().to(device)
+    check_finite(model, model_path)
+    return model, processor
+
+
+def read_weights(auto: Any, model_path: str, **options: Any) -> tuple[Any, dict]:
+    """Return the model and what `check_weights` reads, without the table that transformers prints of it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_no_report)
+    try:
+        return auto.from_pretrained(model_path, **options, ignore_mismatched_sizes=True, output_loading_info=True)
+    finally:
+        logger.removeFilter(is_no_report)
+
+
+def is_no_report(record: logging.LogRecord) -> bool:
+    """Return False for transformers' table of weights that are missing or left over."""
+    return "LOAD REPORT" not in str(record.msg)
+
+
+def check_weights(report: dict, model_path: str, cure: str, new: str = "$^", spare: str = "$^") -> None:
+    """Raise ValueError, with number and names, for weights that are missing, left over or of another shape.
+
+    Args:
+        report: of `read_weights`.
+        model_path: what the checkpoint is called.
+        cure: how the error ends.
+        new: a regular expression for weights that may be missing.
+        spare: a regular expression for weights that may be left over.
+    """
+    kinds = {
+        "missing": [name for name in report["missing_keys"] if not re.search(new, name)],
+        "left over": [name for name in report["unexpected_keys"] if not re.search(spare, name)],
+        "of another shape": [name for name, *_ in report["mismatched_keys"]],
+    }
+    parts = [
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(f"The weights of {model_path} do not fit its config.json, {' and '.join(parts)}: {cure}")
+
+
+def check_finite(model: Any, model_path: str) -> None:
+    """Raise ValueError, with number and names, for weights that are NaN or infinite; those on disk are not read."""
+    bad = []
+    for name, weight in model.named_parameters():
+        weight = weight.dequantize() if hasattr(weight, "qdata") else weight.detach()
+        # Of a CPU's 7B parameters in bf16, their extremes take 4 seconds, `isfinite` 160.
+        if weight.device.type != "meta" and not all(extreme.isfinite() for extreme in weight.aminmax()):
+            bad.append(name)
+    if bad:
         raise ValueError(
-            f"The weights of {model_path} do not fit its config.json: {', '.join(unfit[:5])} (of {len(unfit)}) are "
-            "missing, superfluous, or of another shape. Save the checkpoint again, or correct its config.json."
+            f"{model_path} has weights that are NaN or infinite: {', '.join(bad[:5])} (of {len(bad)}). Take an earlier "
+            "checkpoint, or train again with a lower learning rate."
         )
-    return (model.eval() if device_map else model.eval().to(device)), processor
 
 
 def choose_device(device: str | None) -> str:

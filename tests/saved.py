@@ -1,7 +1,10 @@
 """What tests save: parts of a model, images that cannot be read, a card and results for it."""
 
+import json
+
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import make_image, make_tokenizer, text_config, vision_config
 from transformers import (
     AutoModelForCausalLM,
@@ -73,6 +76,19 @@ def save_parts(folder, vision="clip", text="phi", **text_overrides):
         torch.nn.init.normal_(model.lm_head.bias)
     model.save_pretrained(folder / "text")
     return str(folder / "vision"), str(folder / "text")
+
+
+def edit_weights(folder, change):
+    """Replace a folder's weights, a dictionary by name, by what `change` returns of them."""
+    file = folder / "model.safetensors"
+    weights = {name: weight.clone() for name, weight in change(load_file(file)).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def edit_json(file, **fields):
+    """Set fields of a JSON file; those that are None are removed."""
+    content = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
 def broken_images(folder):

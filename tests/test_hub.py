@@ -1,6 +1,7 @@
 """Hub folders: composed of parts or of LLaVA checkpoints, safetensors only, loadable without the package."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -9,8 +10,18 @@ import torch
 from lightvlm import LightVLM, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.hub.build import build_from_llava, build_from_parts, compose
 from safetensors.torch import save_file
-from saved import HUB_FILES, save_parts
-from tiny import NUM_PATCHES, as_llava, make_image, make_model, make_processor, make_tokenizer, vision_config
+from lightvlm_cli.main import main
+from saved import HUB_FILES, edit_json, edit_weights, save_parts
+from tiny import (
+    NUM_PATCHES,
+    as_llava,
+    make_image,
+    make_model,
+    make_processor,
+    make_tokenizer,
+    text_config,
+    vision_config,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,6 +32,9 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlavaProcessor,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
 )
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color?"}]}]
@@ -62,18 +76,25 @@ def test_spare_embedding_rows_are_used_and_missing_ones_added(tmp_path):
     assert full.config.text_config.vocab_size % 64 == 0
 
 
-def test_the_vision_part_of_a_whole_clip_checkpoint_is_taken(tmp_path):
+@pytest.mark.parametrize(
+    "kind, config_class, model_class, image_processor",
+    [
+        ("clip", CLIPConfig, CLIPModel, CLIPImageProcessorPil),
+        ("siglip", SiglipConfig, SiglipModel, SiglipImageProcessorPil),
+    ],
+)
+def test_the_vision_part_of_a_whole_checkpoint_is_taken(tmp_path, kind, config_class, model_class, image_processor):
     _, text = save_parts(tmp_path)
-    config = CLIPConfig(
-        vision_config=vision_config("clip").to_dict(), text_config={"hidden_size": 32, "num_hidden_layers": 1}
-    )
-    clip = CLIPModel(config)
-    clip.save_pretrained(tmp_path / "clip")
-    CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84}).save_pretrained(
-        tmp_path / "clip"
-    )
-    model = compose(str(tmp_path / "clip"), text)
-    for name, weight in clip.vision_model.state_dict().items():
+    text_sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"vision_config": vision_config(kind).to_dict(), "text_config": text_sizes}
+    whole = model_class(config_class(**parts))
+    whole.save_pretrained(tmp_path / kind)
+    # OpenAI's checkpoints have these constants too.
+    places = {f"{part}_model.embeddings.position_ids": torch.arange(3)[None] for part in ("text", "vision")}
+    edit_weights(tmp_path / kind, lambda weights: weights | places)
+    image_processor(size={"height": 84, "width": 84}, do_center_crop=False).save_pretrained(tmp_path / kind)
+    model = build_from_parts(str(tmp_path / kind), text, tmp_path / "hub")
+    for name, weight in whole.vision_model.state_dict().items():
         assert torch.equal(weight, model.model.vision_tower.state_dict()[name]), name
 
 
@@ -153,6 +174,155 @@ def test_a_llava_checkpoint_becomes_a_hub_folder(tmp_path):
     assert isinstance(processor, LightVLMProcessor)
     assert model.config.position_ids == "original"  # nothing of it has learned what pruning does
     assert isinstance(model.chat(make_image(), "what?", max_new_tokens=3), str)
+
+
+def without(*parts):
+    """The weights whose names have none of these parts."""
+    return lambda weights: {name: each for name, each in weights.items() if not any(part in name for part in parts)}
+
+
+def in_original_layout(weights):
+    """The names that weights have in the original LLaVA repository."""
+    names = {
+        "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+        "model.language_model.": "model.",
+        "model.multi_modal_projector.linear_1": "model.mm_projector.0",
+        "model.multi_modal_projector.linear_2": "model.mm_projector.2",
+    }
+    for ours, theirs in names.items():
+        weights = {
+            theirs + name.removeprefix(ours) if name.startswith(ours) else name: each for name, each in weights.items()
+        }
+    return weights
+
+
+def build(capsys, folder, *options) -> str:
+    """Run `lightvlm build` and return why it refuses; nothing is written then, and nothing else is said."""
+    before = {*folder.iterdir()}
+    capsys.readouterr()
+    assert main(["build", *options, "--output-dir", str(folder / "hub")]) == 2
+    assert {*folder.iterdir()} == before
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (without("vision_tower"), "55 missing (model.vision_tower.embeddings.class_embedding, "),
+        (without("projector"), "4 missing (model.multi_modal_projector.linear_1.bias, "),
+        (without("layers.1.mlp.up_proj"), "1 missing (model.language_model.layers.1.mlp.up_proj.weight)"),
+        (in_original_layout, "79 missing (model.language_model.embed_tokens.weight, "),
+        (in_original_layout, "79 left over (model.embed_tokens.weight, "),
+        (lambda weights: weights | {"adapter.a": torch.zeros(2)}, "1 left over (adapter.a)"),
+        (lambda weights: weights | {"lm_head.weight": torch.zeros(2, 2)}, "1 of another shape (lm_head.weight)"),
+        (
+            lambda weights: weights | {"lm_head.weight": weights["lm_head.weight"] / 0},
+            "NaN or infinite: lm_head.weight",
+        ),
+    ],
+)
+def test_a_llava_checkpoint_lacks_nothing_and_leaves_nothing_over(tmp_path, capsys, change, problem):
+    save_llava(tmp_path / "llava", "new")
+    edit_weights(tmp_path / "llava", change)
+    assert problem in build(capsys, tmp_path, "--llava", str(tmp_path / "llava"))
+
+
+@pytest.mark.parametrize(
+    "part, change, problem",
+    [
+        ("text", without("layers.1."), "14 missing (model.layers.1.input_layernorm.bias, "),
+        ("text", without("lm_head"), "2 missing (lm_head.bias, lm_head.weight)"),
+        ("text", lambda weights: weights | {"adapter.a": torch.zeros(2)}, "1 left over (adapter.a)"),
+        ("vision", without("layers.1."), "16 missing (encoder.layers.1.layer_norm1.bias, "),
+        ("vision", lambda weights: weights | {"adapter.a": torch.zeros(2)}, "1 left over (adapter.a)"),
+        ("vision", lambda weights: {f"model.vision_tower.{name}": each for name, each in weights.items()}, "55 left"),
+    ],
+)
+def test_parts_lack_nothing_and_leave_nothing_over(tmp_path, capsys, part, change, problem):
+    vision, text = save_parts(tmp_path)
+    edit_weights(tmp_path / part, change)
+    assert problem in build(capsys, tmp_path, "--vision", vision, "--text", text)
+
+
+def test_constants_that_older_checkpoints_have_may_be_left_over(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    save_llava(tmp_path / "llava", "old")
+    constants = {
+        "vision_tower.vision_model.embeddings.position_ids": torch.arange(37)[None],
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    edit_weights(tmp_path / "llava", lambda weights: weights | constants)
+    assert main(["build", "--llava", str(tmp_path / "llava"), "--output-dir", str(tmp_path / "hub")]) == 0
+    assert "LOAD REPORT" not in caplog.text  # of the pruner, which is meant to be new
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_llama", "llava_mistral", "LlavaQwen"])
+def test_the_original_layout_of_llava_is_refused_before_anything_is_loaded(tmp_path, capsys, kind):
+    (tmp_path / "llava").mkdir()
+    config = {"model_type": kind, "mm_vision_tower": "openai/clip-vit-large-patch14-336", "hidden_size": 4096}
+    (tmp_path / "llava/config.json").write_text(json.dumps(config))
+    assert "such as llava-hf/llava-1.5-7b-hf" in build(capsys, tmp_path, "--llava", str(tmp_path / "llava"))
+
+
+def test_a_llava_checkpoint_with_tied_weights_answers(tmp_path):
+    tokenizer = make_processor().tokenizer
+    text = text_config("llama", tokenizer, tie_word_embeddings=True)
+    model = make_model(text_config=text, lm_head_bias=False, tie_word_embeddings=True)
+    save_llava(tmp_path / "llava", "new")
+    llava = as_llava(model)
+    llava.save_pretrained(tmp_path / "llava")
+    ours = build_from_llava(str(tmp_path / "llava"), tmp_path / "hub", scorer_hidden_size=16)
+    ids = torch.arange(6)[None]
+    assert torch.equal(ours(input_ids=ids).logits, llava(input_ids=ids).logits)
+
+
+def test_a_llava_checkpoint_without_a_chat_template_gets_that_of_llava_1_5(tmp_path):
+    save_llava(tmp_path / "llava", "new")
+    (tmp_path / "llava/chat_template.jinja").unlink()
+    build_from_llava(str(tmp_path / "llava"), tmp_path / "hub", scorer_hidden_size=16)
+    processor = LightVLMProcessor.from_pretrained(tmp_path / "hub")
+    answered = [*QUESTION, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
+    text = processor.apply_chat_template([*answered, *QUESTION], add_generation_prompt=True)
+    asked = "USER: <image>\nwhat color? ASSISTANT:"
+    assert text == f"{asked} red{processor.tokenizer.eos_token}{asked}"  # vicuna_v1 of the original repository
+    model = LightVLM.from_pretrained(tmp_path / "hub")
+    assert isinstance(model.chat(make_image(), "what?", max_new_tokens=3), str)
+
+
+TEXT_ONLY = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template, vocabulary", [(None, 128_256), (TEXT_ONLY, 512), ("{{ messages }}", 512)])
+def test_a_chat_template_has_a_mark_for_each_image(tmp_path, capsys, template, vocabulary):
+    """Llama 3's vocabulary is not LLaVA-1.5's."""
+    save_llava(tmp_path / "llava", "new")
+    config = json.loads((tmp_path / "llava/config.json").read_text())
+    edit_json(tmp_path / "llava/config.json", text_config=config["text_config"] | {"vocab_size": vocabulary})
+    rows = torch.zeros(vocabulary, 32)
+    names = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+    edit_weights(tmp_path / "llava", lambda weights: weights | dict.fromkeys(names, rows))
+    file = tmp_path / "llava/chat_template.jinja"
+    file.unlink() if template is None else file.write_text(template)
+    assert "put chat_template.jinja" in build(capsys, tmp_path, "--llava", str(tmp_path / "llava"))
+
+
+def test_a_folder_in_which_there_is_something_is_not_written_to(tmp_path, capsys):
+    parts = ["--vision", "nowhere", "--text", "nowhere"]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/notes.txt").write_text("mine")
+    assert "is there already" in build(capsys, tmp_path, *parts)
+    assert (tmp_path / "hub/notes.txt").read_text() == "mine"
+
+
+def test_what_cannot_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    vision, text = save_parts(tmp_path)
+    monkeypatch.setattr(LightVLMProcessor, "save_pretrained", lambda *_, **__: 1 / 0)
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(ZeroDivisionError):
+        build_from_parts(vision, text, tmp_path / "hub")
+    assert {*tmp_path.iterdir()} == before
 
 
 def save_folder(folder, vision="clip"):

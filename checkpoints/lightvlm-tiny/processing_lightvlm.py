@@ -16,7 +16,13 @@ from transformers.utils.versions import require_version
 # As in `configuration_lightvlm.py`: a processor can be loaded without it.
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
-from transformers import CLIPImageProcessorPil, LlavaNextProcessor, ProcessorMixin, SiglipImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaNextProcessor,
+    PreTrainedConfig,
+    ProcessorMixin,
+    SiglipImageProcessorPil,
+)
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
@@ -186,6 +192,48 @@ class LightVLMProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"  # generation continues at the right end; trainers set "right" themselves
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in `ProcessorMixin`; ValueError, as by `check`, if it contradicts the config.json beside it."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            place = {name: value for name, value in kwargs.items() if name not in ("config", "trust_remote_code")}
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
+        except OSError:  # a processor alone
+            return processor
+        processor.check(config)
+        return processor
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Raise ValueError if a LightVLM's configuration and this processor count, mark or resize images differently.
+
+        Args:
+            config: as in config.json.
+        """
+        if config.get("model_type") != "lightvlm":
+            return
+        here = {
+            "image_seq_length": self.num_patches,
+            "image_token_index": self.image_token_id,
+            "image_newline": self.image_newline,
+            "image_grid_pinpoints": self.grid_pinpoints or None,
+            "num_image_tokens": self.num_image_tokens,
+            "mean_image_tokens": self.mean_image_tokens,
+        }
+        wrong = [f"{name} is {config[name]} and {value}" for name, value in here.items() if config.get(name, value) != value]
+        side = config["vision_config"]["image_size"]
+        with np.errstate(all="ignore"):
+            pixels = self.image_processor(Image.new("RGB", (2 * side, side)), return_tensors="pt")["pixel_values"]
+        if pixels.shape[-2:] != (side, side):
+            wrong.append(f"image_size is {side} and {pixels.shape[-1]}")
+        if not pixels.isfinite().all():
+            wrong.append("image_std makes pixels infinite")
+        if wrong:
+            raise ValueError(
+                f"The processor contradicts the model's configuration: {', '.join(wrong)}. Make processor_config.json "
+                "and config.json agree."
+            )
 
     @property
     def model_input_names(self) -> list[str]:
