@@ -111,8 +111,8 @@ def check_finite(model: Any, model_path: str) -> None:
             bad.append(name)
     if bad:
         raise ValueError(
-            f"{model_path} has weights that are NaN or infinite: {', '.join(bad[:5])} (of {len(bad)}). Take an earlier "
-            "checkpoint, or train again with a lower learning rate."
+            f"{model_path} has weights that are NaN or infinite: {', '.join(bad[:5])} (of {len(bad)}). Take an "
+            "earlier checkpoint, or train again with a lower learning rate."
         )
 
 

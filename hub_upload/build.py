@@ -113,7 +113,7 @@ def compose(
 
 
 def load_whole(auto, name: str, cure: str, new: str = "$^", spare: str = "$^", **options):
-    """Load a model whose weights are all there and finite; ValueError as by `check_weights`, or if it can't be read."""
+    """Load a model whose weights are all there and finite; ValueError as by `check_weights`, or if it is broken."""
     try:
         model, report = read_weights(auto, name, **options)
     except Exception as error:  # safetensors and transformers raise of every kind

@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightvlm import LightVLM, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.hub.build import build_from_llava, build_from_parts, compose
-from safetensors.torch import save_file
 from lightvlm_cli.main import main
+from safetensors.torch import save_file
 from saved import HUB_FILES, edit_json, edit_weights, save_parts
 from tiny import (
     NUM_PATCHES,
@@ -119,9 +119,9 @@ def test_language_models_that_change_their_logits_are_refused(tmp_path):
         compose(vision, text)
 
 
-def save_llava(folder, layout: str) -> LightVLMForConditionalGeneration:
+def save_llava(folder, layout: str, **overrides) -> LightVLMForConditionalGeneration:
     """A llava-hf checkpoint in the key layout of transformers 4.51 and before ("old") or after ("new")."""
-    model = make_model("clip", "llama")
+    model = make_model("clip", "llama", **overrides)
     llava = as_llava(model)
     llava.save_pretrained(folder)
     weights = {}
@@ -132,7 +132,7 @@ def save_llava(folder, layout: str) -> LightVLMForConditionalGeneration:
             )
             name = name.replace("model.vision_tower.", "vision_tower.vision_model.")
             name = name.replace("model.multi_modal_projector", "multi_modal_projector")
-        weights[name] = weight.contiguous()
+        weights[name] = weight.clone()
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -246,16 +246,23 @@ def test_parts_lack_nothing_and_leave_nothing_over(tmp_path, capsys, part, chang
     assert problem in build(capsys, tmp_path, "--vision", vision, "--text", text)
 
 
-def test_constants_that_older_checkpoints_have_may_be_left_over(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_constants_of_older_checkpoints_may_be_left_over_and_tied_weights_missing(
+    tmp_path, monkeypatch, caplog, is_tied
+):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    save_llava(tmp_path / "llava", "old")
+    text = text_config("llama", make_tokenizer(), tie_word_embeddings=is_tied)
+    expected = save_llava(tmp_path / "llava", "old", text_config=text, tie_word_embeddings=is_tied)
     constants = {
         "vision_tower.vision_model.embeddings.position_ids": torch.arange(37)[None],
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
     }
-    edit_weights(tmp_path / "llava", lambda weights: weights | constants)
+    kept = without("lm_head") if is_tied else dict
+    edit_weights(tmp_path / "llava", lambda weights: kept(weights) | constants)
     assert main(["build", "--llava", str(tmp_path / "llava"), "--output-dir", str(tmp_path / "hub")]) == 0
     assert "LOAD REPORT" not in caplog.text  # of the pruner, which is meant to be new
+    ids, model = torch.arange(6)[None], LightVLM.from_pretrained(tmp_path / "hub")
+    assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_llama", "llava_mistral", "LlavaQwen"])
@@ -264,18 +271,6 @@ def test_the_original_layout_of_llava_is_refused_before_anything_is_loaded(tmp_p
     config = {"model_type": kind, "mm_vision_tower": "openai/clip-vit-large-patch14-336", "hidden_size": 4096}
     (tmp_path / "llava/config.json").write_text(json.dumps(config))
     assert "such as llava-hf/llava-1.5-7b-hf" in build(capsys, tmp_path, "--llava", str(tmp_path / "llava"))
-
-
-def test_a_llava_checkpoint_with_tied_weights_answers(tmp_path):
-    tokenizer = make_processor().tokenizer
-    text = text_config("llama", tokenizer, tie_word_embeddings=True)
-    model = make_model(text_config=text, lm_head_bias=False, tie_word_embeddings=True)
-    save_llava(tmp_path / "llava", "new")
-    llava = as_llava(model)
-    llava.save_pretrained(tmp_path / "llava")
-    ours = build_from_llava(str(tmp_path / "llava"), tmp_path / "hub", scorer_hidden_size=16)
-    ids = torch.arange(6)[None]
-    assert torch.equal(ours(input_ids=ids).logits, llava(input_ids=ids).logits)
 
 
 def test_a_llava_checkpoint_without_a_chat_template_gets_that_of_llava_1_5(tmp_path):
