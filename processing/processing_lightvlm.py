@@ -247,17 +247,18 @@ class LightVLMProcessor(ProcessorMixin):
         return getattr(self.image_processor, "image_grid_pinpoints", None) or []
 
     def tile_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the tiles of an image of this (height, width); (1, 1) if it is one view."""
+        """Return rows and columns of the tiles of an image of this (height, width); (0, 0) if it is one view."""
         if not self.grid_pinpoints:
-            return 1, 1
+            return 0, 0
         view = (self.image_processor.crop_size or self.image_processor.size)["height"]
         height, width = select_best_resolution(size, self.grid_pinpoints)
-        return height // view, width // view
+        rows, columns = height // view, width // view
+        return (rows, columns) if self.image_newline or rows * columns > 1 else (0, 0)
 
     def count_tokens(self, size: tuple[int, int]) -> int:
         """Tokens, before pruning, of an image of this (height, width) in pixels."""
         rows, columns = self.tile_grid(size)
-        if rows * columns == 1:
+        if rows == 0:
             return self.num_patches
         side = isqrt(self.num_patches)
         unpadded: Any = LlavaNextProcessor._get_unpadded_features  # it needs nothing of its instance
@@ -385,10 +386,10 @@ class LightVLMProcessor(ProcessorMixin):
         """
         sizes = [(int(height), int(width)) for height, width in processed["image_sizes"]]
         tiles = max(rows * columns for rows, columns in map(self.tile_grid, sizes))
-        views = slice(1 + tiles) if tiles > 1 else 0
+        views = slice(1 + tiles) if tiles else 0
         pixels = processed["pixel_values"]
         processed["pixel_values"] = pixels[:, views] if hasattr(pixels, "ndim") else [each[views] for each in pixels]
-        if tiles == 1:
+        if not tiles:
             processed.pop("image_sizes")
         elif max_views is not None:
             processed["max_views"] = [max_views] * len(sizes)

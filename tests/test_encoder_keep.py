@@ -205,5 +205,15 @@ def test_the_configuration_is_saved_and_read(tmp_path):
 
 @pytest.mark.parametrize("keep", [{9: 0.5}, {-1: 0.5}, {0: 0.0}, {0: 0}, {0: 1.5}, {0: 0.5, 1: 0.6}])
 def test_impossible_shares_are_refused(keep):
+    model, images = make_model(), pixels(make_processor())
     with pytest.raises(ValueError, match="encoder_keep=.*give layers from 0 to"):
         make_config(encoder_keep=keep)
+    model.config.encoder_keep = keep
+    with pytest.raises(ValueError, match="encoder_keep=.*give layers from 0 to"):
+        model.get_image_features(images)
+
+
+def test_layers_set_on_a_loaded_model_may_be_text_as_in_json():
+    model, images = make_model(prior_layer=-1), pixels(make_processor())
+    model.config.encoder_keep = {"1": 0.5}
+    assert ((model.model.encode(images)[1] >= 0).sum(dim=1) == 18).all()

@@ -39,8 +39,8 @@ def make_views(grids=GRIDS, newline=False, **overrides):
     return model, make_processor(pinpoints=grids, image_newline=newline)
 
 
-def make_next(text="llama", **overrides):
-    return make_views(NEXT_GRIDS, True, text=text, **overrides)
+def make_next(grids=NEXT_GRIDS, text="llama", **overrides):
+    return make_views(grids, True, text=text, **overrides)
 
 
 def next_processor(processor):
@@ -62,8 +62,10 @@ def randomize(*modules):
 # Counting and laying out.
 
 
-def test_counts_are_those_of_llava_nexts_processor():
-    _, processor = make_next()
+# LLaVA-NeXT's grids, and those of checkpoints that have a single tile too, as Granite Vision.
+@pytest.mark.parametrize("grids", [NEXT_GRIDS, GRIDS])
+def test_counts_are_those_of_llava_nexts_processor(grids):
+    _, processor = make_next(grids)
     theirs = next_processor(processor)
     sizes = random_sizes(600)
     expected = theirs._get_num_multimodal_tokens(sizes).num_image_tokens
@@ -95,8 +97,8 @@ def test_an_image_that_fits_one_tile_is_one_view():
 
 def test_a_layout_has_thumbnail_then_joined_tiles_and_each_place_in_the_whole_picture():
     config = make_config(image_grid_pinpoints=GRIDS, image_newline=True)
-    layout = lay_out([(84, 168), (84, 84)], config, CPU)  # two tiles beside each other
-    assert layout.lengths == [36 + 6 * 13, 36]
+    layout = lay_out([(84, 168), (84, 84)], config, CPU)  # two tiles beside each other, and one
+    assert layout.lengths == [36 + 6 * 13, 36 + 6 * 7]
     assert layout.source[0, :36].tolist() == [*range(36)]
     row = layout.source[0, 36:49].tolist()  # six patches of the left tile, six of the right, newline
     assert row == [*range(36, 42), *range(72, 78), 0]
@@ -105,16 +107,17 @@ def test_a_layout_has_thumbnail_then_joined_tiles_and_each_place_in_the_whole_pi
     torch.testing.assert_close(layout.columns[0, 38:40], torch.tensor([0.75, 1.25]))  # two patches in one of six
     assert layout.rows[0, 36:48].unique().tolist() == [0]
     assert layout.source[1, :36].tolist() == [*range(108, 144)]  # the second image's view follows three of the first
-    assert not layout.is_patch[1, 36:].any()
+    assert layout.is_patch[1, 36:].sum() == 36 and not layout.is_patch[1, 36 + 6 * 7 :].any()
 
 
 # LLaVA-NeXT as it is.
 
 
+@pytest.mark.parametrize("grids", [NEXT_GRIDS, GRIDS])
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
-def test_with_all_tokens_logits_are_llava_nexts(size):
-    model, processor = make_next()
+def test_with_all_tokens_logits_are_llava_nexts(size, grids):
+    model, processor = make_next(grids)
     image, text = make_image(0, size), "what <image>?"
     expected = next_processor(processor)(images=image, text=text, return_tensors="pt")
     largest = processor.max_image_tokens
@@ -124,9 +127,10 @@ def test_with_all_tokens_logits_are_llava_nexts(size):
     torch.testing.assert_close(model(**inputs).logits, as_llava(model)(**expected).logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("grids", [NEXT_GRIDS, GRIDS])
 @torch.no_grad()
-def test_in_batches_logits_are_llava_nexts():
-    model, processor = make_next()
+def test_in_batches_logits_are_llava_nexts(grids):
+    model, processor = make_next(grids)
     options = {"images": MIXED, "text": TEXT, "padding": True, "return_tensors": "pt"}
     theirs = next_processor(processor)
     theirs.tokenizer.padding_side = "left"

@@ -48,7 +48,8 @@ class LightVLMConfig(LlavaConfig):
             Whether the text model's output layer has a bias, as Phi's does.
         image_grid_pinpoints (`list[list[int]]`):
             As in LLaVA-NeXT: the (height, width) that large images are fitted to and cut into tiles, each of the size
-            that the encoder sees. An image that fits best to a single tile is one view. None: each image is one view.
+            that the encoder sees. An image that fits best to a single tile is one view, but a thumbnail and a tile
+            with `image_newline`. None: each image is one view.
         image_newline (`bool`):
             Whether a learned token ends each row of the joined tiles, as in LLaVA-NeXT. It is the first to be dropped.
     """
@@ -102,16 +103,7 @@ class LightVLMConfig(LlavaConfig):
                 )
 
         depth = self.vision_config.num_hidden_layers
-        if self.encoder_keep is not None:  # JSON makes text of numbers
-            self.encoder_keep = {int(layer): share for layer, share in sorted(self.encoder_keep.items())}
-            shares = [1.0, *self.encoder_keep.values()]
-            if not all(0 <= layer < depth for layer in self.encoder_keep) or not all(
-                0 < after <= before for before, after in zip(shares, shares[1:], strict=False)
-            ):
-                raise ValueError(
-                    f"encoder_keep={self.encoder_keep}: give layers from 0 to {depth - 1}, each with a share of the "
-                    "patches, more than 0 and no more than the layers before it have."
-                )
+        self.encoder_keep = self.encoder_keep and self.checked_encoder_keep()
         layers = self.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         if not (-depth <= self.prior_layer < depth and all(-depth - 1 <= layer <= depth for layer in layers)):
@@ -130,10 +122,25 @@ class LightVLMConfig(LlavaConfig):
         """Patches of a view, and so the tokens of an image of one view before pruning."""
         return self.patches_per_side**2
 
+    def checked_encoder_keep(self) -> dict[int, float]:
+        """Return `encoder_keep` with numbers as keys; ValueError if it makes no sense, as it may on a loaded model."""
+        depth = self.vision_config.num_hidden_layers
+        # JSON makes text of numbers.
+        keep = dict(sorted((int(layer), share) for layer, share in (self.encoder_keep or {}).items()))
+        shares = [1.0, *keep.values()]
+        if not all(0 <= layer < depth for layer in keep) or not all(
+            0 < after <= before for before, after in zip(shares, shares[1:], strict=False)
+        ):
+            raise ValueError(
+                f"encoder_keep={self.encoder_keep}: give layers from 0 to {depth - 1}, each with a share of the "
+                "patches, more than 0 and no more than the layers before it have."
+            )
+        return keep
+
     @property
     def encoder_counts(self) -> dict[int, int]:
         """How many patches of a view go on from a layer of the encoder, by its index."""
-        shares = self.encoder_keep or {}
+        shares = self.checked_encoder_keep()
         return {layer: max(1, round(share * self.num_patches)) for layer, share in shares.items()}
 
     @property
@@ -146,7 +153,11 @@ class LightVLMConfig(LlavaConfig):
         """Tokens, before pruning, of the largest image that `image_grid_pinpoints` allow."""
         view, side = self.vision_config.image_size, self.patches_per_side
         grids = [(height // view, width // view) for height, width in self.image_grid_pinpoints or []]
-        tiles = [rows * side * (columns * side + self.image_newline) for rows, columns in grids if rows * columns > 1]
+        tiles = [
+            rows * side * (columns * side + self.image_newline)
+            for rows, columns in grids
+            if self.image_newline or rows * columns > 1
+        ]
         return self.num_patches + max(tiles, default=0)
 
 

@@ -96,16 +96,17 @@ class Layout:
 
 
 def tile_grid(size: tuple[int, int], config: LightVLMConfig) -> tuple[int, int]:
-    """Rows and columns of the tiles that an image of this size is cut into; (1, 1) is the thumbnail alone."""
+    """Return rows and columns of the tiles that an image of this size is cut into; (0, 0) is the thumbnail alone."""
     height, width = select_best_resolution(size, config.image_grid_pinpoints or [])
     view = config.vision_config.image_size
-    return height // view, width // view
+    rows, columns = height // view, width // view
+    return (rows, columns) if config.image_newline or rows * columns > 1 else (0, 0)
 
 
 def num_views(size: tuple[int, int], config: LightVLMConfig) -> int:
     """The thumbnail and the tiles of an image of this size."""
     rows, columns = tile_grid(size, config)
-    return 1 if rows * columns == 1 else 1 + rows * columns
+    return 1 + rows * columns
 
 
 def joined_tiles(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
