@@ -206,35 +206,28 @@ class LightVLMProcessor(ProcessorMixin):
         return processor
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raise ValueError if a LightVLM's configuration and this processor count, mark or resize images differently.
-
-        Args:
-            config: as in config.json.
-        """
+        """Raise ValueError if it counts, marks or resizes images otherwise than this LightVLM's config.json says."""
         if config.get("model_type") != "lightvlm":
             return
-        here = {
-            "image_seq_length": self.num_patches,
-            "image_token_index": self.image_token_id,
-            "image_newline": self.image_newline,
-            "image_grid_pinpoints": self.grid_pinpoints or None,
-            "num_image_tokens": self.num_image_tokens,
-            "mean_image_tokens": self.mean_image_tokens,
-        }
+        names = {"num_patches": "image_seq_length", "image_token_id": "image_token_index"}
+        names |= {"grid_pinpoints": "image_grid_pinpoints"}
+        names |= {name: name for name in ("image_newline", "num_image_tokens", "mean_image_tokens")}
         wrong = [
-            f"{name} is {config[name]} and {value}" for name, value in here.items() if config.get(name, value) != value
+            f"{ours}={getattr(self, ours)} and {theirs}={config[theirs]}"
+            for ours, theirs in names.items()
+            if theirs in config and (getattr(self, ours) or None) != (config[theirs] or None)
         ]
-        side = config["vision_config"]["image_size"]
+        side = config["vision_config"].get("image_size", 224)
         with np.errstate(all="ignore"):
             pixels = self.image_processor(Image.new("RGB", (2 * side, side)), return_tensors="pt")["pixel_values"]
         if pixels.shape[-2:] != (side, side):
-            wrong.append(f"image_size is {side} and {pixels.shape[-1]}")
+            wrong.append(f"images of {pixels.shape[-2]} x {pixels.shape[-1]} and image_size={side}")
         if not pixels.isfinite().all():
-            wrong.append("image_std makes pixels infinite")
+            wrong.append("pixels are infinite, as with an image_std of 0")
         if wrong:
             raise ValueError(
-                f"The processor contradicts the model's configuration: {', '.join(wrong)}. Make processor_config.json "
-                "and config.json agree."
+                f"The processor contradicts the model's config.json, {'; '.join(wrong)}: correct "
+                "processor_config.json."
             )
 
     @property

@@ -21,7 +21,7 @@ from lightvlm_cli.main import VERBS, main
 from lightvlm_cli.options import SHIPPED as DEFAULT
 from lightvlm_cli.quiet import silence_libraries
 from PIL import Image
-from saved import broken_images, save_parts
+from saved import broken_images, edit_weights, save_parts
 from tiny import GRIDS, make_image, make_model, make_processor
 from transformers.utils.logging import tqdm as transformers_bar
 
@@ -193,6 +193,16 @@ def test_a_checkpoint_whose_pruner_does_not_fit(checkpoint, image, tmp_path, cap
     (folder / "config.json").write_text(json.dumps(config | field))
     assert infer(str(folder), image) == 2
     assert "model.pruner." in capsys.readouterr().err
+
+
+HEAD = "language_model.lm_head.weight"  # as it is saved
+
+
+def test_a_checkpoint_whose_weights_are_no_numbers(checkpoint, image, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "broken")
+    edit_weights(folder, lambda weights: weights | {HEAD: weights[HEAD] / 0})
+    assert infer(str(folder), image) == 2
+    assert "infinite: lm_head.weight (of 1)" in capsys.readouterr().err
 
 
 @pytest.fixture

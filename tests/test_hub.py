@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.common.checkpoint import load
 from lightvlm.hub.build import build_from_llava, build_from_parts, compose
 from lightvlm_cli.main import main
 from safetensors.torch import save_file
@@ -35,6 +36,7 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
+    pipeline,
 )
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color?"}]}]
@@ -342,6 +344,38 @@ def test_save_load_save_is_a_fixed_point(hub_folder, tmp_path):
         assert file.read_bytes() == (tmp_path / "three" / file.name).read_bytes(), file.name
         # transformers adds the loaded dtype to the configurations of the parts
         assert file.read_bytes() == (hub_folder / file.name).read_bytes() or file.name == "config.json", file.name
+
+
+@pytest.mark.parametrize(
+    "fields, problem",
+    [
+        ({"num_patches": 25}, "num_patches=25 and image_seq_length=36"),
+        ({"num_image_tokens": 4}, "num_image_tokens=4 and num_image_tokens=9"),
+        ({"mean_image_tokens": 4}, "mean_image_tokens=4 and mean_image_tokens=10"),
+        ({"image_newline": True}, "image_newline=True and image_newline=False"),
+        ({"image_token": "no"}, "image_token_id=.* and image_token_index="),
+        ({"image_processor": {"crop_size": {"height": 42, "width": 42}}}, "images of 42 x 42 and image_size=84"),
+        ({"image_processor": {"do_center_crop": False}}, "images of 84 x 168 and image_size=84"),
+        ({"image_processor": {"image_std": [0.0, 0.1, 0.1]}}, "pixels are infinite"),
+        ({"image_processor": {"image_processor_type": "LlavaNextImageProcessor"}}, "grid_pinpoints=.*336"),
+    ],
+)
+def test_a_processor_that_contradicts_the_model_is_an_error(hub_folder, fields, problem):
+    """However it is loaded; `chat` loads it too."""
+    file = hub_folder / "processor_config.json"
+    ours = json.loads(file.read_text())["image_processor"]
+    edit_json(file, **fields | {"image_processor": ours | fields.get("image_processor", {})})
+    model = LightVLM.from_pretrained(hub_folder)
+    doors = [LightVLMProcessor.from_pretrained, AutoProcessor.from_pretrained, load, pipe_of]
+    for door in doors:
+        with pytest.raises(ValueError, match=problem):
+            door(str(hub_folder))
+    with pytest.raises(ValueError, match=problem):
+        model.chat(make_image(), "what color?")
+
+
+def pipe_of(folder):
+    return pipeline("image-text-to-text", model=folder)
 
 
 def test_a_pruner_that_does_not_fit_is_an_error(hub_folder):

@@ -441,6 +441,12 @@ def test_views_need_the_sizes_of_their_images():
         make_model()(**inputs)
 
 
+def test_views_of_other_grids_are_refused():
+    inputs = make_processor(pinpoints=[[168, 168]])(images=make_image(0, (250, 250)), return_tensors="pt")
+    with pytest.raises(ValueError, match="has 5 views of an image that has 10 here"):
+        make_model(image_grid_pinpoints=GRIDS).get_image_features(**inputs)
+
+
 @pytest.mark.parametrize("grids", [[[84, 100]], [[0, 84]], [[42, 84]]])
 def test_grids_are_multiples_of_a_view(grids):
     with pytest.raises(ValueError, match="give multiples of 84"):

@@ -50,7 +50,12 @@ class Layout:
         return counts.index_add(0, self.source.flatten(), self.is_patch.flatten().long()).view(-1, patches) > 0
 
     def cut(self, pixel_values: Tensor) -> Tensor:
-        """The pixels (views, ...) of the views that there are, of (images, most views, ...)."""
+        """Pixels (views, ...) of the views that there are, of (images, most views, ...); ValueError if any lack."""
+        if max(self.views) > pixel_values.shape[1]:
+            raise ValueError(
+                f"pixel_values has {pixel_values.shape[1]} views of an image that has {max(self.views)} here: give "
+                "what the processor beside the weights returned."
+            )
         return torch.cat([image[:count] for image, count in zip(pixel_values, self.views, strict=True)])
 
     def view_importance(self, scores: Tensor) -> Tensor:
