@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score", choices=["cls", "mlp", "positional", "question"], default="positional")
     parser.add_argument("--prior-layer", type=int, default=-2, help="encoder layer whose attention scores (-2)")
     parser.add_argument("--seed", type=int, default=0, help="for the new projector's weights (0)")
-    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--output-dir", required=True, help="new folder to write, whole or not at all")
 
 
 def run(args: argparse.Namespace) -> None:

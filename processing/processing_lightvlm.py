@@ -27,6 +27,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
+HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before the center crop
 
 
@@ -194,11 +195,11 @@ class LightVLMProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `ProcessorMixin`; ValueError, as by `check`, if it contradicts the config.json beside it."""
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        place = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
         try:
-            place = {name: value for name, value in kwargs.items() if name not in ("config", "trust_remote_code")}
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
         except OSError:  # a processor alone
             return processor
