@@ -11,7 +11,6 @@ examples:
 
 import argparse
 import importlib.util
-import json
 import platform
 import re
 import shlex
@@ -141,6 +140,7 @@ def begin_report(args: argparse.Namespace, device: str) -> dict:
 def time_training(args: argparse.Namespace, device: str) -> None:
     """Time training steps, print a table for each batch size, and write the report."""
     import torch
+    from lightvlm.common.files import write_json
     from lightvlm.evaluation.presets import preset_config
     from lightvlm.evaluation.speed_report import describe
     from lightvlm.evaluation.training_speed import measure_training, table
@@ -153,7 +153,7 @@ def time_training(args: argparse.Namespace, device: str) -> None:
         report["results"].append(result)
         print(f"\nbatch size {result['batch_size']}, a step of training\n\n{table(result)}", flush=True)
         if args.output:
-            args.output.write_text(json.dumps(report, indent=2) + "\n")
+            write_json(args.output, report)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -175,6 +175,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
     from lightvlm.common.checkpoint import choose_device, load
+    from lightvlm.common.files import write_json
     from lightvlm.common.inference import int8_config
     from lightvlm.evaluation.presets import image_processor, preset_config, random_model
     from lightvlm.evaluation.speed import measure
@@ -240,7 +241,7 @@ def run(args: argparse.Namespace) -> None:
         title = f"batch size {result['batch_size']}, images in a row: {result['images']}"
         print(f"\n{title}, ms: median (95th percentile)\n\n{table(result)}", flush=True)
         if args.output:  # after every batch size, so that a later failure loses nothing
-            args.output.write_text(json.dumps(report, indent=2) + "\n")
+            write_json(args.output, report)
     if args.plot:
         plot(report["results"], describe(report), args.plot)
     if args.growth:

@@ -45,7 +45,6 @@ gives each image as many tokens as it needs, 64 on average, chosen by the checkp
 
 import argparse
 import itertools
-import json
 import shlex
 from pathlib import Path
 
@@ -97,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
     from lightvlm.common.checkpoint import check_question_aware, load
+    from lightvlm.common.files import write_json
     from lightvlm.common.llava_data import load_llava
     from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
 
@@ -167,6 +167,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{command}\nseed {args.seed}\nprefill and selection: {timing}\n\n{table(results)}")
     if args.output:
         report = {"command": command, "seed": args.seed, "timing": timing, "results": results}
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.output, report)
     if args.plot:
         plot(results, args.plot)

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lightvlm.common.checkpoint import check_question_aware, load
+    from lightvlm.common.files import written_beside
     from lightvlm.demo.pictures import draw_kept
     from lightvlm.processing.processing_lightvlm import open_image
 
@@ -34,5 +35,6 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt:
         check_question_aware("--prompt", args.model_path, model)
     picture, kept, total = draw_kept(model, processor, image, args.num_image_tokens, args.prompt, args.max_views)
-    picture.save(args.output)
+    with written_beside(args.output) as file:
+        picture.save(file)
     print(f"{args.output}: {kept} of {total} tokens")

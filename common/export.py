@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLM
+from lightvlm.common.files import written_beside
 from lightvlm.common.inference import encode_and_rank
 from torch import nn
 
@@ -81,15 +82,15 @@ def export_image_tokens(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
         program = torch.export.export(ImageTokens(model, num_image_tokens).eval(), (pixels,))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".pt2":
-            torch.export.save(program, path)
-        elif path.suffix == ".onnx":
-            save_onnx(program, path)
-            if int8:
-                quantize_onnx(path)
-        else:
-            save_openvino(program, path)
+        with written_beside(path) as file:
+            if path.suffix == ".pt2":
+                torch.export.save(program, file)
+            elif path.suffix == ".onnx":
+                save_onnx(program, file)
+                if int8:
+                    quantize_onnx(file)
+            else:
+                save_openvino(program, file)
 
 
 def save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:

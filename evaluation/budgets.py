@@ -20,6 +20,7 @@ import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.common.budgets import find_kappa
 from lightvlm.common.checkpoint import SHIPPED, load
+from lightvlm.common.files import write_json, written_beside
 from lightvlm.common.llava_data import load_llava
 from lightvlm.common.turns import mask_blocks, pack_turns
 from lightvlm.evaluation.markdown import markdown_table
@@ -221,7 +222,8 @@ def plot(means: dict[int, dict[int, float]], path: Path) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with written_beside(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 def main() -> None:
@@ -261,7 +263,7 @@ def main() -> None:
     if args.output:
         for row in results:
             del row["budgets"]
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.output, report)
 
 
 if __name__ == "__main__":

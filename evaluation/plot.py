@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+from lightvlm.common.files import written_beside
 from lightvlm.evaluation.accuracy import is_dynamic
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -49,4 +50,5 @@ def plot(results: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    with written_beside(path) as file:
+        figure.savefig(file, dpi=150)

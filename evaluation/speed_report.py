@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from lightvlm.common.files import written_beside
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.speed import (
     COMPILED,
@@ -189,7 +190,8 @@ def growth_plot(results: list[dict], title: str, path: str | Path) -> None:
         axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=120)
+    with written_beside(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def plot(results: list[dict], title: str, path: str | Path) -> None:
@@ -217,7 +219,8 @@ def plot(results: list[dict], title: str, path: str | Path) -> None:
         axes.set(xlabel="ms, medians", title=f"batch size {result['batch_size']}, images in a row: {result['images']}")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(STAGES))
-    figure.savefig(path, dpi=120)
+    with written_beside(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

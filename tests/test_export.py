@@ -93,3 +93,24 @@ def test_the_command_says_what_it_wrote_or_what_is_wrong(tmp_path, capsys, monke
     assert message in capsys.readouterr().err
     assert main([*command, "--output", "graph.pt2", "--num-image-tokens", "4"]) == 0
     assert "image_tokens (1, 4, " in capsys.readouterr().out and (tmp_path / "graph.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "last_step"),
+    [
+        ("graph.pt2", "torch.export.save"),
+        ("graph.onnx", "onnxruntime.quantization.quantize_dynamic"),
+        ("graph.xml", "openvino.save_model"),
+    ],
+)
+def test_an_earlier_file_stays_whole_until_the_new_one_is(tmp_path, monkeypatch, name, last_step):
+    def fill_the_disk(*arguments, **options):
+        path = next(argument for argument in arguments if str(argument).endswith(name))
+        path.write_text("half")
+        raise OSError("disk full")
+
+    (tmp_path / name).write_text("good")
+    monkeypatch.setattr(last_step, fill_the_disk)
+    with pytest.raises(OSError, match="full"):
+        export_image_tokens(make_model(), tmp_path / name, 9, int8=name == "graph.onnx")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["good"]

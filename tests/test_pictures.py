@@ -124,3 +124,17 @@ def test_a_large_picture_is_drawn_with_its_count():
     picture, kept, total = draw_kept(model, processor, make_image(0, (252, 252)), 30)
     assert (kept, total) == (30, 360) and picture.size == (252, 252)
     assert draw_kept(model, processor, make_image(0, (252, 252)), 30, max_views=2)[1:] == (30, 360)
+
+
+def test_show_leaves_an_earlier_picture_whole_until_the_new_one_is(tmp_path, monkeypatch, capsys):
+    def fill_the_disk(self, path, *arguments):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    make_image().save(tmp_path / "image.png")
+    (tmp_path / "kept.png").write_text("good")
+    monkeypatch.setattr(Image.Image, "save", fill_the_disk)
+    options = ["--image", str(tmp_path / "image.png"), "--output", str(tmp_path / "kept.png")]
+    assert main(["show", "--model-path", str(SHIPPED), *options]) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert (tmp_path / "kept.png").read_text() == "good"

@@ -1,6 +1,9 @@
 """A plot has a panel for each file, with every selector's line in it."""
 
+from pathlib import Path
+
 import pytest
+from lightvlm.evaluation import budgets, speed_report
 from lightvlm.evaluation.plot import plot
 from matplotlib.figure import Figure
 
@@ -33,3 +36,25 @@ def test_lines_go_from_few_tokens_to_many_with_the_interval_around_them(figure):
     line, _, (intervals,) = bars.lines
     assert line.get_xydata().tolist() == [[4, 0.1], [9, 0.225]]
     assert intervals.get_segments()[0].tolist() == [[4, pytest.approx(0)], [4, pytest.approx(0.15)]]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: plot([{"data": "a", "selector": "all", "num_image_tokens": 9, "accuracy": 1}], path),
+        lambda path: budgets.plot({4: {1: 2.0}}, path),
+        lambda path: speed_report.plot([{"batch_size": 1, "images": 1, "rows": []}], "title", path),
+        lambda path: speed_report.growth_plot([{"batch_size": 1, "images": 1, "rows": []}], "title", path),
+    ],
+    ids=["accuracy", "budgets", "stages", "growth"],
+)
+def test_an_earlier_picture_stays_whole_until_the_new_one_is(draw, tmp_path, monkeypatch):
+    def fill_the_disk(self, path, **options):
+        Path(path).write_text("half")
+        raise OSError("disk full")
+
+    (tmp_path / "out.png").write_text("good")
+    monkeypatch.setattr(Figure, "savefig", fill_the_disk)
+    with pytest.raises(OSError, match="full"):
+        draw(tmp_path / "out.png")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["good"]
