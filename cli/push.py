@@ -1,7 +1,9 @@
 """Upload a trained checkpoint to the Hub: weights, code, processor, licence, card and results, in one commit.
 
-Nothing is uploaded before a process without this package has loaded the folder and run the code of its card. The card
-takes front matter (licence, base models, data sets), introduction and training from the checkpoint's README.md.
+Nothing is uploaded before a process without this package has loaded the folder and run the code of its card. That
+process has another home and nothing of the environment, so no tokens, but it can read your files. Links out of the
+checkpoint's folder, tokens and paths of this machine are refused. The card takes front matter (licence, base models,
+data sets), introduction and training from the checkpoint's README.md.
 
 examples:
   lightvlm push --model-path build/phi2-clip-k144 --repo-id me/phi2-clip-k144 --private
@@ -52,13 +54,21 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run and args.dry_run.exists():
         raise ValueError(f"--dry-run: {args.dry_run} exists already, name a new folder")
 
-    import shutil
+    import sys
     import tempfile
 
     from huggingface_hub import HfApi
     from lightvlm.common.checkpoint import load
     from lightvlm.hub.card import read_results
-    from lightvlm.hub.push import check_files, check_folder, check_repo_id, hub_errors, upload, write_folder
+    from lightvlm.hub.push import (
+        check_files,
+        check_folder,
+        check_repo_id,
+        describe_code,
+        hub_errors,
+        upload,
+        write_folder,
+    )
 
     api, checkpoint = HfApi(), Path(args.model_path)
     if args.repo_id:
@@ -69,14 +79,17 @@ def run(args: argparse.Namespace) -> None:
         with hub_errors(args.repo_id):
             api.whoami()  # a wrong token fails before the long part
     model, processor = load(args.model_path, dtype="auto")  # not as this machine likes it
-    with tempfile.TemporaryDirectory() as work:
+    beside = args.dry_run.absolute().parent if args.dry_run else None
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".push-", dir=beside) as work:
         folder, name = Path(work, "folder"), args.repo_id or str(args.dry_run)
         write_folder(model, processor, checkpoint, folder, name, results, dict(args.hub_datasets))
         del model
+        print(f"Now runs, without tokens: {describe_code(folder)}", file=sys.stderr, flush=True)
         check_folder(folder, name)
         if args.dry_run:
-            args.dry_run.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(folder, args.dry_run)
+            folder.rename(args.dry_run)
             print(f"{args.dry_run}: a Hub folder that loads and answers; nothing was uploaded")
         else:
             print(upload(folder, args.repo_id, api, args.private, args.revision, args.create_pr))

@@ -62,8 +62,9 @@ def read_card(checkpoint: Path) -> tuple[ModelCardData, str, str]:
 
 def own_examples(data: ModelCardData) -> list[str]:
     """Images of the widget that are the checkpoint's own files, and not addresses."""
-    sources = [example.get("src", "") for example in data.get("widget") or []]
-    return [source for source in sources if source and "://" not in source]
+    examples = [example for example in data.get("widget") or [] if isinstance(example, dict)]
+    sources = [example.get("src") for example in examples]
+    return [source for source in sources if source and isinstance(source, str) and "://" not in source]
 
 
 def is_own(row: dict, config: LightVLMConfig) -> bool:
@@ -120,6 +121,7 @@ def make_card(
     others = [row for row in results if not is_own(row, config)]
     means = (config.dynamic_budget or {}).get("means")
     title = Path(name).name
+    path = rf"(?<![\w./-]){re.escape(str(checkpoint.resolve()))}/?(?![\w./-])"  # to commands; strangers have `name`
     data.model_name = title if own else None
     data.pipeline_tag, data.library_name = "image-text-to-text", "transformers"
     data.tags = list(dict.fromkeys([*(data.tags or []), "lightvlm", "token-pruning", "custom_code"]))
@@ -145,7 +147,7 @@ def make_card(
         few=max(1, config.num_patches // 9),
         mean=means[len(means) // 2] if means else None,
         results=results,
-        commands=dict.fromkeys(row["command"] for row in results),
+        commands=dict.fromkeys(re.sub(path, lambda _: name, row["command"]) for row in results),
         own_table=table(own) if own else "",
         other_table=table(others) if others else "",
     )

@@ -17,9 +17,14 @@ from huggingface_hub.utils import validate_repo_id
 from lightvlm.hub import stranger
 from lightvlm.hub.build import save
 from lightvlm.hub.card import eval_results, make_card, own_examples
+from lightvlm.hub.private import check_links, check_picture, check_texts, strip_origins
 
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)
+PASSED_ON = (  # of the environment, to code that is tried: no tokens, nor where to find them
+    *("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LANG", "LC_ALL", "LC_CTYPE", "USER"),
+    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
+)
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -30,7 +35,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_files(checkpoint: Path) -> None:
-    """ValueError where there is no such folder, or one whose files can run code when they are loaded."""
+    """Raise ValueError if there is no such folder, or files lie elsewhere, or run code when they are loaded."""
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"{checkpoint} is no folder with a checkpoint's config.json.")
     if pickles := sorted(file.name for file in checkpoint.iterdir() if file.suffix in PICKLES):
@@ -38,6 +43,7 @@ def check_files(checkpoint: Path) -> None:
             f"{checkpoint} has pickle files, which run code when they are loaded: {', '.join(pickles)}. Save weights "
             "with `model.save_pretrained`, as safetensors, and delete these."
         )
+    check_links(checkpoint)
 
 
 def write_folder(
@@ -55,7 +61,8 @@ def write_folder(
         datasets: as of `make_card`.
 
     Raises:
-        ValueError: where weights are NaN, infinite or quantized, or a card, an example or a licence lacks something.
+        ValueError: if weights are NaN, infinite or quantized, a card, an example or a licence lacks something, or a
+            token or a path of this machine would be published.
     """
     if hasattr(model.config, "quantization_config"):
         raise ValueError(
@@ -86,38 +93,62 @@ def write_folder(
     for part in ("config.json", *(file.name for file in output.glob("*.py"))):
         if (checkpoint / part).is_file():
             shutil.copy(checkpoint / part, output)
+    for file in output.glob("*config.json"):
+        strip_origins(file)
     for example in own_examples(card.data):
         path = Path(example)
         if path.is_absolute() or ".." in path.parts or not (checkpoint / path).is_file():
             raise ValueError(f"README.md has the example {example} in its widget: put this file in {checkpoint}.")
+        check_picture(checkpoint / path)
         (output / example).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(checkpoint / example, output / example)
     card.save(output / "README.md")
     for file, text in {**licences, **{f".eval_results/{file}": text for file, text in entries.items()}}.items():
         (output / file).parent.mkdir(exist_ok=True)
         (output / file).write_text(text)
+    check_texts(output, checkpoint, name)
+
+
+def describe_code(folder: Path) -> str:
+    """Return what `check_folder` runs of a Hub folder: its modules, and how many blocks of its card."""
+    modules = ", ".join(sorted(file.name for file in folder.glob("*.py")))
+    return f"{modules} and {len(stranger.python_blocks(folder))} blocks of Python in its card"
 
 
 def check_folder(folder: Path, name: str) -> None:
     """Load a Hub folder and run its card's code in a fresh process, which cannot import `lightvlm` nor ask the Hub.
+
+    The process has nothing of the environment but `PASSED_ON`, and another home. It can read what the user can.
 
     Args:
         folder: of `write_folder`.
         name: what its card calls it.
 
     Raises:
-        ValueError: where that fails.
+        ValueError: if that fails, or writes into the folder.
     """
-    with tempfile.TemporaryDirectory() as modules:
-        environment = {**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
+    written = state_of(folder)
+    with tempfile.TemporaryDirectory() as home:
+        environment = {variable: os.environ[variable] for variable in PASSED_ON if variable in os.environ}
+        environment |= {"HOME": home, "USERPROFILE": home, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-I", stranger.__file__, str(folder.resolve()), name]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        result = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace"
+        )
+    if changed := sorted(written.items() ^ state_of(folder).items()):
+        raise ValueError(f"Its own code changed {changed[0][0]} in the folder to be published: take that code out.")
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise ValueError(
             f"Without the package lightvlm it does not load and answer: {reason.rstrip('.')}. Save it again "
             "with `save_pretrained`, which writes code that fits, or correct its *.py and config.json."
         )
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of all that is in a folder, links as such."""
+    stats = {str(file.relative_to(folder)): file.lstat() for file in folder.rglob("*")}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Run by `push` in a process of its own: load a Hub folder as one who has transformers only, and run its card's code.
 
-    HF_MODULES_CACHE=EMPTY_FOLDER python -I hub_upload/stranger.py FOLDER NAME
+    HOME=EMPTY_FOLDER python -I hub_upload/stranger.py FOLDER NAME
 
 NAME is what the card calls the folder. Python blocks are run one by one, so that memory holds one model at a time.
 """
@@ -22,6 +22,12 @@ class Hide(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
+def python_blocks(folder: str | Path) -> list[str]:
+    """The Python code of a folder's card, block by block."""
+    card = Path(folder, "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
+
+
 def main(folder: str, name: str) -> None:
     from PIL import Image
     from transformers import AutoModelForImageTextToText, GenerationMixin
@@ -39,11 +45,10 @@ def main(folder: str, name: str) -> None:
         return generate(*args, **kwargs | {"max_new_tokens": 4})
 
     GenerationMixin.generate = generate_little
-    card = Path(folder, "README.md").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as photos:
         os.chdir(photos)
         Image.radial_gradient("L").convert("RGB").save("photo.jpg")
-        for block in re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL):
+        for block in python_blocks(folder):
             exec(block.replace(f'"{name}"', repr(folder)), {})
             gc.collect()
         os.chdir(folder)
