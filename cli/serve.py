@@ -9,11 +9,19 @@ examples:
 
 import argparse
 import contextlib
+import re
 import socket
 from dataclasses import fields
 from pathlib import Path
 
 from lightvlm_cli.options import add_device, add_model_path, add_precision, loading, positive
+
+
+def origin(text: str) -> str:
+    """Parse "*" or an origin as browsers send it, "http://localhost:3000"."""
+    if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither * nor like http://localhost:3000, without a path")
+    return text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=1024, help="of an answer (1024)")
     parser.add_argument("--max-messages", type=positive, default=256, help="of a request, counted by parts (256)")
     parser.add_argument("--max-characters", type=positive, default=2**17, help="of a request's texts (131072)")
-    parser.add_argument("--max-connections", type=positive, default=128, help="at a time; more get a 503 (128)")
+    parser.add_argument("--max-requests", type=positive, default=128, help="at a time; more get a 503 (128)")
+    parser.add_argument(
+        "--max-seconds", type=positive, default=30, help="for a request to arrive, an answer to be read on (30)"
+    )
+    parser.add_argument(
+        "--cors-origin",
+        nargs="+",
+        type=origin,
+        default=[],
+        metavar="ORIGIN",
+        help='web pages that may ask, such as http://localhost:3000, or "*" for all (none)',
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,9 +56,9 @@ def run(args: argparse.Namespace) -> None:
     if not is_serve_available():
         raise ValueError('serving needs fastapi, uvicorn, openai and pydantic: pip install "lightvlm[serve]"')
 
-    import uvicorn
     from lightvlm.common.checkpoint import load
-    from lightvlm.serving.server import Limits, Server, build_app
+    from lightvlm.serving.connections import Server
+    from lightvlm.serving.server import Limits, build_app
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -48,14 +67,9 @@ def run(args: argparse.Namespace) -> None:
         model, processor = load(args.model_path, **loading(args))
         name = Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path
         limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in fields(Limits)})
-        config = uvicorn.Config(
-            build_app(name, model, processor, limits),
-            limit_concurrency=args.max_connections,
-            timeout_graceful_shutdown=10,
-            log_level="warning",
-        )
+        app = build_app(name, model, processor, limits, args.cors_origin)
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = f"http://{host}:{listener.getsockname()[1]}/v1"
         print(f"{name} ({model.device.type}, {str(model.dtype)[6:]}) answers at {address}; Ctrl-C ends it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            Server(config, model).run(sockets=[listener])
+            Server(app, model, limits.seconds).run(sockets=[listener])

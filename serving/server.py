@@ -1,28 +1,32 @@
 """An OpenAI-compatible endpoint: the server of `transformers serve`, with one checkpoint, budgets and limits.
 
 transformers answers: its app, generation thread, streaming and response format. Ours is what comes before: a request
-is checked, its images are opened, its budget goes to the processor. `transformers serve` itself would load a LightVLM
+is checked, its images are opened, its budget goes to the processor; `answers.py` then has usage and blanks put right,
+and `connections.py` is what the app runs in. `transformers serve` itself would load a LightVLM
 only after its tables of architectures were changed, would fetch any address, read any file, and load or unload any
 model for any client; here `OneModel` is the only model, and other routes than those of `ROUTES` are taken away.
 
 Known to work with transformers 5.23, whose `transformers.cli.serving` promises no stable interface. What is used of it
-is used here alone: `build_server`, `ModelManager`, `GenerationState`, `ChatCompletionHandler`, and no private names.
+is used in this folder alone: `build_server`, `ModelManager`, `GenerationState`, `GenerateManager` and
+`ChatCompletionHandler`, and no private names.
 """
 
 import asyncio
 import base64
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from io import BytesIO
 from typing import Annotated, Any, Literal
+from uuid import uuid4
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from lightvlm.processing.processing_lightvlm import reading
+from lightvlm.serving.answers import FAILED, Call, State, error_body, tidy, tidy_stream
 from PIL import Image
 from pydantic import (
     BaseModel,
@@ -36,9 +40,10 @@ from pydantic import (
 )
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers.cli.serving import Modality, ModelManager, build_server
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.utils import GenerationState
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers would only be more code that strangers can attack
@@ -46,14 +51,29 @@ PREPARED = 4  # requests with decoded images at a time; the others wait as they 
 KEPT = 4096 * 4096  # pixels of a request's images together, once they have been resized
 SMALLEST = 1e-10  # temperature above 0, and top_p: logits divided by less do not fit in float32
 DEFAULTS = {  # what may be asked for of fields that are not done, because it is what happens anyway
-    "n": 1,
-    "response_format": {"type": "text"},
-    "logprobs": False,
-    "top_logprobs": 0,
-    "presence_penalty": 0,
-    "modalities": ["text"],
-    "store": False,
+    "n": [1],
+    "response_format": [{"type": "text"}],
+    "logprobs": [False],
+    "top_logprobs": [0],
+    "presence_penalty": [0],
+    "logit_bias": [{}],
+    "modalities": [["text"]],
+    "store": [False],
+    "stop": [[]],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "parallel_tool_calls": [False, True],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "service_tier": ["auto", "default"],
+    "reasoning_effort": ["none"],
+    "verbosity": ["medium"],
+    "include_obfuscation": [False],  # of stream_options
+    "detail": ["auto"],  # of an image
+    "tool_calls": [[]],  # of a message, as these
+    "annotations": [[]],
 }
+PASSED_ON = {"model", "stream", "temperature", "top_p", "frequency_penalty", "seed"}  # to transformers as they are
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,7 @@ class Limits:
     Memory is bounded, however many requests come at a time. Decoded images take at most 20 bytes a pixel for the one
     that is being decoded, converted and resized, 4 for those that `PREPARED` requests keep resized, and 20 for those
     of the one request that is being processed: `20 * (pixels + KEPT) + 4 * PREPARED * KEPT`, by default less than
-    1 GiB. Besides, a connection has its body, twice while it is parsed, and the tensors made of its images.
+    1 GiB. Besides, each request has its body, twice while it is parsed, and the tensors made of its images.
 
     Args:
         body_bytes: of a request as it is sent, base64 included.
@@ -72,6 +92,8 @@ class Limits:
         new_tokens: of an answer; also the default of a request.
         messages: of a request, counted by their parts, of which a bare text is one.
         characters: of all texts of a request together, counted before they are tokenized.
+        requests: at a time, from their headers to the end of their answers; connections without one don't count.
+        seconds: for a request to arrive whole, and for a client to go on reading an answer.
     """
 
     body_bytes: int = 32 * 2**20
@@ -80,29 +102,48 @@ class Limits:
     new_tokens: int = 1024
     messages: int = 256
     characters: int = 2**17
+    requests: int = 128
+    seconds: int = 30
 
 
-class Text(BaseModel):
+class Checked(BaseModel):
+    """Refuses any other field by its name, unless it is null or as in `DEFAULTS`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def refuse_other_fields(self):
+        for name, value in self.model_extra.items():
+            accepted = DEFAULTS.get(name, [])
+            if value is not None and value not in accepted:
+                instead = (
+                    f"give {' or '.join(map(json.dumps, accepted))} or leave it out" if accepted else "leave it out"
+                )
+                raise ValueError(f"{name} is not supported: {instead}.")
+        return self
+
+
+class Text(Checked):
     """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageURL(BaseModel):
+class ImageURL(Checked):
     """The address of an image part."""
 
     url: str
 
 
-class ImagePart(BaseModel):
+class ImagePart(Checked):
     """An image part of a message."""
 
     type: Literal["image_url"]
     image_url: ImageURL
 
 
-class Message(BaseModel):
+class Message(Checked):
     """A message; a bare text stands for one text part."""
 
     role: Literal["system", "user", "assistant"]
@@ -114,14 +155,19 @@ class Message(BaseModel):
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-class ChatRequest(BaseModel):
-    """What can be asked for; any other field is refused by its name, unless it is null or as in `DEFAULTS`."""
+class StreamOptions(Checked):
+    """Whether the usage of a streamed answer is sent at its end."""
 
-    model_config = ConfigDict(extra="allow")
+    include_usage: bool | None = None
+
+
+class ChatRequest(Checked):
+    """What can be asked for."""
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     model: str | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     num_image_tokens: Any = None  # the processor's to judge
     max_completion_tokens: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
@@ -129,6 +175,11 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(None, ge=SMALLEST, le=1)
     frequency_penalty: float | None = Field(None, gt=-1, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
+    # What these say about a request asks for nothing.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
 
     @field_validator("temperature")
     @classmethod
@@ -136,14 +187,6 @@ class ChatRequest(BaseModel):
         if temperature and temperature < SMALLEST:
             raise ValueError(f"give 0 or at least {SMALLEST}")
         return temperature
-
-    @model_validator(mode="after")
-    def refuse_other_fields(self):
-        for name, value in self.model_extra.items():
-            if value is not None and (name not in DEFAULTS or value != DEFAULTS[name]):
-                instead = f"give {json.dumps(DEFAULTS[name])} or leave it out" if name in DEFAULTS else "leave it out"
-                raise ValueError(f"{name} is not supported: {instead}.")
-        return self
 
 
 def describe(error: ValidationError | RequestValidationError) -> str:
@@ -219,7 +262,9 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
         {
             "role": message.role,
             "content": [
-                part.model_dump() if part.type == "text" else {"type": "image", "image": next(images)}
+                {"type": "text", "text": part.text}
+                if part.type == "text"
+                else {"type": "image", "image": next(images)}
                 for part in message.content
             ],
         }
@@ -236,7 +281,7 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
     if new_tokens > room:
         raise ValueError(f"{length} tokens and {new_tokens} new ones: {new_tokens - room} more than the model reads.")
 
-    body = request.model_dump(exclude={"messages", "num_image_tokens", *request.model_extra}, exclude_none=True)
+    body = request.model_dump(include=PASSED_ON, exclude_none=True)
     body |= {"messages": messages, "max_completion_tokens": new_tokens}
     body["chat_template_kwargs"] = {"processor_kwargs": {"num_image_tokens": request.num_image_tokens}}
     if request.temperature:  # transformers alone would go on being greedy
@@ -272,20 +317,30 @@ class OneModel(ModelManager):
 class ChatHandler(ChatCompletionHandler):
     """transformers' chat completions, of requests that `read_request` has read."""
 
-    def __init__(self, models: OneModel, state: GenerationState, limits: Limits):
+    def __init__(self, models: OneModel, state: State, limits: Limits):
         super().__init__(models, state)
         self.limits = limits
         self.places = asyncio.Semaphore(PREPARED)
         self.decoding = asyncio.Lock()
 
     async def handle_request(self, body: dict, request_id: str):
+        request_id = f"chatcmpl-{uuid4().hex}"  # a client's own may be another's too
+        calls = self.generation_state.calls.by_request
         async with self.places:
             try:
                 async with self.decoding:
-                    body = await asyncio.to_thread(read_request, body, *self.model_manager.served, self.limits)
-                return await super().handle_request(body, request_id)
+                    request = await asyncio.to_thread(read_request, body, *self.model_manager.served, self.limits)
+                call = calls[request_id] = Call(self.model_manager.served[0])
+                response = await super().handle_request(request, request_id)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error
+            finally:
+                calls.pop(request_id, None)
+        if not request.get("stream"):
+            return tidy(response, call)
+        include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        response.body_iterator = tidy_stream(response.body_iterator, call, include_usage)
+        return response
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict], modality: Modality) -> list[dict]:
@@ -294,13 +349,39 @@ class ChatHandler(ChatCompletionHandler):
 
 def refusal(status: int, message: str, headers: dict | None = None) -> JSONResponse:
     """A response in OpenAI's format of errors."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status, headers)
+    return JSONResponse(error_body(message, status), status, headers)
 
 
-def build_app(name: str, model, processor, limits: Limits) -> FastAPI:
-    """The application, for uvicorn: `ROUTES`, one model that is called `name`, and errors in OpenAI's format."""
-    models, state = OneModel(name, model, processor), GenerationState()
+class LimitRequests:
+    """Answers 503 while `requests` others are in progress."""
+
+    def __init__(self, app: ASGIApp, requests: int):
+        self.app, self.requests, self.running = app, requests, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif self.running >= self.requests:
+            await refusal(503, f"{self.requests} requests are in progress: try again later.")(scope, receive, send)
+        else:
+            self.running += 1
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.running -= 1
+
+
+def build_app(name: str, model, processor, limits: Limits, cors_origins: Sequence[str] = ()) -> FastAPI:
+    """Return the application, for `Server`: `ROUTES` and errors in OpenAI's format.
+
+    Args:
+        name: of the model, for clients.
+        model: loaded, in evaluation mode.
+        processor: of the model.
+        limits: of requests.
+        cors_origins: of web pages that may ask, such as "http://localhost:3000", or "*" for all.
+    """
+    models, state = OneModel(name, model, processor), State()
     app = build_server(
         models,
         ChatHandler(models, state, limits),
@@ -312,6 +393,12 @@ def build_app(name: str, model, processor, limits: Limits) -> FastAPI:
     )
     app.router.routes[:] = [route for route in app.router.routes if route.path in ROUTES]
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.body_bytes)
+
+    @app.get("/v1/models/{requested:path}")
+    def retrieve_model(requested: str):
+        if requested != name:
+            raise HTTPException(404, f"There is no model {requested!r}, but {name!r}.")
+        return models.get_gen_models()[0]
 
     @app.middleware("http")
     async def refuse_as_openai(request, call_next):
@@ -329,22 +416,11 @@ def build_app(name: str, model, processor, limits: Limits) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def fail(request, error):
-        return refusal(500, "The server failed at this request; its log says why.")
+        return refusal(500, FAILED)
 
+    app.add_middleware(LimitRequests, requests=limits.requests)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     return app
-
-
-class Server(uvicorn.Server):
-    """uvicorn, but Ctrl-C ends what is being generated: Python crashes if it exits while a thread is in PyTorch."""
-
-    def __init__(self, config: uvicorn.Config, model):
-        super().__init__(config)
-        self.model = model
-
-    def handle_exit(self, sig, frame):
-        def stop(*_):
-            raise HTTPException(503, "The server is shutting down.")
-
-        for module in self.model.modules():
-            module.register_forward_pre_hook(stop)
-        super().handle_exit(sig, frame)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -19,9 +20,9 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
-import uvicorn
 from lightvlm.common.checkpoint import SHIPPED, load
-from lightvlm.serving.server import KEPT, PREPARED, Limits, build_app
+from lightvlm.serving.connections import Server
+from lightvlm.serving.server import DEFAULTS, KEPT, PREPARED, Limits, build_app
 from lightvlm_cli.main import main
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from PIL import Image, ImageDraw
@@ -38,6 +39,11 @@ DONE = {
     "top_p",
     "frequency_penalty",
     "seed",
+    "stream_options",
+    "user",
+    "metadata",
+    "safety_identifier",
+    "prompt_cache_key",
 }
 OTHERS = sorted(
     (CompletionCreateParamsStreaming.__required_keys__ | CompletionCreateParamsStreaming.__optional_keys__) - DONE
@@ -80,10 +86,10 @@ def model():
     return load(str(SHIPPED))[0].to("cpu", torch.float32)
 
 
-@pytest.fixture(scope="module")
-def client(model):
-    app = build_app("lightvlm-tiny", model, model.processor_beside_weights(), LIMITS)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+@contextlib.contextmanager
+def serving(model, limits=LIMITS, name="lightvlm-tiny", **options):
+    app = build_app(name, model, model.processor_beside_weights(), limits, **options)
+    server = Server(app, model, limits.seconds)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -94,17 +100,23 @@ def client(model):
         thread.join()
 
 
+@pytest.fixture(scope="module")
+def client(model):
+    with serving(model) as client:
+        yield client
+
+
 def complete(client, messages: list[dict], **options):
     return client.chat.completions.create(model="lightvlm-tiny", messages=messages, **options)
 
 
 def ask(client, messages: list[dict], **options) -> str:
-    return complete(client, messages, **options).choices[0].message.content.strip()
+    return complete(client, messages, **options).choices[0].message.content
 
 
 def stream(client, messages: list[dict], **options) -> list[str]:
     chunks = complete(client, messages, stream=True, **options)
-    return [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    return [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
 
 
 def post(client, path: str, body, method: str = "POST") -> tuple[int, dict]:
@@ -135,15 +147,39 @@ def refusal(client, messages: list[dict], **options) -> tuple[int, str]:
 
 def test_the_model_is_listed(client):
     assert [model.id for model in client.models.list()] == ["lightvlm-tiny"]
+    assert client.models.retrieve("lightvlm-tiny") == client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="There is no model 'me/other', but 'lightvlm-tiny'."):
+        client.models.retrieve("me/other")
+
+
+def test_a_model_whose_name_has_a_slash_is_found_and_pages_of_given_origins_may_ask(model):
+    with serving(model, name="me/toy", cors_origins=["http://localhost:3000"]) as client:
+        assert client.models.retrieve("me/toy").id == "me/toy"
+        assert post(client, "/v1/models/me/toy", None, "GET")[1]["id"] == "me/toy"
+        connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
+        ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+        for origin, status in (("http://localhost:3000", 200), ("http://evil.example", 400)):
+            connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": origin, **ask})
+            with connection.getresponse() as answer:
+                answer.read()
+                allowed = answer.headers["Access-Control-Allow-Origin"]
+                assert answer.status == status and allowed == (origin if status == 200 else None)
+
+
+def test_no_page_may_ask_unless_its_origin_is_given(client):
+    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
+    connection.request("GET", "/v1/models", headers={"Origin": "http://localhost:3000"})
+    with connection.getresponse() as answer:
+        assert answer.read() and "Access-Control-Allow-Origin" not in answer.headers
 
 
 @pytest.mark.parametrize("question", QUESTIONS[2:])
 def test_an_answer_is_that_of_chat_streamed_or_not(client, model, question):
     expected = model.chat(draw(1), question)
     completion = complete(client, [user(question, draw(1))])
-    assert completion.choices[0].message.content.strip() == expected
+    assert completion.choices[0].message.content == expected
     assert completion.choices[0].finish_reason == "stop" and completion.model == "lightvlm-tiny"
-    assert "".join(stream(client, [user(question, draw(1))])).strip() == expected
+    assert "".join(stream(client, [user(question, draw(1))])) == expected
 
 
 def test_an_answer_is_streamed_in_pieces(client):
@@ -156,7 +192,7 @@ def test_several_images_in_a_message_and_several_turns(client, model):
         expected = model.chat(images, question, history=history)
         messages.append(user(question, *images))
         message = complete(client, messages).choices[0].message
-        assert message.content.strip() == expected
+        assert message.content == expected
         messages.append({"role": "assistant", "content": expected})
 
 
@@ -299,21 +335,106 @@ def test_a_field_of_openais_that_is_not_done_is_refused_by_its_name_unless_it_is
 
 
 @pytest.mark.parametrize(
-    ("name", "default", "other"),
+    ("name", "other"),
     [
-        ("n", 1, 2),
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
-        ("logprobs", False, True),
-        ("top_logprobs", 0, 3),
-        ("presence_penalty", 0, 0.5),
-        ("modalities", ["text"], ["text", "audio"]),
-        ("store", False, True),
+        ("n", 2),
+        ("response_format", {"type": "json_object"}),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("presence_penalty", 0.5),
+        ("logit_bias", {"5": 100}),
+        ("modalities", ["text", "audio"]),
+        ("store", True),
+        ("stop", ["red"]),
+        ("tools", [{"type": "function", "function": {"name": "look"}}]),
+        ("tool_choice", "required"),
+        ("parallel_tool_calls", "yes"),
+        ("functions", [{"name": "look"}]),
+        ("function_call", {"name": "look"}),
+        ("service_tier", "flex"),
+        ("reasoning_effort", "high"),
+        ("verbosity", "low"),
     ],
 )
-def test_what_happens_anyway_may_be_asked_for(client, name, default, other):
-    assert post_fields(client, **{name: default}) == (200, "")
-    expected = f"{name} is not supported: give {json.dumps(default)} or leave it out."
-    assert post_fields(client, **{name: other}) == (400, expected)
+def test_what_happens_anyway_may_be_asked_for(client, name, other):
+    for default in DEFAULTS[name]:
+        assert post_fields(client, **{name: default}) == (200, "")
+    instead = " or ".join(map(json.dumps, DEFAULTS[name]))
+    assert post_fields(client, **{name: other}) == (400, f"{name} is not supported: give {instead} or leave it out.")
+
+
+def test_what_langchain_open_webui_and_vercels_sdk_send_is_answered(client, model):
+    fields = {"user": "someone", "metadata": {"chat": "1"}, "tools": [], "tool_choice": "none", "logit_bias": {}}
+    fields |= {"parallel_tool_calls": False, "service_tier": "auto", "n": 1, "stream_options": {"include_usage": True}}
+    assert "".join(stream(client, [user(QUESTIONS[3], draw(1))], **fields)) == model.chat(draw(1), QUESTIONS[3])
+
+
+def test_a_message_of_openais_client_may_be_sent_back(client):
+    message = complete(client, [user("what color?", draw(1))]).choices[0].message.model_dump()
+    assert {"refusal", "tool_calls", "audio"} <= message.keys()
+    assert post_fields(client, messages=[user("what?", draw(1)), message, user("where?")]) == (200, "")
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ({"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, "tool_calls is not supported: give []"),
+        ({"role": "user", "content": "a", "name": "Ann"}, "name is not supported: leave it out"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}, "cache_control is not"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:", "detail": "low"}}]},
+            'detail is not supported: give "auto"',
+        ),
+    ],
+)
+def test_what_a_message_asks_for_and_is_not_done_is_refused_by_its_name(client, message, named):
+    status, told = post_fields(client, messages=[message])
+    assert status == 400 and told.startswith("messages.0") and named in told
+
+
+@pytest.mark.parametrize("budget", ["dynamic:16", 16, [4, 64]])
+def test_usage_counts_the_tokens_that_were_kept_and_says_how_many_of_each_image(client, model, budget):
+    messages, extra = [user(QUESTIONS[3], draw(1), draw(2))], {"num_image_tokens": budget}
+    usage = complete(client, messages, extra_body=extra).usage
+    kept = usage.num_image_tokens
+    assert kept == (budget if isinstance(budget, list) else [16, 16] if budget == 16 else kept) and len(kept) == 2
+    assert all(1 <= count < 576 for count in kept)
+    fixed = complete(client, messages, extra_body={"num_image_tokens": kept}).usage
+    assert usage == fixed and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    text = complete(client, [user("what?")]).usage
+    assert text.prompt_tokens < 30 and "num_image_tokens" not in text.model_dump()
+
+
+def test_usage_of_a_streamed_answer_comes_in_a_last_chunk_if_it_is_asked_for(client):
+    options = {"messages": [user(QUESTIONS[3], draw(1))], "extra_body": {"num_image_tokens": "dynamic:16"}}
+    *chunks, last = complete(client, **options, stream=True, stream_options={"include_usage": True})
+    assert last.choices == [] and last.usage == complete(client, **options).usage
+    assert [chunk.usage for chunk in chunks] == [None] * len(chunks)
+    assert chunks[-1].choices[0].finish_reason == "stop" and len({chunk.id for chunk in [*chunks, last]}) == 1
+    for asked in ({}, {"stream_options": {"include_usage": False}}):
+        assert all(
+            chunk.usage is None and chunk.choices for chunk in complete(client, **options, stream=True, **asked)
+        )
+
+
+def test_a_stream_ends_as_openais_does(client):
+    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
+    body = {"messages": [user("what color?", draw(1))], "stream": True}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    with connection.getresponse() as answer:
+        assert answer.read().decode().split("\n\n")[-2:] == ["data: [DONE]", ""]
+
+
+def test_a_failure_amid_a_stream_is_an_error_in_openais_format(client, model, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError('a "secret"\n\nof two lines')
+
+    hook = model.model.language_model.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(openai.APIError, match="^The server failed at this request; its log says why.$"):
+            stream(client, [user("what?", draw(1))])
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p"])
@@ -445,7 +566,7 @@ def test_32_requests_at_once_are_answered_as_one_by_one(client, model):
 
     def answer(image, question, budget, streamed):
         options = {"messages": [user(question, image)], "extra_body": {"num_image_tokens": budget}}
-        return "".join(stream(client, **options)).strip() if streamed else ask(client, **options)
+        return "".join(stream(client, **options)) if streamed else ask(client, **options)
 
     with ThreadPoolExecutor(32) as threads:
         answers = [threads.submit(answer, *case, streamed) for case in cases for streamed in (True, False)]
@@ -479,6 +600,93 @@ def test_the_command_says_where_it_answers_and_ends_at_ctrl_c_in_the_midst_of_an
         used.result()
     line = f"lightvlm-tiny (cpu, bfloat16) answers at http://127.0.0.1:{port}/v1; Ctrl-C ends it\n"
     assert capsys.readouterr().out == line
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"
+BODY = HEAD + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+
+
+def is_closed(connection: socket.socket) -> bool:
+    connection.settimeout(10)
+    try:
+        return connection.recv(100) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_silent_connections_keep_nobody_out_and_are_closed_after_a_while(model):
+    limits = Limits(new_tokens=4, requests=2, seconds=4)
+    with serving(model, limits) as client, contextlib.ExitStack() as stack:
+        address = client.base_url.host, client.base_url.port
+        silent = [stack.enter_context(socket.create_connection(address)) for _ in range(150)]
+        for connection in silent[130:]:
+            connection.sendall(HEAD)
+        begin = time.monotonic()
+        assert ask(client, [user("what color?", draw(1))])
+        for _ in range(20):
+            assert client.models.list().data
+        assert time.monotonic() - begin < 4 and all(map(is_closed, silent))
+
+
+@pytest.mark.parametrize("start", [HEAD, BODY], ids=["headers", "body"])
+def test_a_byte_now_and_then_does_not_keep_a_connection_open(model, start):
+    with serving(model, Limits(seconds=1)) as client, socket.socket() as connection:
+        connection.connect((client.base_url.host, client.base_url.port))
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        answered = b""
+        while not answered.endswith(b'{"status":"ok"}'):
+            answered += connection.recv(1000)
+        connection.sendall(start)
+        for _ in range(8):
+            time.sleep(0.3)
+            with contextlib.suppress(OSError):
+                connection.sendall(b"a")
+        assert is_closed(connection)
+
+
+def test_requests_beyond_the_limit_are_refused_until_others_end(model):
+    with serving(model, Limits(requests=2, seconds=2)) as client:
+        address = client.base_url.host, client.base_url.port
+        with socket.create_connection(address) as one, socket.create_connection(address) as other:
+            one.sendall(BODY)
+            other.sendall(BODY)
+            time.sleep(0.5)
+            with pytest.raises(openai.InternalServerError, match="2 requests are in progress: try again later"):
+                client.models.list()
+            assert is_closed(one) and is_closed(other)
+        assert any(post(client, "/v1/models", None, "GET")[0] == 200 for _ in range(20))
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut(model, monkeypatch):
+    monkeypatch.setattr("lightvlm.serving.server.OneModel.get_gen_models", lambda self: ["a" * 2**25])
+    with serving(model, Limits(requests=1, seconds=1)) as client:
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
+            time.sleep(2.5)
+            connection.settimeout(10)
+            received = 0
+            with contextlib.suppress(ConnectionResetError):
+                while data := connection.recv(2**20):
+                    received += len(data)
+            assert received < 2**25
+        assert post(client, "/health", None, "GET")[0] == 200
+
+
+def test_an_answer_may_take_longer_than_a_request(model):
+    hook = model.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+    try:
+        with serving(model, Limits(seconds=1, new_tokens=6)) as client:
+            assert complete(client, [user(QUESTIONS[3], draw(1))]).usage.completion_tokens > 3
+            assert len(stream(client, [user(QUESTIONS[3], draw(1))])) > 3
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://localhost:3000/", "http://a b"])
+def test_an_origin_that_no_browser_sends_is_refused(origin, capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "--cors-origin", origin])
+    assert "without a path" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_one_clear_sentence(client, capsys):
