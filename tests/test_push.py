@@ -375,7 +375,7 @@ def test_what_is_called_a_picture_is_one(checkpoint, tmp_path, name, message):
         write(checkpoint, tmp_path / "out")
 
 
-@pytest.mark.parametrize("widget", ["example.png", "[example.png]", "[{src: 5}]", "[{src: null}]"])
+@pytest.mark.parametrize("widget", ["example.png", "[example.png]", "[{src: 5}]"])
 def test_a_widget_without_pictures_has_none(checkpoint, tmp_path, widget):
     (checkpoint / "README.md").write_text(CARD.replace("license:", f"widget: {widget}\nlicense:"))
     write(checkpoint, tmp_path / "out")
@@ -414,19 +414,18 @@ def test_a_token_or_a_path_of_this_machine_is_refused_by_file_and_line(checkpoin
     assert HF not in str(error.value) and AWS not in str(error.value)
 
 
-def test_the_homes_of_others_may_be_words_of_a_vocabulary_and_addresses(checkpoint, tmp_path):
-    processor = make_processor()
-    processor.tokenizer.add_tokens(["/home/user"])
-    (checkpoint / "README.md").write_text(CARD + "See https://example.org/home/page, ~/photos and build/run.\n")
-    write_folder(LightVLM.from_pretrained(checkpoint), processor, checkpoint, tmp_path / "out", "me/toy", [], {})
-    assert "/home/user" in (tmp_path / "out" / "tokenizer.json").read_text()
-
-
-def test_the_user_s_home_is_refused_whatever_it_is_called(checkpoint, tmp_path, monkeypatch):
+def test_the_user_s_home_is_refused_whatever_it_is_called_but_no_words_of_a_vocabulary(
+    checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.setenv("HOME", "/data/someone")
+    model, processor = LightVLM.from_pretrained(checkpoint), make_processor()
+    processor.tokenizer.add_tokens(["/home/user"])
     (checkpoint / "README.md").write_text(CARD.replace("- loss", "- data: /data/someone/a.json\n- loss"))
     with pytest.raises(ValueError, match=r"README.md, line \d+, would publish a path of this machine, /data/someone"):
-        write(checkpoint, tmp_path / "out")
+        write_folder(model, processor, checkpoint, tmp_path / "out", "me/toy", [], {})
+    (checkpoint / "README.md").write_text(CARD.replace("- loss", "- data: https://example.org/home/a.json\n- loss"))
+    write_folder(model, processor, checkpoint, tmp_path / "again", "me/toy", [], {})
+    assert "/home/user" in (tmp_path / "again" / "tokenizer.json").read_text()
 
 
 def test_where_parts_were_loaded_from_is_not_published(checkpoint, tmp_path):

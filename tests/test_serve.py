@@ -166,13 +166,6 @@ def test_a_model_whose_name_has_a_slash_is_found_and_pages_of_given_origins_may_
                 assert answer.status == status and allowed == (origin if status == 200 else None)
 
 
-def test_no_page_may_ask_unless_its_origin_is_given(client):
-    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
-    connection.request("GET", "/v1/models", headers={"Origin": "http://localhost:3000"})
-    with connection.getresponse() as answer:
-        assert answer.read() and "Access-Control-Allow-Origin" not in answer.headers
-
-
 @pytest.mark.parametrize("question", QUESTIONS[2:])
 def test_an_answer_is_that_of_chat_streamed_or_not(client, model, question):
     expected = model.chat(draw(1), question)
