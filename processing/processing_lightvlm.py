@@ -24,7 +24,14 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 from transformers.image_processing_utils import select_best_resolution
-from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images
+from transformers.image_transforms import to_channel_dimension_format
+from transformers.image_utils import (
+    ImageInput,
+    infer_channel_dimension_format,
+    is_valid_image,
+    load_image,
+    make_flat_list_of_images,
+)
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -100,6 +107,40 @@ def open_images(images: Any, numbers: Iterator[int] | None = None) -> Any:
     return image
 
 
+def to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """Scale pixels to 8 bits: booleans and 16-bit integers by the range of their type, others by their brightest one.
+
+    Raises:
+        ValueError: if they are negative, as after normalization, not finite, or floats just beyond 1 or 255, as after
+            interpolation.
+    """
+    kind, brightest = pixels.dtype.kind, float(pixels.max())
+    if pixels.dtype == np.uint8:
+        return pixels
+    white = 1 if brightest <= 1 and kind in "bf" else 255 if brightest <= 255 else 65535
+    white = 65535 if kind == "u" and pixels.itemsize == 2 else white
+    is_beyond = kind == "f" and (1 < brightest < 3 or 255 < brightest < 3 * 255)
+    if is_beyond or not (pixels.min() >= 0 and brightest <= 65535):
+        raise ValueError(
+            f"its values are from {pixels.min():.3g} to {brightest:.3g}; give floats from 0 to 1, or integers from 0 "
+            "to 255, not normalized"
+        )
+    return (pixels.clip(0, white) * (255 / white)).round().astype(np.uint8)
+
+
+def to_image(image: Any, name: str, layout: str | None = None) -> Image.Image:
+    """Convert an array or tensor, channels first or last as `layout`, or where there are 1, 3 or 4, tells."""
+    if isinstance(image, Image.Image):
+        return image
+    if hasattr(image, "detach"):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    with reading(name):
+        layout = layout or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        pixels = to_bytes(np.asarray(to_channel_dimension_format(image, "channels_last", layout)))
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
 def turn_upright(image: Image.Image) -> Image.Image:
     """Rotate an image as its EXIF says; an image with broken EXIF is returned as it is."""
     try:
@@ -114,11 +155,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     image = turn_upright(image)
     if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image).astype(np.float32)
-        # 16-bit modes have a known range; that of 32-bit modes is inferred from the brightest pixel.
-        brightest = 65535 if image.mode.startswith("I;16") else pixels.max()
-        white = 65535 if brightest > 255 else 1 if brightest <= 1 and image.mode == "F" else 255
-        image = Image.fromarray((pixels.clip(0, white) * (255 / white)).astype(np.uint8))
+        image = Image.fromarray(to_bytes(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -359,6 +396,9 @@ class LightVLMProcessor(ProcessorMixin):
         budgets, means = self.resolve_budgets(num_image_tokens, len(images))
         check_max_views(max_views)
         shrinks = not kwargs.keys() & {"do_resize", "resample", "size"}
+        if kwargs.get("do_rescale", self.image_processor.do_rescale) is not False:  # or arrays are scaled by then
+            layout = kwargs.pop("input_data_format", None)
+            images = [to_image(image, f"Image {index}", layout) for index, image in enumerate(images)]
         images = [
             self.prepare_image(image, f"Image {index}", shrinks) if isinstance(image, Image.Image) else image
             for index, image in enumerate(images)
