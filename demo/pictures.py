@@ -73,6 +73,7 @@ def picture_views(
     kept: torch.Tensor,
     model: LightVLM,
     processor: LightVLMProcessor,
+    total: int,
 ) -> Image.Image:
     """An image of many views: the kept patches of tiles as they are, and elsewhere those of the thumbnail, enlarged.
 
@@ -82,6 +83,7 @@ def picture_views(
         kept: (K,) indices of the kept tokens.
         model: for its configuration.
         processor: the checkpoint's.
+        total: of how many tokens, for the label.
     """
     side = math.isqrt(processor.num_patches)
     views = [cut_patches(as_seen(view, processor), side) for view in pixel_values]
@@ -99,7 +101,7 @@ def picture_views(
     in_fine = is_kept[joined].repeat(patches.shape[1], axis=0).repeat(patches.shape[1], axis=1)[..., None]
     shown = np.where(in_coarse, np.asarray(thumbnail.resize(whole, Image.Resampling.NEAREST)), dim(pixels))
     picture = Image.fromarray(np.where(in_fine, pixels, shown))
-    return write_count(picture, f"{len(kept)} / {tokens.shape[1]} tokens")
+    return write_count(picture, f"{len(kept)} / {total} tokens")
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def draw_kept(
     question: str | None = None,
     max_views: int | None = None,
 ) -> tuple[Image.Image, int, int]:
-    """The image with its dropped patches dimmed, how many tokens are kept, and of how many.
+    """The image with its dropped patches dimmed, how many tokens are kept, and how many the encoded views have.
 
     Args:
         model: whose pruner chooses.
@@ -130,6 +132,8 @@ def draw_kept(
     (kept,) = model.get_image_features(**inputs).kept_indices
     if "image_sizes" not in inputs:
         return picture_kept(inputs["pixel_values"][0], kept, processor), len(kept), processor.num_patches
-    height, width = inputs["image_sizes"][0].tolist()
-    picture = picture_views(inputs["pixel_values"][0], (height, width), kept, model, processor)
-    return picture, len(kept), processor.count_tokens((height, width))
+    size = tuple(inputs["image_sizes"][0].tolist())
+    total = processor.count_tokens(size)
+    if max_views is not None:
+        total = min(total, max_views * processor.num_patches)
+    return picture_views(inputs["pixel_values"][0], size, kept, model, processor, total), len(kept), total

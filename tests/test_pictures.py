@@ -1,10 +1,14 @@
 """A picture shows what the encoder sees, where it stands, and which patches are kept."""
 
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
 from lightvlm.common.checkpoint import SHIPPED
-from lightvlm.demo.pictures import as_seen, draw_kept, picture_kept, picture_views
+from lightvlm.demo.pictures import as_seen, draw_kept, picture_kept, picture_views, write_count
 from lightvlm_cli.main import main
 from PIL import Image
 from tiny import GRIDS, make_image, make_model, make_processor
@@ -82,6 +86,51 @@ def test_show_lets_the_question_choose(tmp_path, capsys):
     assert "--prompt needs a pruner" in capsys.readouterr().err
 
 
+@pytest.fixture
+def checkpoint(tmp_path):
+    for part in (make_model(), make_processor()):
+        part.save_pretrained(tmp_path / "checkpoint")
+    return str(tmp_path / "checkpoint")
+
+
+def test_show_draws_each_image_of_a_folder_a_pattern_and_an_address(checkpoint, tmp_path, capsys):
+    for number, name in enumerate(("photos/a.png", "photos/b.jpg", "more/c.png", "served/d e.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        make_image(number).save(tmp_path / name)
+    (tmp_path / "photos/broken.png").write_bytes(b"no image")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        images = [str(tmp_path / "photos"), str(tmp_path / "more/*.png")]
+        images.append(f"http://127.0.0.1:{server.server_port}/d%20e.png?size=1")
+        show = ["show", "--model-path", checkpoint, "--output", str(tmp_path / "kept"), "--image", *images]
+        assert main(show) == 2
+        server.shutdown()
+    output = capsys.readouterr()
+    assert "broken.png cannot be read" in output.err and "1 of 5 images could not be drawn" in output.err
+    assert output.out.count("9 of 36 tokens") == 4
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["a.png", "b.png", "c.png", "d e.png"]
+    assert len({path.read_bytes() for path in (tmp_path / "kept").iterdir()}) == 4
+
+
+def test_show_replaces_no_image_and_no_picture_of_another(tmp_path, capsys):
+    for name in ("one/a.png", "two/a.jpg"):
+        (tmp_path / name).parent.mkdir()
+        make_image().save(tmp_path / name)
+    before = (tmp_path / "one/a.png").read_bytes()
+    one, two, both = str(tmp_path / "one"), str(tmp_path / "two"), [str(tmp_path / "one"), str(tmp_path / "two")]
+    for images, output, reason in [
+        ([f"{one}/a.png"], f"{one}/a.png", "a.png would be the picture and an image"),
+        ([one], one, "a.png would be the picture and an image"),
+        (both, str(tmp_path / "kept"), "a.png would be the picture of several images"),
+        (both, str(tmp_path / "kept.png"), "kept.png is no folder: give one for 2 images"),
+        ([f"{two}/a.jpg", *both], f"{one}/a.png", "is no folder"),
+    ]:
+        assert main(["show", "--image", *images, "--output", output]) == 2
+        assert reason in capsys.readouterr().err
+    assert (tmp_path / "one/a.png").read_bytes() == before and not (tmp_path / "kept").exists()
+
+
 def test_show_names_what_is_wrong(tmp_path, capsys):
     make_image().save(tmp_path / "image.png")
     show = ["show", "--image", str(tmp_path / "image.png"), "--output", str(tmp_path / "kept.png")]
@@ -102,7 +151,7 @@ def test_of_many_views_kept_patches_of_tiles_are_as_they_were_and_of_the_thumbna
 
     def draw(kept):
         kept = torch.tensor(kept, dtype=torch.long)
-        return np.asarray(picture_views(pixels, size, kept, model, processor)).astype(int)
+        return np.asarray(picture_views(pixels, size, kept, model, processor, total)).astype(int)
 
     whole, nothing = draw([*range(36, total)]), draw([])
     assert whole.shape == (196, 252, 3)  # 14 of 18 rows of patches are no padding
@@ -118,12 +167,19 @@ def test_of_many_views_kept_patches_of_tiles_are_as_they_were_and_of_the_thumbna
     assert rows.min() in (32, 33) and rows.max() in (64, 65, 66) and (columns.min(), columns.max()) == (0, 41)
 
 
-def test_a_large_picture_is_drawn_with_its_count():
+def test_a_large_picture_is_drawn_with_its_count(monkeypatch):
+    labels = []
+    monkeypatch.setattr(
+        "lightvlm.demo.pictures.write_count",
+        lambda picture, label: labels.append(label) or write_count(picture, label),
+    )
     model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
     assert draw_kept(model, processor, make_image(), 9)[1:] == (9, 36)
     picture, kept, total = draw_kept(model, processor, make_image(0, (252, 252)), 30)
     assert (kept, total) == (30, 360) and picture.size == (252, 252)
-    assert draw_kept(model, processor, make_image(0, (252, 252)), 30, max_views=2)[1:] == (30, 360)
+    for views, encoded in ((1, 36), (2, 72), (20, 360)):  # a view has 36 tokens
+        assert draw_kept(model, processor, make_image(0, (252, 252)), 30, max_views=views)[1:] == (30, encoded)
+        assert labels[-1] == f"30 / {encoded} tokens"
 
 
 def test_show_leaves_an_earlier_picture_whole_until_the_new_one_is(tmp_path, monkeypatch, capsys):
