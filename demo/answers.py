@@ -35,7 +35,7 @@ class TimedStreamer(TextIteratorStreamer):
 class Conversation:
     """All that is known of one visitor: `history` is what `chat` appends to, `shown` the messages on the page."""
 
-    image: Path | None = None
+    image: Image.Image | None = None
     question: str = ""
     history: list[dict] = field(default_factory=list)
     shown: list[dict] = field(default_factory=list)
@@ -52,22 +52,28 @@ class Choice:
     compare: bool = False
 
 
-def check_image(path: Path) -> Path:
-    """The same path; ValueError where the file is no image or has more than `MAX_PIXELS`."""
+def read_image(path: Path, processor: LightVLMProcessor) -> Image.Image:
+    """Upright RGB of a file, once for all questions, no larger than its views need.
+
+    Raises:
+        ValueError: where the file is no image, or has more than `MAX_PIXELS`, or is too thin.
+    """
     with reading(path.name), Image.open(path) as image:  # reads no more than the header
         width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{path.name} has {width} x {height} pixels: make it smaller, {MAX_PIXELS:,} at most.")
-    open_image(path, path.name)
-    return path
+    image = processor.prepare_image(open_image(path, path.name), path.name)
+    longest = max(map(max, processor.grid_pinpoints), default=max(image.size))
+    image.thumbnail((longest, longest))
+    return image
 
 
-def tabulate_answers(answers: dict[int, tuple[str, float]]) -> str:
-    """A Markdown table of the answer and the milliseconds at each number of tokens."""
+def tabulate_answers(answers: dict[int, tuple[str, float | None]]) -> str:
+    """A Markdown table of the answer and the milliseconds, if it has any, at each number of tokens."""
     rows = ["| tokens | answer | first token |", "| ---: | --- | ---: |"]
     for budget, (answer, first) in sorted(answers.items()):
         words = " ".join(answer.split()).replace("|", "\\|")
-        rows.append(f"| {budget} | {words} | {first:.0f} ms |")
+        rows.append(f"| {budget} | {words} | {'' if first is None else f'{first:.0f} ms'} |")
     return "\n".join(rows)
 
 
@@ -81,6 +87,7 @@ class Answerer:
 
     def __init__(self, model: LightVLM, processor: LightVLMProcessor):
         self.model, self.processor = model, processor
+        self.positions = model.config.text_config.max_position_embeddings
         self.worker = ThreadPoolExecutor(max_workers=1)
         talk = Conversation(Image.new("RGB", (64, 64)), "?")
         for budget in (processor.num_patches, processor.num_image_tokens):  # or the first visitor would wait for it
@@ -111,12 +118,27 @@ class Answerer:
     def draw(self, talk: Conversation, choice: Choice) -> tuple[Image.Image, int, int]:
         """The picture of what is kept of the image, how many tokens that is, and of how many."""
         question = talk.question if choice.by_question else None
-        image = open_image(talk.image)
-        what = (self.model, self.processor, image, choice.budget, question, choice.max_views)
+        what = (self.model, self.processor, talk.image, choice.budget, question, choice.max_views)
         return self.worker.submit(draw_kept, *what).result()
 
-    def ask_again(self, talk: Conversation, before: list, choice: Choice, **options) -> tuple[str, float]:
-        """The whole answer of another choice, which is not remembered, and milliseconds to its first token."""
+    def fits(self, talk: Conversation, before: list, choice: Choice) -> bool:
+        """Whether the decoder has positions for the question, those before, K tokens of the image, and an answer."""
+        content = [{"type": "text", "text": talk.question}]
+        asked = {"role": "user", "content": content if before else [{"type": "image"}, *content]}
+        prompt = self.processor.apply_chat_template([*before, asked], add_generation_prompt=True)
+        (budget,), (mean,) = self.processor.resolve_budgets(choice.budget, 1)
+        image = min(mean or budget, self.processor.count_tokens(talk.image.size[::-1]))
+        return len(self.processor.tokenizer(prompt)["input_ids"]) - 1 + image < self.positions
+
+    def ask_again(
+        self, talk: Conversation, before: list, choice: Choice, **options
+    ) -> tuple[str, float] | tuple[str, None]:
+        """The whole answer of another choice, which is not remembered, and milliseconds to its first token.
+
+        A prompt that the decoder has no positions for, which might take minutes, is not answered: that is said.
+        """
+        if not self.fits(talk, before, choice):
+            return f"more than the model's {self.positions:,} positions", None
         streamer = self.streamer()
         job = self.worker.submit(self.chat, streamer, talk, [*before], choice, **options)
         return "".join(streamer).strip(), job.result()
@@ -138,6 +160,11 @@ class Answerer:
         before = talk.history if choice.follow_up else []
         if len(before) >= 2 * MAX_TURNS:
             raise ValueError(f"{MAX_TURNS} questions are as many as are remembered: untick the follow-up.")
+        if not self.fits(talk, before, choice):
+            raise ValueError(
+                f"Image and questions are more than the model's {self.positions:,} positions: lower K, write less, or "
+                "untick the follow-up."
+            )
         history, streamer, stop, answer = [*before], self.streamer(), Event(), ""
 
         def stopped(ids, scores, **kwargs):
@@ -160,6 +187,8 @@ class Answerer:
                 answers[budget] = self.ask_again(talk, before, replace(choice, budget=budget))
             table = f"\n\n{tabulate_answers(answers)}"
         elif kept < patches:
-            _, time_of_all = self.ask_again(talk, before, Choice(patches), max_new_tokens=1)
-            line += f" (all tokens: {time_of_all:.0f} ms)"
+            whole = self.processor.count_tokens(talk.image.size[::-1])
+            excuse, time_of_all = self.ask_again(talk, before, Choice(whole), max_new_tokens=1)
+            told = f"all tokens: {time_of_all:.0f} ms" if time_of_all else f"all {whole:,} are {excuse}"
+            line += f" ({told})"
         yield f"{answer}\n\n*{line}*{table}", picture

@@ -5,11 +5,13 @@ Visitors wait in a queue for the one model; what a visitor's session holds is a 
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from html import escape
 from pathlib import Path
 
 import gradio as gr
+from huggingface_hub import ModelCard
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.demo.answers import Answerer, Choice, Conversation, check_image
+from lightvlm.demo.answers import Answerer, Choice, Conversation, read_image
 from PIL import Image
 
 MAX_FILE_SIZE = "10mb"
@@ -34,35 +36,64 @@ TO_ADDRESS = """(kind, number, by_question, views) => {
 }"""
 TITLE = """<h1>LightVLM</h1>
 <p>Answers from a fraction of the image's tokens: the dimmed ones never reach the language model.</p>"""
+MAX_INTRODUCTION = 600
 INVITATION = "Choose an example, or add an image and ask about it."
 
 
-def ask(answerer: Answerer, talk: Conversation, message: dict, *settings) -> Iterator[tuple]:
-    """Answer {"text", "files"}, or say what is wrong with it: conversation, messages, an empty box and the picture."""
+def ask(
+    answerer: Answerer,
+    talk: Conversation,
+    message: dict,
+    kind: str,
+    number: int,
+    by_question: bool,
+    views: int,
+    follow_up: bool,
+    compare: bool,
+) -> Iterator[tuple]:
+    """Answer {"text", "files"}, or say what is wrong with it: conversation, messages, an empty box and the picture.
+
+    The names of the settings are those of the API.
+    """
     text, files = message["text"].strip(), [Path(file) for file in message["files"]]
     asked, reply = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
     talk.shown, picture = [*talk.shown, asked, reply], None
     try:
         if files:
-            talk.image, talk.history = check_image(files[0]), []
+            talk.image, talk.history = read_image(files[0], answerer.processor), []
             asked["content"] = [{"path": str(files[0])}, text]
         talk.question = text
         yield talk, talk.shown, None, gr.skip()
-        for reply["content"], picture in answerer.answer(talk, choice(*settings)):
+        chosen = choice(kind, number, by_question, views, follow_up, compare)
+        for reply["content"], picture in answerer.answer(talk, chosen):
             yield talk, talk.shown, None, picture or gr.skip()
     except ValueError as error:
         reply["content"] = f"⚠ {error}"
     yield talk, talk.shown, None, picture or gr.skip()
 
 
-def show(answerer: Answerer, talk: Conversation, *settings) -> Image.Image | dict:
+def show(
+    answerer: Answerer, talk: Conversation, kind: str, number: int, by_question: bool, views: int
+) -> Image.Image | dict:
     """The picture at another budget, before anything more is asked."""
     if talk.image is None:
         return gr.skip()
     try:
-        return answerer.draw(talk, choice(*settings))[0]
+        return answerer.draw(talk, choice(kind, number, by_question, views))[0]
     except ValueError as error:
         raise gr.Error(str(error)) from None
+
+
+def introduce(checkpoint: str) -> str:
+    """The first paragraph of a checkpoint's card, which says what it knows, as text; "" if there is none."""
+    card = Path(checkpoint, "README.md") if Path(checkpoint).is_dir() else checkpoint  # or a name on the Hub
+    try:
+        text = ModelCard.load(card).text if checkpoint else ""
+    except (OSError, ValueError):  # no file, not reachable, or not a card
+        return ""
+    paragraphs = (" ".join(each.split()) for each in text.split("\n\n"))
+    first = next((each for each in paragraphs if each[:1].isalnum()), "")
+    return first if len(first) <= MAX_INTRODUCTION else f"{first[:MAX_INTRODUCTION]}…"
 
 
 def choice(kind: str, number: int, by_question: bool, views: int, *also: bool) -> Choice:
@@ -106,7 +137,7 @@ def build(answerer: Answerer) -> gr.Blocks:
     most_views = 1 + max((rows * columns for rows, columns in grids), default=0)
     default = (DYNAMIC, config.mean_image_tokens) if is_dynamic else (FIXED, config.num_image_tokens)
     with gr.Blocks(title="LightVLM", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.HTML(TITLE, elem_id="title")
+        gr.HTML(f"{TITLE}<p>{escape(introduce(config.name_or_path))}</p>", elem_id="title")
         talk = gr.State(Conversation())
         with gr.Row():
             with gr.Column(scale=3, min_width=320):

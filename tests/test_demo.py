@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from gradio_client import Client, handle_file
+from lightvlm.common.checkpoint import SHIPPED
 from lightvlm.demo.answers import MAX_QUESTION, MAX_TURNS, Answerer, Choice, Conversation, TimedStreamer
-from lightvlm.demo.app import DYNAMIC, EXAMPLES, FIXED, ask, build, from_address, launch, show, slider
+from lightvlm.demo.app import DYNAMIC, EXAMPLES, FIXED, ask, build, from_address, introduce, launch, show, slider
 from lightvlm_cli.main import main
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from saved import broken_images
-from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor
+from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor, make_tokenizer, text_config
 
 LINE = r"\*(\d+) of 36 tokens · first token after \d+ ms( \(all tokens: \d+ ms\))?\*$"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -54,7 +55,7 @@ def last(answerer, talk, text, path=None, kind=FIXED, number=9, by_question=Fals
 
 
 def test_an_answer_is_that_of_chat_with_its_tokens_and_times(answerer, path):
-    *growing, (answer, picture) = answerer.answer(Conversation(path, "what color?"), Choice(9))
+    *growing, (answer, picture) = answerer.answer(Conversation(make_image(), "what color?"), Choice(9))
     expected = answerer.model.chat(path, "what color?", num_image_tokens=9, processor=answerer.processor)
     words, line = answer.rsplit("\n\n", 1)
     assert words == expected and growing[-1][0].strip() == expected and len(growing) > 1
@@ -113,8 +114,76 @@ def test_of_a_large_picture_fewer_views_may_be_encoded(tmp_path, monkeypatch):
     assert max(encoded) == 10
     encoded.clear()
     answer, _ = last(answerer, Conversation(), "what?", tmp_path / "large.png", views=3, compare=True)
-    assert "9 of 360 tokens" in answer and "| 36 |" in answer
+    assert "9 of 108 tokens" in answer and "| 36 |" in answer  # three views of 36
     assert max(encoded) <= 3
+
+
+@pytest.fixture
+def answerer_of_views():
+    """That of a model which cuts large pictures into views of 36 tokens, and has 200 positions."""
+    text = text_config("phi", make_tokenizer(), max_position_embeddings=200)
+    model = make_model(image_grid_pinpoints=GRIDS, text_config=text)
+    model.generation_config.max_new_tokens = 4
+    return Answerer(model, make_processor(pinpoints=GRIDS))
+
+
+def test_what_is_beyond_the_decoders_positions_is_not_tried_and_said(answerer_of_views, tmp_path, monkeypatch):
+    make_image(size=(252, 252)).save(tmp_path / "large.png")
+    lengths, chat = [], answerer_of_views.model.chat
+    monkeypatch.setattr(
+        answerer_of_views.model, "chat", lambda *a, **k: lengths.append(k["num_image_tokens"]) or chat(*a, **k)
+    )
+    talk = Conversation()
+    answer, _ = last(answerer_of_views, talk, "what?", tmp_path / "large.png", number=9)
+    assert "9 of 360 tokens" in answer and answer.endswith(" (all 360 are more than the model's 200 positions)*")
+    assert lengths == [9]
+    refused, _ = last(answerer_of_views, talk, "what?", number=199)
+    assert refused.startswith("⚠ Image and questions are more than the model's 200 positions: lower K")
+    assert "positions" not in last(answerer_of_views, talk, "what?", number=180)[0].partition("(")[0]
+    answer, _ = last(answerer_of_views, talk, "what? " * 80, number=9, compare=True)
+    assert answer.endswith("| 36 | more than the model's 200 positions |  |") and "| 9 | " in answer
+
+
+def test_a_picture_is_read_once_and_kept_no_larger_than_its_views(answerer_of_views, answerer, tmp_path):
+    Image.effect_noise((3000, 2000), 50).save(tmp_path / "large.png")
+    for each, longest in ((answerer_of_views, 252), (answerer, 126)):
+        talk = Conversation()
+        assert not last(each, talk, "what?", tmp_path / "large.png")[0].startswith("⚠")
+        assert max(talk.image.size) == longest
+    (tmp_path / "large.png").unlink()  # as Gradio does after a day
+    assert not last(answerer, talk, "and now?")[0].startswith("⚠")
+
+
+CARD = """---
+license: mit
+---
+# toy
+
+![a badge](https://example.org/badge.svg)
+
+It knows <b>squares</b>,
+and nothing else.
+
+More.
+"""
+
+
+def test_the_page_says_what_the_checkpoint_knows(answerer, tmp_path, monkeypatch):
+    assert "easy-VQA" in introduce(str(SHIPPED)) and "nothing else" in introduce(str(SHIPPED))
+    assert introduce("") == introduce(str(tmp_path)) == introduce(str(tmp_path / "gone")) == ""
+    (tmp_path / "README.md").write_text(CARD)
+    monkeypatch.setattr(answerer.model.config, "name_or_path", str(tmp_path))
+    title = next(block for block in build(answerer).blocks.values() if getattr(block, "elem_id", "") == "title")
+    assert "<p>It knows &lt;b&gt;squares&lt;/b&gt;, and nothing else.</p>" in title.value
+    (tmp_path / "README.md").write_text("word " * 1000)
+    assert len(introduce(str(tmp_path))) < 700
+
+
+def test_the_parameters_of_the_api_have_names(url):
+    settings = ["kind", "number", "by_question", "views"]
+    described = Client(url, verbose=False, analytics_enabled=False).view_api(return_format="dict")["named_endpoints"]
+    named = {name: [each["parameter_name"] for each in end["parameters"]] for name, end in described.items()}
+    assert named == {"/ask": ["message", *settings, "follow_up", "compare"], "/show": settings}
 
 
 def test_the_address_names_the_settings():
@@ -179,8 +248,8 @@ def test_questions_stand_alone_unless_they_follow_up(answerer, path):
         ("what?", 9, 2 * MAX_TURNS, "untick"),
     ],
 )
-def test_questions_that_cannot_be_answered(answerer, path, text, number, history, cure):
-    talk = Conversation(path, history=[{}] * history)
+def test_questions_that_cannot_be_answered(answerer, text, number, history, cure):
+    talk = Conversation(make_image(), history=[{}] * history)
     assert cure in last(answerer, talk, text, number=number, follow_up=True)[0]
     assert len(talk.history) == history
 
@@ -203,12 +272,12 @@ def test_bad_files_are_refused_and_the_image_before_stays(answerer, path, tmp_pa
     assert "9 of 36" in last(answerer, talk, "what?", path)[0]
 
 
-def test_a_visitor_who_leaves_stops_the_model(answerer, path, monkeypatch):
+def test_a_visitor_who_leaves_stops_the_model(answerer, monkeypatch):
     calls = []
     monkeypatch.setattr(answerer.model.generation_config, "max_new_tokens", 400)
     monkeypatch.setattr(answerer.model.generation_config, "min_new_tokens", 400)
     hook = answerer.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    answer = answerer.answer(Conversation(path, "what?"), Choice(9))
+    answer = answerer.answer(Conversation(make_image(), "what?"), Choice(9))
     next(answer)
     answer.close()
     answerer.worker.submit(hook.remove).result()
