@@ -1,8 +1,10 @@
 """Images of many views: the thumbnail and the tiles of a grid, under one budget."""
 
+import math
 import random
 from itertools import pairwise
 
+import numpy
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
@@ -456,3 +458,28 @@ def test_grids_are_multiples_of_a_view(grids):
 def test_a_new_newline_token_is_of_llava_nexts_scale():
     newline = make_next()[0].model.image_newline
     assert 0.1 < float(newline.std()) < 0.3  # 1 / sqrt(32) is 0.18
+
+
+@pytest.mark.parametrize("size", [(518, 336), (336, 518), (640, 480), (100, 101), (252, 84)])
+@pytest.mark.parametrize("tensors", ["pt", "np"])
+def test_the_padding_of_tiles_goes_on_with_the_edges_of_the_picture(size, tensors):
+    """Black bars are answered as black; a LLaVA-NeXT checkpoint, which has newlines, learned with them."""
+    image, ours = make_image(0, size), make_processor(pinpoints=GRIDS)
+    grid = ours.tile_grid(size[::-1])
+    padded = make_processor(pinpoints=GRIDS, image_newline=True)(images=image, text="<image>", return_tensors=tensors)
+    filled = ours(images=image, text="<image>", return_tensors=tensors)
+    pictures = []
+    for inputs in (filled, padded):
+        tiles = torch.as_tensor(inputs["pixel_values"])[0, 1:].unflatten(0, grid)
+        pictures.append(tiles.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2))
+    scale = min(grid[0] * 84 / size[1], grid[1] * 84 / size[0])
+    height, width = (min(math.ceil(round(side * scale, 6)), n * 84) for side, n in zip(size[::-1], grid, strict=True))
+    top, left = (grid[0] * 84 - height) // 2, (grid[1] * 84 - width) // 2
+    inside = (slice(None), slice(top, top + height), slice(left, left + width))
+    assert torch.equal(pictures[0][inside], pictures[1][inside])
+    expected = numpy.pad(
+        pictures[1][inside].numpy(),
+        ((0, 0), (top, grid[0] * 84 - height - top), (left, grid[1] * 84 - width - left)),
+        mode="edge",
+    )
+    assert torch.equal(pictures[0], torch.from_numpy(expected))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
-from math import isqrt
+from math import ceil, isqrt
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,28 @@ def shrink(image: Image.Image, image_processor: Any) -> Image.Image:
         short = min(image.size)
         return image.resize([side * size["shortest_edge"] // short for side in image.size], resample)
     return image
+
+
+def extend_edges(tiles: Any, grid: tuple[int, int], size: tuple[int, int]) -> Any:
+    """Fill the padding of an image's tiles with the pixels at the picture's edges.
+
+    An encoder sees black bars as something black, and patches that are partly a bar belong to the picture.
+
+    Args:
+        tiles: (rows x columns, channels, side, side), an array or tensor, padded as by LLaVA-NeXT's image processor.
+        grid: rows and columns of tiles.
+        size: (height, width) of the image.
+    """
+    side, sources = tiles.shape[-1], []
+    scale = min(views * side / length for views, length in zip(grid, size, strict=True))
+    for views, length in zip(grid, size, strict=True):
+        inside = min(ceil(round(length * scale, 6)), views * side)
+        start = (views * side - inside) // 2
+        sources.append(np.arange(views * side).clip(start, start + inside - 1).reshape(views, side))
+    rows, columns = sources[0][:, None, None, :, None], sources[1][None, :, None, None, :]
+    channels = np.arange(tiles.shape[1])[:, None, None]
+    filled = tiles[rows // side * grid[1] + columns // side, channels, rows % side, columns % side]
+    return filled.reshape(tiles.shape)
 
 
 def check_max_views(max_views: Any) -> int | None:
@@ -414,14 +436,18 @@ class LightVLMProcessor(ProcessorMixin):
         return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
 
     def trim_views(self, processed: dict[str, Any], max_views: int | None) -> list[int]:
-        """Take from LLaVA-NeXT's image inputs the tiles of images that are one view; returns each image's largest K.
+        """Fill the padding of tiles, take from LLaVA-NeXT's image inputs the tiles of images that are one view, and
+        return each image's largest K.
 
-        If all of them are, the inputs become those of images without views.
+        If all images are one view, the inputs become those of images without views.
         """
         sizes = [(int(height), int(width)) for height, width in processed["image_sizes"]]
-        tiles = max(rows * columns for rows, columns in map(self.tile_grid, sizes))
+        grids, pixels = [self.tile_grid(size) for size in sizes], processed["pixel_values"]
+        tiles = max(rows * columns for rows, columns in grids)
         views = slice(1 + tiles) if tiles else 0
-        pixels = processed["pixel_values"]
+        for image, grid, size in zip(pixels, grids, sizes, strict=True):
+            if (count := grid[0] * grid[1]) and not self.image_newline:  # LLaVA-NeXT learned with black bars
+                image[1 : 1 + count] = extend_edges(image[1 : 1 + count], grid, size)
         processed["pixel_values"] = pixels[:, views] if hasattr(pixels, "ndim") else [each[views] for each in pixels]
         if not tiles:
             processed.pop("image_sizes")
