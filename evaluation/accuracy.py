@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.common.fingerprint import hash_files
 from lightvlm.common.views import upright_size
 from lightvlm.evaluation.answer_log import AnswerLog
 from lightvlm.evaluation.answers import tokenize
@@ -82,9 +83,9 @@ class Questions:
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def digest(self) -> str:
-        """What tells these questions, images and right answers from others."""
-        asked = [self.paths, self.prompts, self.references]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        """What tells these questions, images and right answers from others; it reads all images."""
+        asked = [self.paths, self.prompts, self.references, hash_files(self.paths)]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def count_tokens(self) -> tuple[int, int]:
         """Tokens, before pruning, of the images that have the fewest and the most."""
@@ -255,9 +256,9 @@ def accuracy(
         accuracy.
     """
     question_aware = any(selector.endswith("+question") for selector, _ in settings)
-    log = log or AnswerLog(None, "", {})
+    log = log or AnswerLog(None, {})
     done = {row for lines in log.earlier for row in lines["rows"]}
-    batches = log.mine(questions.batches(batch_size, done))
+    batches = [*log.mine(questions.batches(batch_size, done))]
     for number, rows in enumerate(tqdm(batches, "Batches", disable=not log.state.is_main_process)):
         torch.manual_seed(seed + rows[0])  # chance is the same in whatever process, after whatever pause
         batch, is_timed = Batch(model, questions, rows, question_aware), number <= TIMED_BATCHES
