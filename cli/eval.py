@@ -140,7 +140,9 @@ def run(args: argparse.Namespace) -> None:
     own = model.config.select
     if dynamic and own not in selectors:
         raise ValueError(f"a dynamic budget is spent by the checkpoint's own selector: add {own} to --selectors.")
-    measured = on_main(fingerprint, args.model_path) if args.answers or args.output else {}
+    measured = {"dtype": str(model.dtype), "int8": args.int8, "encoder_keep": model.config.encoder_keep}
+    if args.answers or args.output:
+        measured |= on_main(fingerprint, args.model_path)
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
@@ -157,8 +159,7 @@ def run(args: argparse.Namespace) -> None:
         if "downsample" not in selectors and most == processor.num_patches:
             settings += [("downsample", budget) for budget in fewer if math.isqrt(budget) ** 2 == budget]
         settings += [(own, budget) for budget in dynamic]
-        about = measured | {"dtype": str(model.dtype), "int8": args.int8, "encoder_keep": model.config.encoder_keep}
-        about |= {"settings": settings, "seed": args.seed}
+        about = measured | {"settings": settings, "seed": args.seed}
         if args.answers:
             about["questions_sha256"] = on_main(questions.digest)
         with AnswerLog(args.answers and args.answers / f"{name}.jsonl", about) as log:

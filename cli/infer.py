@@ -165,7 +165,8 @@ def write_answers(args: argparse.Namespace, model, processor, names: list[str]) 
             + "\n  ".join(lines[:10])
             + more
         )
-    print(f"{args.output}: {len(asks)} questions answered", file=sys.stderr)
+    before = f", {len(log.earlier)} answers by earlier runs" if log.earlier else ""
+    print(f"{args.output}: {len(asks)} questions answered{before}", file=sys.stderr)
 
 
 def table(results: list[dict]) -> str:

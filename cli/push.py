@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
     from huggingface_hub import HfApi
     from lightvlm.common.checkpoint import load
-    from lightvlm.hub.card import read_results
+    from lightvlm.hub.card import check_measured, read_results
     from lightvlm.hub.push import check_files, check_folder, check_repo_id, hub_errors, upload, write_folder
 
     api, checkpoint = HfApi(), Path(args.model_path)
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         with hub_errors(args.repo_id):
             api.whoami()  # a wrong token fails before the long part
     model, processor = load(args.model_path, dtype="auto")  # not as this machine likes it
+    check_measured(args.results, checkpoint, model.config)
     with tempfile.TemporaryDirectory() as work:
         folder, name = Path(work, "folder"), args.repo_id or str(args.dry_run)
         write_folder(model, processor, checkpoint, folder, name, results, dict(args.hub_datasets))

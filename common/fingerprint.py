@@ -1,4 +1,4 @@
-"""What a checkpoint's answers depend on, as sha256: kept with answers and results, and compared before they are used."""
+"""What a checkpoint's answers depend on, as sha256: kept with answers and results, compared before they are used."""
 
 import hashlib
 import json

@@ -44,7 +44,7 @@ class AnswerLog:
             try:
                 on_main(self.prepare)
                 self.earlier = read_lines(self.path)
-                self.state.wait_for_everyone()  # all have read the same before one adds to it: they share the rest alike
+                self.state.wait_for_everyone()  # all have read the same before one adds to it, so they share alike
                 self.file = open(self.part(self.state.process_index), "ab")
             except BaseException:
                 self.lock.release()
@@ -57,8 +57,7 @@ class AnswerLog:
                 self.file.close()
                 if error is None:
                     self.state.wait_for_everyone()
-                    if self.state.is_main_process:
-                        self.collect_parts()
+                    on_main(self.collect_parts)
             finally:
                 self.lock.release()
 
@@ -68,8 +67,8 @@ class AnswerLog:
 
     def parts(self) -> list[Path]:
         """Files of other processes that wait to join the first."""
-        files = self.path.parent.iterdir()
-        return sorted(file for file in files if file.stem == self.path.name and re.fullmatch(r"\.part\d+", file.suffix))
+        names = re.compile(re.escape(self.path.name) + r"\.part\d+")
+        return sorted(file for file in self.path.parent.iterdir() if names.fullmatch(file.name))
 
     def prepare(self) -> None:
         """Lock the file, compare what its answers depend on, and remove lines that a kill or a full disk cut off."""
@@ -80,9 +79,9 @@ class AnswerLog:
             self.lock.acquire()
         except Timeout:
             raise ValueError(f"{self.path} is being written by another run: wait for it, or choose another") from None
-        head, found = Path(f"{self.path}.about.json"), [path for path in (self.path, *self.parts()) if path.exists()]
-        if any(path.stat().st_size for path in found):
-            compare(self.path, attempt(lambda: json.loads(head.read_bytes())), self.about)
+        head = Path(f"{self.path}.about.json")
+        if found := [path for path in (self.path, *self.parts()) if path.exists() and path.stat().st_size]:
+            compare(found[0], head, self.about)
             for path in found:
                 read_lines(path)  # refuses what is something else, before anything is changed
             for path in found:
@@ -94,7 +93,7 @@ class AnswerLog:
         self.collect_parts()
 
     def collect_parts(self) -> None:
-        """Append what other processes wrote; after a kill in between, the lines that are there already are left out."""
+        """Append what other processes wrote, but for lines that a run which was killed here has appended already."""
         for part in self.parts():
             known = {*self.path.read_bytes().split(b"\n")}
             with open(self.path, "ab") as file:
@@ -126,7 +125,7 @@ class AnswerLog:
 
 
 def on_main(function: Callable, *args) -> Any:
-    """Return in all processes what a function returns in the main one; all end with its error, which that one tells."""
+    """Return in all processes what a function returns in the main one; its error ends all, and only that one tells."""
     state = PartialState()
     result = [attempt(function, *args) if state.is_main_process else None]
     if state.num_processes > 1:
@@ -136,23 +135,25 @@ def on_main(function: Callable, *args) -> Any:
     return result[0]
 
 
-def compare(path: Path, written: Any, wanted: dict) -> None:
-    """Raise ValueError, with what differs, unless a file's answers depend on what is wanted."""
+def compare(path: Path, head: Path, wanted: dict) -> None:
+    """Raise ValueError, with what differs, unless the head says that a file's answers depend on what is wanted."""
+    written = attempt(lambda: json.loads(head.read_bytes()))
     if not isinstance(written, dict):
         raise ValueError(
-            f"{path} is there, but {path.name}.about.json, which says what its answers depend on, is not: choose another "
-            "file for answers, or remove it"
+            f"{path} was not written by this version, or lost {head.name}, which says what its answers depend on: "
+            "choose another file for answers, or remove it"
         )
     differences = []
     for name in dict.fromkeys([*written, *wanted]):
         old, new = written.get(name), wanted.get(name)
-        if old != new:
-            is_short = len(f"{old}{new}") < 60
-            differences.append(f"{name} {old} instead of {new}" if is_short else f"other {name.removesuffix('_sha256')}")
+        if old != new and len(f"{old}{new}") < 60:
+            differences.append(f"{name} {old} instead of {new}")
+        elif old != new:
+            differences.append(f"other {name.removesuffix('_sha256')}")
     if differences:
         raise ValueError(
-            f"{path} was answered with {', '.join(differences)}: go on with the same, choose another file for answers, "
-            "or remove it"
+            f"{path} was answered with {', '.join(differences)}: go on with the same, choose another file for "
+            "answers, or remove it"
         )
 
 
