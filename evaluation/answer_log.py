@@ -140,7 +140,7 @@ def compare(path: Path, head: Path, wanted: dict) -> None:
     written = attempt(lambda: json.loads(head.read_bytes()))
     if not isinstance(written, dict):
         raise ValueError(
-            f"{path} was not written by this version, or lost {head.name}, which says what its answers depend on: "
+            f"{path} is no file of answers of this version, or lost {head.name}, which says what they depend on: "
             "choose another file for answers, or remove it"
         )
     differences = []
