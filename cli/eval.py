@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answers",
         type=Path,
-        help="folder to keep answers in as they come: the same command goes on from there",
+        help="folder to keep answers in as they come: the same command goes on from there, another checkpoint's not",
     )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--plot", type=Path, help="also draw accuracy over tokens in this file, such as out.png")

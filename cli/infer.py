@@ -3,11 +3,18 @@
 With --output answers are written as they come, one JSON object a line, and the same command goes on after a kill. Rows
 and images that cannot be read are reported at the end, with their numbers, and the others are answered.
 
+FILE.about.json, beside the output, has the sha256 of weights and configuration, and the options that decide answers. The
+output is refused if that is missing, if the checkpoint or an option is another, or if images have changed since, which
+cannot be told of URLs: name another output, or remove it. FILE.lock, which may stay, is for one run to write at a time.
+Under `accelerate launch` processes share the questions; what the others answer is in FILE.part1 and so on, and joins
+the output at the end, or when the next run begins.
+
 examples:
   lightvlm infer --image photo.jpg --prompt "What is in this image?"
   lightvlm infer --image a.png b.png --prompt "what color is the shape?" --num-image-tokens 576,144,64
   lightvlm infer --image photos "more/*.jpg" --prompt "is there a circle?" --num-image-tokens 64 --output answers.jsonl
   lightvlm infer --input questions.jsonl --image-folder images --output answers.jsonl --batch-size 64
+  accelerate launch --num_processes 8 -m lightvlm_cli.main infer --input questions.jsonl --output answers.jsonl
   find photos -name "*.png" | lightvlm infer --image - --prompt "is there a circle?" --output answers.jsonl
 """
 

@@ -124,13 +124,7 @@ def test_a_dry_run_writes_the_folder_and_uploads_nothing(hub, checkpoint, unchec
     ],
 )
 def test_results_of_another_checkpoint_are_refused(checkpoint, unchecked, tmp_path, capsys, change, message):
-    report = {
-        "command": "lightvlm eval",
-        **fingerprint(checkpoint),
-        "encoder_keep": None,
-        "results": [row()],
-        **change,
-    }
+    report = {"command": "lightvlm eval", "results": [row()], **fingerprint(checkpoint), **change}
     (tmp_path / "a.json").write_text(json.dumps({name: value for name, value in report.items() if value}))
     expected = 2 if message else 0
     assert run(checkpoint, "--dry-run", tmp_path / "out", "--results", tmp_path / "a.json") == expected
