@@ -3,9 +3,9 @@
 With --output answers are written as they come, one JSON object a line, and the same command goes on after a kill. Rows
 and images that cannot be read are reported at the end, with their numbers, and the others are answered.
 
-FILE.about.json, beside the output, has the sha256 of weights and configuration, and the options that decide answers. The
-output is refused if that is missing, if the checkpoint or an option is another, or if images have changed since, which
-cannot be told of URLs: name another output, or remove it. FILE.lock, which may stay, is for one run to write at a time.
+FILE.about.json, beside the output, has the sha256 of weights and configuration, and the options that decide.
+The output is refused if that is missing, if checkpoint or an option is another, or if images have changed since, which
+cannot be told of URLs: name another output, or remove it. FILE.lock, which may stay, is held while a run writes.
 Under `accelerate launch` processes share the questions; what the others answer is in FILE.part1 and so on, and joins
 the output at the end, or when the next run begins.
 
