@@ -56,14 +56,24 @@ def test_a_disk_that_is_full_at_the_start_loses_nothing(path):
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"row": 2, "ans')
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log = AnswerLog(path, ABOUT)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
-        with log:
-            pass
+        assert earlier(path) == [0, 1]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == whole
+
+
+def test_a_disk_that_becomes_full_inside_a_character_ends_the_run_and_the_next_goes_on(path):
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + len('{"row": "') + 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"), AnswerLog(path, ABOUT) as log:
+            log.add({"row": "öö"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes().endswith('"ö'.encode()[:-1])
+    assert earlier(path) == [0, 1] and path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
