@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--dry-run", type=Path, metavar="OUT", help="write the Hub folder here and upload nothing")
     parser.add_argument(
-        "--results", nargs="+", default=[], metavar="FILE", help="JSON files of lightvlm eval --output"
+        "--results", nargs="+", default=[], metavar="FILE", help="files of lightvlm eval --output, of these weights"
     )
     parser.add_argument(
         "--hub-datasets",
