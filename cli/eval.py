@@ -53,6 +53,7 @@ from lightvlm_cli.options import (
     add_model_path,
     add_precision,
     budget_list,
+    claim_device,
     layer_shares,
     loading,
     positive,
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answers",
         type=Path,
-        help="folder to keep answers in as they come: the same command goes on from there",
+        help="folder to keep answers in as they come: the same command goes on from there, another checkpoint's not",
     )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--plot", type=Path, help="also draw accuracy over tokens in this file, such as out.png")
@@ -97,12 +98,13 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
     from lightvlm.common.checkpoint import check_question_aware, load
     from lightvlm.common.files import write_json
+    from lightvlm.common.fingerprint import fingerprint
     from lightvlm.common.llava_data import load_llava
     from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
 
     try:
-        from lightvlm.evaluation.accuracy import Questions, accuracy, choose_settings, table
-        from lightvlm.evaluation.answer_log import AnswerLog
+        from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, Questions, accuracy, choose_settings, table
+        from lightvlm.evaluation.answer_log import AnswerLog, on_main
         from lightvlm.evaluation.benchmarks import BENCHMARKS, load_benchmark
         from lightvlm.evaluation.metrics import ExactMatch
         from lightvlm.evaluation.plot import plot
@@ -126,9 +128,7 @@ def run(args: argparse.Namespace) -> None:
         files, metric = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}, ExactMatch()
         if len(files) < len(args.data_path):
             raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if state.num_processes > 1 and not (args.device or args.device_map):
-        args.device = str(state.device)
+    claim_device(args)
     model, processor = load(args.model_path, **loading(args))
     if args.encoder_keep:
         checked = type(model.config).from_dict({**model.config.to_dict(), "encoder_keep": args.encoder_keep})
@@ -144,6 +144,9 @@ def run(args: argparse.Namespace) -> None:
     dynamic = [budget for budget in args.num_image_tokens or [] if isinstance(budget, str)]
     if dynamic and own not in selectors:
         raise ValueError(f"a dynamic budget is spent by the checkpoint's own selector: add {own} to --selectors.")
+    measured = {"dtype": str(model.dtype), "int8": args.int8, "encoder_keep": model.config.encoder_keep}
+    if args.answers or args.output:
+        measured |= on_main(fingerprint, args.model_path)
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
@@ -152,12 +155,13 @@ def run(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         settings += [(own, budget) for budget in dynamic]
-        about = {"model": args.model_path, "dtype": str(model.dtype), "int8": args.int8, "settings": settings}
-        about |= {"encoder_keep": model.config.encoder_keep, "seed": args.seed, "questions": questions.digest()}
-        log = AnswerLog(args.answers, name, about)
-        for result in accuracy(model, questions, settings, metric, args.batch_size, args.seed, log):
-            results.append({"data": name, **result})
-    if not state.is_main_process:
+        about = measured | {"settings": settings, "seed": args.seed, "max_new_tokens": MAX_NEW_TOKENS}
+        if args.answers:
+            about["questions_sha256"] = on_main(questions.digest)
+        with AnswerLog(args.answers and args.answers / f"{name}.jsonl", about) as log:
+            found = accuracy(model, questions, settings, metric, args.batch_size, args.seed, log)
+        results += [{"data": name, **result} for result in found]
+    if not PartialState().is_main_process:
         return
     command = shlex.join(["lightvlm", *args.argv])
     on_gpu = model.device.type == "cuda"
@@ -166,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
     timing = f"milliseconds a question, median over batches of {args.batch_size}, {dtype}, on {device}"
     print(f"\n{command}\nseed {args.seed}\nprefill and selection: {timing}\n\n{table(results)}")
     if args.output:
-        report = {"command": command, "seed": args.seed, "timing": timing, "results": results}
+        report = {"command": command, "seed": args.seed, "timing": timing, **measured, "results": results}
         write_json(args.output, report)
     if args.plot:
         plot(results, args.plot)

@@ -3,11 +3,18 @@
 With --output answers are written as they come, one JSON object a line, and the same command goes on after a kill. Rows
 and images that cannot be read are reported at the end, with their numbers, and the others are answered.
 
+FILE.about.json, beside the output, has the sha256 of weights and configuration, and the options that decide.
+The output is refused if that is missing, if checkpoint or an option is another, or if images have changed since, which
+cannot be told of URLs: name another output, or remove it. FILE.lock, which may stay, is held while a run writes.
+Under `accelerate launch` processes share the questions; what the others answer is in FILE.part1 and so on, and joins
+the output at the end, or when the next run begins.
+
 examples:
   lightvlm infer --image photo.jpg --prompt "What is in this image?"
   lightvlm infer --image a.png b.png --prompt "what color is the shape?" --num-image-tokens 576,144,64
   lightvlm infer --image photos "more/*.jpg" --prompt "is there a circle?" --num-image-tokens 64 --output answers.jsonl
   lightvlm infer --input questions.jsonl --image-folder images --output answers.jsonl --batch-size 64
+  accelerate launch --num_processes 8 -m lightvlm_cli.main infer --input questions.jsonl --output answers.jsonl
   find photos -name "*.png" | lightvlm infer --image - --prompt "is there a circle?" --output answers.jsonl
 """
 
@@ -19,7 +26,15 @@ import sys
 import time
 from pathlib import Path
 
-from lightvlm_cli.options import add_device, add_model_path, add_precision, budget_list, loading, positive
+from lightvlm_cli.options import (
+    add_device,
+    add_model_path,
+    add_precision,
+    budget_list,
+    claim_device,
+    loading,
+    positive,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,10 +117,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--temperature is 0 or more, and --top-p more than 0 and at most 1")
 
     from lightvlm.common.checkpoint import check_question_aware, load
+    from lightvlm.evaluation.answer_log import on_main
     from lightvlm.evaluation.many import expand_images, open_named
     from transformers import set_seed
 
-    names = expand_images(args.image) if args.image else []
+    claim_device(args)
+    names = on_main(expand_images, args.image) if args.image else []
     images = [] if args.output else list(zip(names, open_named(names), strict=True))
     model, processor = load(args.model_path, **loading(args))
     if args.question_aware:
@@ -121,19 +138,31 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(results, indent=2) if args.format == "json" else table(results))
 
 
+def decisive(args: argparse.Namespace, model) -> dict:
+    """What answers depend on, besides the questions and K, which stand beside each answer."""
+    from lightvlm.common.fingerprint import fingerprint
+
+    options = {"max_views": args.max_views, "question_aware": args.question_aware, **generation(args)}
+    options |= {"seed": args.seed} if options["do_sample"] else {}
+    return fingerprint(args.model_path) | {"dtype": str(model.dtype), "int8": args.int8, **options}
+
+
 def write_answers(args: argparse.Namespace, model, processor, names: list[str]) -> None:
     """Answer everything into the output file; ValueError, at the end, with what could not be answered."""
+    from lightvlm.evaluation.answer_log import AnswerLog, on_main
     from lightvlm.evaluation.many import Ask, answer_all, read_asks
 
     if args.input:
-        asks, errors = read_asks(args.input, args.image_folder)
+        asks, errors = on_main(read_asks, args.input, args.image_folder)
     else:
         pairs = enumerate(itertools.product(names, args.prompt))
         asks, errors = [Ask(row, row, [name], prompt) for row, (name, prompt) in pairs], {}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    for budget in args.num_image_tokens:
-        limits = (budget, args.max_views, args.question_aware, args.batch_size)
-        errors |= answer_all(model, processor, asks, args.output, *limits, generation(args))
+    with AnswerLog(args.output, on_main(decisive, args, model)) as log:
+        for budget in dict.fromkeys(args.num_image_tokens):
+            limits = (budget, args.max_views, args.question_aware, args.batch_size)
+            errors |= answer_all(model, processor, asks, log, *limits, generation(args), args.seed)
+    if not log.state.is_main_process:
+        return
     if errors:
         lines = [f"row {row}: {error}" for row, error in sorted(errors.items())]
         more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
@@ -143,7 +172,8 @@ def write_answers(args: argparse.Namespace, model, processor, names: list[str]) 
             + "\n  ".join(lines[:10])
             + more
         )
-    print(f"{args.output}: {len(asks)} questions answered", file=sys.stderr)
+    before = f", {len(log.earlier)} answers by earlier runs" if log.earlier else ""
+    print(f"{args.output}: {len(asks)} questions answered{before}", file=sys.stderr)
 
 
 def table(results: list[dict]) -> str:

@@ -28,6 +28,16 @@ def loading(args: argparse.Namespace) -> dict[str, str | bool | None]:
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
+def claim_device(args: argparse.Namespace) -> None:
+    """Give each process of `accelerate launch` a device of its own, unless the options name one."""
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes > 1 and not (args.device or args.device_map):
+        args.device = str(state.device)
+
+
 def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int8", action="store_true", help="int8 weights in the language model's linear layers")
     parser.add_argument(

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--dry-run", type=Path, metavar="OUT", help="write the Hub folder here and upload nothing")
     parser.add_argument(
-        "--results", nargs="+", default=[], metavar="FILE", help="JSON files of lightvlm eval --output"
+        "--results", nargs="+", default=[], metavar="FILE", help="files of lightvlm eval --output, of these weights"
     )
     parser.add_argument(
         "--hub-datasets",
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
     from huggingface_hub import HfApi
     from lightvlm.common.checkpoint import load
-    from lightvlm.hub.card import read_results
+    from lightvlm.hub.card import check_measured, read_results
     from lightvlm.hub.push import (
         check_files,
         check_folder,
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
         with hub_errors(args.repo_id):
             api.whoami()  # a wrong token fails before the long part
     model, processor = load(args.model_path, dtype="auto")  # not as this machine likes it
+    check_measured(args.results, checkpoint, model.config)
     beside = args.dry_run.absolute().parent if args.dry_run else None
     if beside:
         beside.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
+from lightvlm.common.fingerprint import hash_files
 from lightvlm.common.views import upright_size
 from lightvlm.evaluation.answer_log import AnswerLog
 from lightvlm.evaluation.answers import tokenize
@@ -88,9 +89,9 @@ class Questions:
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def digest(self) -> str:
-        """What tells these questions, images and right answers from others."""
-        asked = [self.paths, self.prompts, self.references]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        """What tells these questions, images and right answers from others; it reads all images."""
+        asked = [self.paths, self.prompts, self.references, hash_files(self.paths)]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
@@ -99,7 +100,7 @@ class Questions:
 
     def have_one_view(self) -> bool:
         """Whether no image has several."""
-        return all(self.processor.tile_grid(size) == (1, 1) for size in self.sizes)
+        return all(self.processor.tile_grid(size) == (0, 0) for size in self.sizes)
 
     def count_tokens(self, config: LightVLMConfig) -> tuple[int, int]:
         """The largest K of the image that has the fewest patches with features, and that all images keep all with."""
@@ -331,9 +332,9 @@ def accuracy(
         accuracy.
     """
     question_aware = any(selector.endswith("+question") for selector, _ in settings)
-    log = log or AnswerLog(None, "", {})
+    log = log or AnswerLog(None, {})
     done = {row for lines in log.earlier for row in lines["rows"]}
-    batches = log.mine(questions.batches(batch_size, done))
+    batches = [*log.mine(questions.batches(batch_size, done))]
     for number, rows in enumerate(tqdm(batches, "Batches", disable=not log.state.is_main_process)):
         torch.manual_seed(seed + rows[0])  # chance is the same in whatever process, after whatever pause
         batch, is_timed = Batch(model, questions, rows, question_aware), number <= TIMED_BATCHES

@@ -1,6 +1,7 @@
 """Many questions, read from a file, answered in batches, and written line by line, so that a killed run goes on."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,16 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.common.fingerprint import hash_files
 from lightvlm.common.llava_data import IMAGE_MARK, attempt, find_image, read_rows
 from lightvlm.common.views import upright_size
+from lightvlm.evaluation.answer_log import AnswerLog, on_main
 from lightvlm.evaluation.answers import answer
 from lightvlm.processing.processing_lightvlm import open_images
 from PIL import Image
 from tqdm import tqdm
 
 QUESTION_KEYS = ("question", "prompt", "text")
-BEGINNING = '{"row": '  # of each line of answers
 WINDOW = 16  # batches that are sorted by size together
 
 
@@ -104,21 +107,27 @@ def expand_images(names: list[str]) -> list[str]:
     return found
 
 
-def read_done(output: Path) -> dict[tuple[int, int | str | None], dict]:
-    """The answers that an earlier run wrote, by row and K; a last line that was cut off is removed."""
-    if not output.exists():
-        return {}
-    text = output.read_text(encoding="utf-8")
-    whole, last = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
+def find_done(log: AnswerLog, asks: list[Ask], num_image_tokens: int | str | None) -> dict[int, dict]:
+    """The lines of earlier runs at a K, by row.
+
+    Raises:
+        ValueError: if they are no answers, or to other questions, or if the files of their images have changed.
+    """
     try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        done = {(row["row"], row["num_image_tokens"]): row for row in rows}
-        if last and not BEGINNING.startswith(last[: len(BEGINNING)]):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{output} is no file of answers: choose another, or remove it") from None
-    if last:
-        output.write_text(whole, encoding="utf-8")
+        done = {line["row"]: line for line in log.earlier if line["num_image_tokens"] == num_image_tokens}
+        pairs = [(ask, done[ask.row]) for ask in asks if ask.row in done]
+        if any((line["image"], line["question"]) != (ask.images, ask.question) for ask, line in pairs):
+            raise ValueError(f"{log.path} has answers to other questions: choose another --output, or remove it")
+        hashed = [zip(line["image"], line["image_sha256"], strict=False) for _, line in pairs]
+        before = {name: old for images in hashed for name, old in images}
+    except (KeyError, TypeError):
+        raise ValueError(f"{log.path} is no file of answers: choose another, or remove it") from None
+    now = on_main(hash_files, before)
+    if changed := [name for name, old in before.items() if None not in (old, now[name]) and old != now[name]]:
+        raise ValueError(
+            f"{changed[0]} is not the image that {log.path} has answers about ({len(changed)} have changed): choose "
+            "another --output, or remove their lines"
+        )
     return done
 
 
@@ -164,37 +173,38 @@ def answer_all(
     model: LightVLM,
     processor: LightVLMProcessor,
     asks: list[Ask],
-    output: Path,
+    log: AnswerLog,
     num_image_tokens: int | str | None = None,
     max_views: int | None = None,
     question_aware: bool = False,
     batch_size: int = 32,
     wanted: dict | None = None,
+    seed: int = 0,
 ) -> dict[int, Exception]:
-    """Append the answers that the output has not yet; the errors of images that cannot be read, by row.
+    """Add the answers that the log has not yet; the errors of images that cannot be read, by row.
 
     Args:
         model: in evaluation mode.
         processor: the checkpoint's.
-        asks: the questions.
-        output: JSON lines of `row`, `id`, `image`, `question`, `num_image_tokens` and `answer`, in the order in which
-            they were answered.
+        asks: the questions, which the log's processes share.
+        log: of lines of `row`, `id`, `image`, `question`, `num_image_tokens`, `answer` and `image_sha256`, which has
+            None for a URL, in the order in which they were answered.
         num_image_tokens, max_views, question_aware: as in `answer`.
         batch_size: questions at a time.
         wanted: `generation_kwargs`, as in `answer`.
+        seed: of sampling.
 
     Raises:
-        ValueError: where the output has answers to other questions, or the processor refuses K.
+        ValueError: as `find_done`, or if the processor refuses K.
     """
-    done = read_done(output)
-    for ask in asks:
-        row = done.get((ask.row, num_image_tokens), {"image": ask.images, "question": ask.question})
-        if (row["image"], row["question"]) != (ask.images, ask.question):
-            raise ValueError(f"{output} has answers to other questions: choose another --output, or remove it")
-    left, errors = [ask for ask in asks if (ask.row, num_image_tokens) not in done], {}
+    done = find_done(log, asks, num_image_tokens)
+    left, errors = [ask for ask in asks if ask.row not in done], {}
     processor.resolve_budgets(num_image_tokens, 1)
-    with open(output, "a", encoding="utf-8") as file, tqdm(total=len(left), unit=" answers", disable=None) as bar:
-        for batch in in_batches(left, batch_size, processor):
+    batches, is_main = log.mine(in_batches(left, batch_size, processor)), log.state.is_main_process
+    share = math.ceil(len(left) / log.state.num_processes)
+    with tqdm(total=share, unit=" answers", disable=None if is_main else True) as bar:
+        for batch in batches:
+            torch.manual_seed(seed + batch[0].row)  # processes, and a run that goes on, draw other numbers
             images = {}
             results = [attempt(to_conversation, ask, images) for ask in batch]
             pairs = list(zip(batch, results, strict=True))
@@ -203,10 +213,11 @@ def answer_all(
             if opened:
                 options = (wanted or {}, num_image_tokens, question_aware, max_views)
                 texts = answer(model, processor, [talk for _, talk in opened], *options)
+                lines, hashes = [], hash_files(images)
                 for (ask, _), text in zip(opened, texts, strict=True):
-                    about = {"row": ask.row, "id": ask.id, "image": ask.images, "question": ask.question}
-                    line = about | {"num_image_tokens": num_image_tokens, "answer": text}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
+                    line = {"row": ask.row, "id": ask.id, "image": ask.images, "question": ask.question}
+                    line |= {"num_image_tokens": num_image_tokens, "answer": text}
+                    lines.append(line | {"image_sha256": [hashes[name] for name in ask.images]})
+                log.add(*lines)
             bar.update(len(batch))
-    return errors
+    return dict(log.gather([*errors.items()]))

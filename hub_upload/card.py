@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 from lightvlm import LightVLMConfig
+from lightvlm.common.fingerprint import fingerprint
 
 TEMPLATE = Path(__file__).with_name("card.md")
 MEASURED = {"data": str, "selector": str, "num_image_tokens": (int, str), "total": int}
@@ -38,6 +39,33 @@ def read_results(paths: list[str | Path]) -> list[dict]:
             sources[setting] = path
         rows += found
     return rows
+
+
+def check_measured(paths: list[str | Path], checkpoint: Path, config: LightVLMConfig) -> None:
+    """Raise ValueError unless result files say that they measured these weights, with all patches that are encoded.
+
+    Args:
+        paths: of files that `read_results` has read.
+        checkpoint: its folder.
+        config: its configuration.
+    """
+    own = fingerprint(checkpoint)["weights_sha256"] if paths else None
+    for path in paths:
+        report = json.loads(Path(path).read_text())
+        if "weights_sha256" not in report:
+            raise ValueError(
+                f"{path} does not say which weights it measured, as older versions did not: measure again with "
+                "`lightvlm eval --output`, or leave it out."
+            )
+        if report["weights_sha256"] != own:
+            raise ValueError(
+                f"{path} measured other weights than those of {checkpoint}: measure these, or leave it out."
+            )
+        if (kept := report.get("encoder_keep")) != json.loads(json.dumps(config.encoder_keep)):
+            raise ValueError(
+                f"{path} was measured with encoder_keep {kept}, and config.json has {config.encoder_keep}: write that "
+                "into it, or leave the file out."
+            )
 
 
 def read_card(checkpoint: Path) -> tuple[ModelCardData, str, str]:

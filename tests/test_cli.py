@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.utils import tqdm as hub_bar
 from launch import launch
 from lightvlm.common.checkpoint import SHIPPED, load
+from lightvlm.common.fingerprint import fingerprint
 from lightvlm.evaluation.accuracy import Batch
 from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
@@ -243,28 +244,44 @@ def read_results(file):
     return [{name: value for name, value in row.items() if not name.endswith("_ms")} for row in results]
 
 
-def read_answers(*files):
+def read_answers(file):
     """Of kept answers, rows and texts by row, without how long they took."""
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()[1:]]
-    return sorted((line["rows"], line["answers"]) for line in lines)
+    return sorted((line["rows"], line["answers"]) for line in map(json.loads, file.read_text().splitlines()))
 
 
 def test_eval_goes_on_where_it_was_killed(checkpoint, data, capsys, monkeypatch):
     options = ["--selectors", "topk,random", "--batch-size", "1", "--output", str(data / "out.json")]
     options += ["--answers", str(data / "answers")]
     assert evaluate(checkpoint, data, *options) == 0
-    results, file, other = read_results(data / "out.json"), *(data / "answers" / f"data.{n}.jsonl" for n in (0, 1))
-    answers, (head, first, second, third, fourth) = read_answers(file), file.read_text().splitlines()
-    file.write_text("\n".join([head, first, second[:50]]))
-    other.write_text("\n".join([head, third, ""]))  # of a run of two processes
+    results, file = read_results(data / "out.json"), data / "answers" / "data.jsonl"
+    answers, (first, second, third, fourth) = read_answers(file), file.read_text().splitlines()
+    file.write_text("\n".join([first, second[:50]]))
+    file.with_name("data.jsonl.part1").write_text("\n".join([third, ""]))  # of a run of two processes
     asked, answer = [], Batch.answer
     monkeypatch.setattr(Batch, "answer", lambda self, *args, **k: asked.append(self.rows) or answer(self, *args, **k))
     assert evaluate(checkpoint, data, *options) == 0
     assert [asked[0], asked[-1]] == [json.loads(line)["rows"] for line in (second, fourth)] and len(asked) == 2 * 4
     assert read_results(data / "out.json") == results
-    assert read_answers(file, other) == answers
+    assert read_answers(file) == answers
     assert evaluate(checkpoint, data, *options, "--seed", "1") == 2
-    assert "answers of another checkpoint, or to other questions: remove it" in capsys.readouterr().err
+    assert "data.jsonl was answered with seed 0 instead of 1: go on with the same" in capsys.readouterr().err
+
+
+def test_eval_reports_no_answers_of_other_weights_or_about_other_pictures(checkpoint, data, capsys):
+    shutil.copytree(checkpoint, data / "model")
+    options = ["--answers", str(data / "answers"), "--output", str(data / "out.json")]
+    assert evaluate(str(data / "model"), data, *options) == 0
+    report = json.loads((data / "out.json").read_text())
+    assert {name: report[name] for name in fingerprint(checkpoint)} == fingerprint(checkpoint)
+    for name, index in (("1.png", 7), ("1.png", 1)):  # a picture replaced under its name, and put back
+        make_image(index).save(data / name)
+        assert evaluate(str(data / "model"), data, *options) == (2 if index == 7 else 0)
+        assert ("data.jsonl was answered with other questions" in capsys.readouterr().err) == (index == 7)
+    model = make_model()
+    model.lm_head.weight.data.neg_()
+    model.save_pretrained(data / "model")
+    assert evaluate(str(data / "model"), data, *options) == 2
+    assert "data.jsonl was answered with other weights" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -275,8 +292,9 @@ def test_eval_shares_questions_among_processes(checkpoint, data):
     kept = ["--output", str(data / "two.json"), "--answers", str(data / "answers")]
     launch("ddp", "-m", ["lightvlm_cli.main", "eval", *options, *kept])
     assert read_results(data / "two.json") == read_results(data / "one.json")
-    lines = [len(path.read_text().splitlines()) for path in sorted((data / "answers").iterdir())]
-    assert lines == [3, 3]  # a head, and two of the four questions
+    asked = [line["rows"] for line in map(json.loads, (data / "answers" / "data.jsonl").read_text().splitlines())]
+    assert sorted(asked) == [[0], [1], [2], [3]] and asked != sorted(asked)  # those of one process, then the other's
+    assert not [*data.glob("answers/*.part*")]
 
 
 @pytest.mark.parametrize(

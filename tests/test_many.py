@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import shutil
 
 import pytest
+from launch import launch
 from lightvlm import LightVLMModel
 from lightvlm.evaluation import many
 from lightvlm_cli.main import main
@@ -157,6 +160,118 @@ def test_a_killed_run_goes_on_without_asking_twice(data, monkeypatch, capsys):
     assert infer(data, *options[:-1], data / "pictures/notes.txt") == 2
     assert "is no file of answers" in capsys.readouterr().err
     assert (data / "pictures/notes.txt").read_text() == "no picture"
+
+
+@pytest.fixture
+def answered(data, capsys):
+    """Options that were run, with an answer about each picture in the output."""
+    options = ["--image", data / "pictures", "--prompt", "what?", "--output", data / "answers.jsonl"]
+    assert infer(data, *options) == 0
+    assert "answers.jsonl: 6 questions answered\n" in capsys.readouterr().err
+    return options
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--max-new-tokens", "6"], "max_new_tokens 5 instead of 6"),
+        (["--max-views", "1"], "max_views None instead of 1"),
+        (["--num-beams", "2"], "num_beams 1 instead of 2"),
+        (["--dtype", "bfloat16"], "dtype torch.float32 instead of torch.bfloat16"),
+        (["--temperature", "0.5"], "do_sample False instead of True, temperature None instead of 0.5"),
+        (
+            ["--temperature", "0.5", "--top-p", "0.9", "--seed", "1"],
+            "top_p None instead of 0.9, seed None instead of 1",
+        ),
+    ],
+)
+def test_answers_of_other_options_are_refused(data, answered, capsys, change, message):
+    before = (data / "answers.jsonl").read_bytes()
+    assert infer(data, *answered, *change) == 2
+    error = capsys.readouterr().err
+    assert message in error and "choose another file for answers, or remove it" in error
+    assert (data / "answers.jsonl").read_bytes() == before
+
+
+def test_answers_of_question_aware_selection_are_not_those_without(data, capsys):
+    make_dynamic(image_grid_pinpoints=GRIDS, score="question").save_pretrained(data / "model")
+    options = ["--image", data / "pictures", "--prompt", "what?", "--output", data / "answers.jsonl"]
+    assert infer(data, *options, "--question-aware") == 0
+    assert infer(data, *options) == 2
+    assert "question_aware True instead of False" in capsys.readouterr().err
+
+
+def test_answers_of_another_checkpoint_are_refused_at_the_same_path_too(data, answered, capsys):
+    before = (data / "answers.jsonl").read_bytes()
+    shutil.copytree(data / "model", data / "other")
+    assert infer(data, *answered, "--model-path", data / "other") == 0  # the same weights in another folder
+    assert "6 questions answered, 6 answers by earlier runs" in capsys.readouterr().err
+    other = make_dynamic(image_grid_pinpoints=GRIDS)
+    other.lm_head.weight.data.neg_()
+    other.save_pretrained(data / "other")
+    assert infer(data, *answered, "--model-path", data / "other") == 2
+    assert "was answered with other weights: go on with the same" in capsys.readouterr().err
+    shutil.copy(data / "other/model.safetensors", data / "model")
+    assert infer(data, *answered) == 2
+    assert "was answered with other weights: go on with the same" in capsys.readouterr().err
+    assert (data / "answers.jsonl").read_bytes() == before
+
+
+def test_a_picture_that_has_changed_under_its_name_is_told_and_one_that_was_only_written_again_is_not(
+    data, answered, capsys
+):
+    picture, before = data / "pictures/3.png", (data / "answers.jsonl").read_bytes()
+    os.utime(picture, (1, 1))
+    (data / "pictures/5.png").rename(data / "5.png")
+    assert infer(data, *answered) == 0
+    make_image(9, (84, 84)).save(picture)
+    assert infer(data, *answered) == 2
+    assert "3.png is not the image that" in capsys.readouterr().err
+    assert (data / "answers.jsonl").read_bytes() == before
+
+
+def test_separators_of_unicode_in_a_question_stop_no_second_run(data, capsys):
+    write_questions(data, [{"image": "0.png", "question": "what\u2028is\x85it?"}])
+    options = ["--input", data / "questions.jsonl", "--image-folder", data / "pictures"]
+    for _ in range(2):
+        assert infer(data, *options, "--output", data / "out.jsonl") == 0, capsys.readouterr().err
+    assert [line["question"] for line in lines(data / "out.jsonl")] == ["what\u2028is\x85it?"]
+
+
+def test_an_output_of_an_older_version_is_refused(data, answered, capsys):
+    (data / "answers.jsonl.about.json").unlink()
+    before = (data / "answers.jsonl").read_bytes()
+    assert infer(data, *answered) == 2
+    assert "lost answers.jsonl.about.json, which says what they depend on: choose another" in capsys.readouterr().err
+    assert (data / "answers.jsonl").read_bytes() == before
+
+
+def test_sampled_answers_are_those_of_the_seed_whatever_was_answered_before(data):
+    options = ["--image", data / "pictures", "--prompt", "what?", "--temperature", "5"]
+    for name, seed in (("a.jsonl", 1), ("b.jsonl", 1), ("c.jsonl", 2)):
+        assert infer(data, *options, "--seed", seed, "--output", data / name) == 0
+        if name == "b.jsonl":  # killed after the first of two batches
+            (data / name).write_text("".join((data / name).read_text().splitlines(keepends=True)[:4]))
+            assert infer(data, *options, "--seed", seed, "--output", data / name) == 0
+    first, again, other = ([line["answer"] for line in lines(data / f"{name}.jsonl")] for name in "abc")
+    assert first == again != other
+
+
+@pytest.mark.slow
+def test_processes_share_the_questions_and_write_each_answer_once(data):
+    write_questions(data, [{"image": f"{row % 6}.png", "question": QUESTIONS[row % 3]} for row in range(18)])
+    options = ["--model-path", data / "model", "--max-new-tokens", "5", "--batch-size", "2"]
+    options += ["--input", data / "questions.jsonl", "--image-folder", data / "pictures"]
+    assert main(["infer", *map(str, options), "--output", str(data / "one.jsonl")]) == 0
+    launch("ddp", "-m", ["lightvlm_cli.main", "infer", *options, "--output", data / "two.jsonl"])
+    assert lines(data / "two.jsonl") == lines(data / "one.jsonl")
+    assert not [*data.glob("two.jsonl.part*")]
+    text = (data / "two.jsonl").read_text().splitlines(keepends=True)
+    (data / "two.jsonl").write_text("".join(text[:5]))
+    (data / "two.jsonl.part1").write_text("".join(text[9:11]) + text[11][:20])  # as after a kill
+    launch("ddp", "-m", ["lightvlm_cli.main", "infer", *options, "--output", data / "two.jsonl"])
+    assert lines(data / "two.jsonl") == lines(data / "one.jsonl")
+    assert (data / "two.jsonl").read_text().startswith("".join(text[:5] + text[9:11]))
 
 
 def test_pictures_of_as_many_views_are_answered_together(data):

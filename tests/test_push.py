@@ -12,6 +12,7 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi
 from lightvlm import LightVLM
 from lightvlm.common.checkpoint import SHIPPED
+from lightvlm.common.fingerprint import fingerprint
 from lightvlm.common.inference import int8_config
 from lightvlm.hub import push
 from lightvlm.hub.build import save
@@ -79,7 +80,8 @@ print(model.chat(Image.open(sys.argv[1]), "what color?", max_new_tokens=5, do_sa
 
 @pytest.mark.slow
 def test_a_checkpoint_is_pushed_and_answers_a_stranger_who_loads_it_by_name(hub, checkpoint, tmp_path, capfd):
-    (tmp_path / "a.json").write_text(json.dumps({"command": "lightvlm eval", "results": [row("gqa")]}))
+    measured = {"command": "lightvlm eval", **fingerprint(checkpoint)}
+    (tmp_path / "a.json").write_text(json.dumps(measured | {"results": [row("gqa")]}))
     ran = f"```python\nopen({str(tmp_path / 'ran')!r}, 'xb').write(open('photo.jpg', 'rb').read())\n```\n"
     (checkpoint / "README.md").write_text(CARD.replace("- loss", f"{ran}\n- loss"))
     options = ["--results", tmp_path / "a.json", "--hub-datasets", "gqa=someone/gqa"]
@@ -109,6 +111,25 @@ def test_a_dry_run_writes_the_folder_and_uploads_nothing(hub, checkpoint, unchec
     assert "exists already" in capsys.readouterr().err
     assert run(out, "--dry-run", tmp_path / "again") == 0
     assert f'from_pretrained("{tmp_path}/again"' in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"configuration_sha256": "b" * 64}, None),  # K was chosen by what was measured, and written into config.json
+        ({"weights_sha256": "b" * 64}, "a.json measured other weights than "),
+        ({"weights_sha256": None}, "a.json does not say which weights it measured"),
+        ({"encoder_keep": {"1": 0.5}}, "measured with encoder_keep {'1': 0.5}, and config.json has None: write that"),
+    ],
+)
+def test_results_of_another_checkpoint_are_refused(checkpoint, unchecked, tmp_path, capsys, change, message):
+    report = {"command": "lightvlm eval", "results": [row()], **fingerprint(checkpoint), **change}
+    (tmp_path / "a.json").write_text(json.dumps({name: value for name, value in report.items() if value}))
+    expected = 2 if message else 0
+    assert run(checkpoint, "--dry-run", tmp_path / "out", "--results", tmp_path / "a.json") == expected
+    assert (message or "") in capsys.readouterr().err
+    assert (tmp_path / "out").exists() == (message is None)
 
 
 def test_weights_are_sharded_and_configuration_and_code_taken_as_they_are(checkpoint, tmp_path, monkeypatch):
