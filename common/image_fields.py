@@ -1,6 +1,7 @@
 """Which pictures a row of data names: none that it has is left unseen without a word."""
 
 import re
+import reprlib
 from typing import Any
 
 IMAGE_FIELDS = ("image", "images")
@@ -24,14 +25,14 @@ def image_names(row: dict) -> list[str]:
     lists = [names if isinstance(names, list) else [names] for names in given]
     for name in (name for names in lists for name in names):
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"the image {name!r:.80} is no path: give one, or leave the key out")
+            raise ValueError(f"the image {reprlib.repr(name)} is no path: give one, or leave the key out")
     names = lists[0] if lists else []
     if any(others != names for others in lists):
         raise ValueError("image and images differ: give one of them")
     if unread := [key for key in row if key not in IMAGE_FIELDS and names_picture(key, row[key], names)]:
         raise ValueError(
-            f"{unread[0]!r:.80} looks like a picture that is not read: call it {' or '.join(IMAGE_FIELDS)}, or leave "
-            "it out"
+            f"{reprlib.repr(unread[0])} looks like a picture that is not read: call it "
+            f"{' or '.join(IMAGE_FIELDS)}, or leave it out"
         )
     return names
 
@@ -42,10 +43,7 @@ def names_picture(key: str, value: Any, read: list[str]) -> bool:
         return False
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).lower()
     files = [file for file in (value if isinstance(value, list) else [value]) if isinstance(file, str)]
-    is_picture = any(PICTURE.fullmatch(file) for file in files)
-    if not read:
-        return is_picture or bool(PICTURE_KEY.search(words) or PLACE_KEY.search(words))
-    seen = {name.rpartition("/")[2] for name in read}
-    return (
-        bool(PICTURE_KEY.search(words)) and is_picture and any(file.rpartition("/")[2] not in seen for file in files)
-    )
+    pictures = {file.rpartition("/")[2] for file in files if PICTURE.fullmatch(file)}
+    if read:
+        return bool(PICTURE_KEY.search(words) and pictures - {name.rpartition("/")[2] for name in read})
+    return bool(pictures or PICTURE_KEY.search(words) or PLACE_KEY.search(words))

@@ -32,8 +32,33 @@ def test_what_is_no_path_is_refused(field, value):
 
 @pytest.mark.parametrize(
     "key",
-    "image_path img imgs file file_name fileName filename picture Picture photo photos url image_url imageUrl "
-    "image_file imagepath image_0 image2 pic path screenshot image_id video".split(),
+    # fmt: off
+    [
+        "image_path",
+        "img",
+        "imgs",
+        "file",
+        "file_name",
+        "fileName",
+        "filename",
+        "picture",
+        "Picture",
+        "photo",
+        "photos",
+        "url",
+        "image_url",
+        "imageUrl",
+        "image_file",
+        "imagepath",
+        "image_0",
+        "image2",
+        "pic",
+        "path",
+        "screenshot",
+        "image_id",
+        "video",
+    ],
+    # fmt: on
 )
 def test_a_key_that_looks_like_a_picture_is_refused_by_its_name(key):
     with pytest.raises(ValueError, match=f"'{key}' looks like a picture that is not read: call it image or images"):
