@@ -2,6 +2,9 @@
 
 import io
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from lightvlm import LightVLM, LightVLMModel
@@ -122,6 +125,35 @@ def test_bad_rows_are_named_by_line_and_the_others_answered(data, capsys):
         (0, "what?"),
         (10, "who are you?"),
     ]
+
+
+@pytest.fixture
+def site(data):
+    """The address of the folder of pictures."""
+    handler = partial(QuietHandler, directory=data / "pictures")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_a_url_without_a_picture_is_told_with_its_status(data, site, capsys):
+    names = [f"{site}/0.png", f"{site}/9.png", f"{site}/notes.txt", "0.png"]
+    write_questions(data, [{"image": name, "question": "what?"} for name in names])
+    options = ["--input", data / "questions.jsonl", "--image-folder", data / "pictures"]
+    assert infer(data, *options, "--output", data / "out.jsonl") == 2
+    error = capsys.readouterr().err
+    assert f"line 2: {site}/9.png cannot be read as an image: status 404 File not found" in error
+    assert f"line 3: {site}/notes.txt cannot be read as an image: its format is unknown" in error
+    by_url, by_path = lines(data / "out.jsonl")
+    assert (by_url["row"], by_path["row"]) == (0, 3) and by_url["answer"] == by_path["answer"]
+    assert infer(data, "--image", f"{site}/9.png", "--prompt", "what?") == 2
+    assert f"{site}/9.png cannot be read as an image: status 404" in capsys.readouterr().err
 
 
 def test_each_turn_of_a_row_is_answered_with_those_before_it(data):
