@@ -194,6 +194,16 @@ def test_each_turn_of_a_row_is_answered_with_those_before_it(data):
     assert infer(data, *options) == 2  # these are answers to other conversations
 
 
+def test_a_picture_that_cannot_have_k_is_named_and_the_others_answered(data, capsys):
+    make_dynamic(image_grid_pinpoints=GRIDS, encoder_keep={1: 0.5}).save_pretrained(data / "model")
+    options = ["--image", data / "pictures", "--prompt", "what?", "--output", data / "out.jsonl", "--batch-size", 32]
+    assert infer(data, *options, "--num-image-tokens", "30") == 2
+    error = capsys.readouterr().err
+    assert "2 of 6 rows could not be answered" in error and error.count("leaves 18 patches") == 2
+    assert "question 1: " in error and "question 4: " in error
+    assert [line["row"] for line in lines(data / "out.jsonl")] == [1, 2, 4, 5]
+
+
 def test_options_that_no_picture_can_have_end_the_run_at_once(data, monkeypatch, capsys):
     options = ["--image", data / "pictures", "--prompt", *QUESTIONS, "--output", data / "out.jsonl"]
     asked, answer = [], many.answer
