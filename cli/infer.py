@@ -1,7 +1,18 @@
 """Ask questions about images: at several token budgets side by side, or many, in batches, to a file.
 
-With --output answers are written as they come, one JSON object a line, and the same command goes on after a kill. Rows
-and images that cannot be read are reported at the end, with their numbers, and the others are answered.
+With --output answers are written as they come, one JSON object a line, and the same command goes on after a kill. They
+are in the order in which they were given, prompts of like length together: `row` is the number in the input, from 0.
+Rows and images that cannot be read are reported at the end, by their lines in the file, and the others are answered.
+
+rows of --input, in JSON lines or a JSON list:
+  {"image": "a.png", "question": "what color is it?"}
+  {"id": 7, "images": ["a.png", "https://some.site/b.png"], "text": "which of them is red?"}
+  {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nwhat?"}, {"from": "gpt", "value": "red"}]}
+  {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?"}]}]}
+Pictures are read under image and images, questions under question, prompt, text, conversations and messages. Each
+question of several turns has its own line of answers, with its number, from 0, under `turn`; the turns before it, with
+the row's own answers, are its history. A row without a picture is text alone; one whose picture has another name, such
+as image_path, is refused.
 
 FILE.about.json, beside the output, has the sha256 of weights and configuration, and the options that decide.
 The output is refused if that is missing, if checkpoint or an option is another, or if images have changed since, which
@@ -41,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
     parser.add_argument("--image", nargs="+", help="files, folders, patterns, URLs; - for a list of them on stdin")
     parser.add_argument("--prompt", nargs="+", help="questions; each is asked about each image")
-    parser.add_argument("--input", help="JSON lines or LLaVA JSON with questions, in place of the two; - for stdin")
+    parser.add_argument(
+        "--input", help="rows as above, .jsonl or a JSON list, in place of the two; - for JSON lines on stdin"
+    )
     parser.add_argument("--image-folder", help="folder that --input's image paths are relative to")
     parser.add_argument("--output", type=Path, help="write answers to this file of JSON lines, in batches")
     parser.add_argument("--batch-size", type=positive, default=32, help="questions at a time, with --output (32)")
@@ -71,6 +84,7 @@ def generation(args: argparse.Namespace) -> dict:
 def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None, args: argparse.Namespace) -> dict:
     """One answer, with the tokens kept and the language model's prefill time (median of 5 after a warm-up)."""
     import torch
+    from lightvlm.modeling_lightvlm import prompt_length
 
     budget = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
@@ -84,6 +98,7 @@ def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None
         return_tensors="pt",
         processor_kwargs=options,
     ).to(model.device)
+    model.config.check_length(prompt_length(inputs), args.max_new_tokens)
     with torch.no_grad():
         output = model.generate(**inputs, **generation(args))
         images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
@@ -113,8 +128,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("give either --image and --prompt, or --input")
     if args.input and not args.output:
         raise ValueError("--input needs --output, a file for the answers")
-    if args.temperature < 0 or not 0 < (args.top_p or 1) <= 1:
+    if args.temperature < 0 or not (args.top_p is None or 0 < args.top_p <= 1):
         raise ValueError("--temperature is 0 or more, and --top-p more than 0 and at most 1")
+    if args.top_p and not args.temperature:
+        raise ValueError("--top-p needs sampling: give --temperature too, such as 1")
 
     from lightvlm.common.checkpoint import check_question_aware, load
     from lightvlm.evaluation.answer_log import on_main
@@ -150,30 +167,51 @@ def decisive(args: argparse.Namespace, model) -> dict:
 def write_answers(args: argparse.Namespace, model, processor, names: list[str]) -> None:
     """Answer everything into the output file; ValueError, at the end, with what could not be answered."""
     from lightvlm.evaluation.answer_log import AnswerLog, on_main
-    from lightvlm.evaluation.many import Ask, answer_all, read_asks
+    from lightvlm.evaluation.asks import Ask, read_asks
+    from lightvlm.evaluation.many import answer_all
 
     if args.input:
-        asks, errors = on_main(read_asks, args.input, args.image_folder)
+        asks, refused = on_main(read_asks, args.input, args.image_folder)
     else:
         pairs = enumerate(itertools.product(names, args.prompt))
-        asks, errors = [Ask(row, row, [name], prompt) for row, (name, prompt) in pairs], {}
+        asks, refused = [Ask(row, row, [name], prompt, line=row + 1) for row, (name, prompt) in pairs], {}
+    errors = {}
     with AnswerLog(args.output, on_main(decisive, args, model)) as log:
         for budget in dict.fromkeys(args.num_image_tokens):
             limits = (budget, args.max_views, args.question_aware, args.batch_size)
             errors |= answer_all(model, processor, asks, log, *limits, generation(args), args.seed)
+            tell_fewer(args.output, asks, budget)
     if not log.state.is_main_process:
         return
-    if errors:
-        lines = [f"row {row}: {error}" for row, error in sorted(errors.items())]
-        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
-        total = len(asks) + len(errors.keys() - {ask.row for ask in asks})
-        raise ValueError(
-            f"{len(errors)} of {total} rows could not be answered; the others are in {args.output}\n  "
-            + "\n  ".join(lines[:10])
-            + more
-        )
+    lines = {ask.row: ask.line for ask in asks}
+    refused |= {lines[row]: error for row, error in errors.items()}
+    if refused:
+        raise ValueError(report(args, refused, len({*refused, *lines.values()})))
     before = f", {len(log.earlier)} answers by earlier runs" if log.earlier else ""
     print(f"{args.output}: {len(asks)} questions answered{before}", file=sys.stderr)
+
+
+def tell_fewer(output: Path, asks: list, budget: int | str | None) -> None:
+    """Say on standard error which image, if any, has fewer tokens than the fixed K that it was asked about with."""
+    fewer = [(ask, ask.kept) for ask in asks if type(budget) is int and ask.kept and min(ask.kept) < budget]
+    if fewer:
+        ask, kept = fewer[0]
+        name = ask.images[kept.index(min(kept))]
+        print(
+            f"{output}: K = {budget} is more tokens than some images have, such as {name} with {min(kept)}: they keep "
+            "all, and `kept` says how many",
+            file=sys.stderr,
+        )
+
+
+def report(args: argparse.Namespace, errors: dict[int, Exception], total: int) -> str:
+    """How many rows could not be answered, and the first ten, by their lines in the file or places in its list."""
+    place = ("line" if args.input == "-" or args.input.endswith(".jsonl") else "item") if args.input else "question"
+    lines = [f"{place} {line}: {error!s:.300}" for line, error in sorted(errors.items())]
+    lines = lines[:10] + ([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])
+    return "\n  ".join(
+        [f"{len(errors)} of {total} rows could not be answered; the others are in {args.output}", *lines]
+    )
 
 
 def table(results: list[dict]) -> str:
@@ -183,6 +221,8 @@ def table(results: list[dict]) -> str:
         lines.append(f"\n{path}  {prompt}")
         for result in block:
             kept = f"{result['num_image_tokens']} of {result['num_patches']} tokens"
-            kept += f" ({result['budget']})" if isinstance(result["budget"], str) else ""
+            budget = result["budget"]
+            kept += f" ({budget})" if isinstance(budget, str) else ""
+            kept += f", K = {budget}" if isinstance(budget, int) and budget > result["num_image_tokens"] else ""
             lines.append(f"  {kept:>18}   prefill {result['prefill_ms']:7.1f} ms   {result['answer']}")
     return "\n".join(lines)

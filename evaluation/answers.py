@@ -4,6 +4,7 @@ Apart from `lmms_model.py` because it needs no lmms-eval.
 """
 
 import re
+from math import prod
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
@@ -33,6 +34,11 @@ def generation_options(wanted: dict, max_new_tokens: int) -> dict:
     options = {name: wanted[name] for name in names if wanted.get(name) is not None}
     options |= {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
     return {"max_new_tokens": max_new_tokens, **options}
+
+
+def default_new_tokens(model: LightVLM) -> int:
+    """Tokens of an answer, at most, where a task does not say."""
+    return model.generation_config.max_new_tokens or 256
 
 
 def stop_strings(wanted: dict) -> list[str]:
@@ -97,6 +103,17 @@ def encode(
     return LightVLMImageFeatures(pooler_output=tokens, kept_indices=kept, lengths=lengths)
 
 
+@torch.no_grad()
+def check_budget(
+    model: LightVLM, processor: LightVLMProcessor, num_image_tokens: int | str | None, max_views: int | None
+) -> None:
+    """ValueError where not even the largest image can have K: it is tried on a blank one."""
+    height, width = max(processor.grid_pinpoints, key=prod, default=(64, 64))
+    limits = {"num_image_tokens": num_image_tokens, "max_views": max_views}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    encode(model, processor, [Image.new("RGB", (width, height))], None, **limits)
+
+
 def tokenize(prompts: list[str], budgets: list[int], processor: LightVLMProcessor) -> dict[str, torch.Tensor]:
     """Padded ids and mask of prompts, of which each image mark becomes as many placeholders as its image has tokens.
 
@@ -135,7 +152,8 @@ def answer(
         max_views: of a large image, how many views are encoded; all if None.
 
     Raises:
-        ValueError: where a conversation holds video or audio, or the processor refuses an image or K.
+        ValueError: where a conversation holds video or audio, the processor refuses an image or K, or the language
+            model has not enough positions.
     """
     conversations = [clean(conversation, processor.image_token) for conversation in conversations]
     images = [
@@ -151,7 +169,8 @@ def answer(
     encoded = {"mm_encoder_outputs": {"image": features}} if features else {}
     stops = stop_strings(wanted)
     stopping = {"stop_strings": stops, "tokenizer": processor.tokenizer} if stops else {}
-    limit = model.generation_config.max_new_tokens or 256
-    output = model.generate(**inputs, **encoded, **generation_options(wanted, limit), **stopping)
+    model.config.check_length(int(inputs["attention_mask"].sum(dim=1).max()), 1)
+    options = generation_options(wanted, default_new_tokens(model))
+    output = model.generate(**inputs, **encoded, **options, **stopping)
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [cut(text, stops) for text in texts]

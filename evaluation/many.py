@@ -1,87 +1,26 @@
 """Many questions, read from a file, answered in batches, and written line by line, so that a killed run goes on."""
 
-import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.common.fingerprint import hash_files
-from lightvlm.common.llava_data import IMAGE_MARK, attempt, find_image, read_rows
+from lightvlm.common.llava_data import attempt
 from lightvlm.common.views import upright_size
 from lightvlm.evaluation.answer_log import AnswerLog, on_main
-from lightvlm.evaluation.answers import answer
+from lightvlm.evaluation.answers import answer, check_budget, default_new_tokens, generation_options
+from lightvlm.evaluation.asks import Ask, is_url
 from lightvlm.processing.processing_lightvlm import open_images
 from PIL import Image
 from tqdm import tqdm
 
-QUESTION_KEYS = ("question", "prompt", "text")
 WINDOW = 16  # batches that are sorted by size together
-
-
-@dataclass
-class Ask:
-    """A question about images, which are paths or URLs, with its place in the input."""
-
-    row: int
-    id: str | int
-    images: list[str]
-    question: str
-
-
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
-
-
-def to_ask(number: int, row: Any, image_folder: str | Path | None) -> Ask:
-    """The question of a row, whose files exist; ValueError or OSError where it has none."""
-    if isinstance(row, Exception):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError(f"{row!r:.80} is no object")
-    turns = row.get("conversations")
-    if isinstance(turns, list):
-        question = next((turn.get("value") for turn in turns if turn.get("from") == "human"), None)
-    else:
-        question = next((row[key] for key in QUESTION_KEYS if row.get(key)), None)
-    if not isinstance(question, str) or not question.replace(IMAGE_MARK, "").strip():
-        raise ValueError(f"no question: it is looked for under {', '.join(QUESTION_KEYS)} and in conversations")
-    names = row.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"the image {names!r:.80} is no path")
-    images = [name if is_url(name) else locate(name, image_folder) for name in names]
-    row_id = row.get("question_id", row.get("id", number))
-    return Ask(number, row_id, images, question.replace(IMAGE_MARK, "").strip())
-
-
-def locate(name: str, image_folder: str | Path | None) -> str:
-    """Path of a file, in the folder if one is given; OSError where there is none."""
-    if image_folder is not None:
-        return find_image(name, image_folder)
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"{name!r} is missing")
-    return name
-
-
-def read_asks(path: str, image_folder: str | Path | None = None) -> tuple[list[Ask], dict[int, Exception]]:
-    """The questions of a file, and the errors of the rows that have none, by number from 0.
-
-    Args:
-        path: JSON lines (.jsonl, or - for standard input) or a JSON list, of rows of LLaVA's data, of which the first
-            question counts, or of its evaluation files: `{"question_id"?, "image", "text"}`, where `text` may also be
-            called `question` or `prompt`, and `question_id` `id`.
-        image_folder: what `image` is relative to; the working directory if None. URLs are read as they are.
-    """
-    rows = (attempt(json.loads, line) for line in sys.stdin if line.strip()) if path == "-" else read_rows(path)
-    results = [attempt(to_ask, number, row, image_folder) for number, row in enumerate(rows)]
-    errors = {number: result for number, result in enumerate(results) if isinstance(result, Exception)}
-    return [result for result in results if isinstance(result, Ask)], errors
+PADDING = 64  # tokens that a prompt may be padded by; a longer one by as many as it has
 
 
 def expand_images(names: list[str]) -> list[str]:
@@ -107,16 +46,19 @@ def expand_images(names: list[str]) -> list[str]:
     return found
 
 
-def find_done(log: AnswerLog, asks: list[Ask], num_image_tokens: int | str | None) -> dict[int, dict]:
-    """The lines of earlier runs at a K, by row.
+def find_done(log: AnswerLog, asks: list[Ask], num_image_tokens: int | str | None) -> dict[tuple[int, int], dict]:
+    """The lines of earlier runs at a K, by row and turn.
 
     Raises:
         ValueError: if they are no answers, or to other questions, or if the files of their images have changed.
     """
     try:
-        done = {line["row"]: line for line in log.earlier if line["num_image_tokens"] == num_image_tokens}
-        pairs = [(ask, done[ask.row]) for ask in asks if ask.row in done]
-        if any((line["image"], line["question"]) != (ask.images, ask.question) for ask, line in pairs):
+        done = {
+            (line["row"], line["turn"]): line for line in log.earlier if line["num_image_tokens"] == num_image_tokens
+        }
+        pairs = [(ask.about(), done[ask.key]) for ask in asks if ask.key in done]
+        names = ("image", "question", "history")
+        if any(line.get(name) != about.get(name) for about, line in pairs for name in names):
             raise ValueError(f"{log.path} has answers to other questions: choose another --output, or remove it")
         hashed = [zip(line["image"], line["image_sha256"], strict=False) for _, line in pairs]
         before = {name: old for images in hashed for name, old in images}
@@ -132,7 +74,7 @@ def find_done(log: AnswerLog, asks: list[Ask], num_image_tokens: int | str | Non
 
 
 def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcessor) -> Iterator[list[Ask]]:
-    """Batches of questions of like length about pictures of as many views, those about the same one together."""
+    """Batches of prompts of like length about pictures of as many views, those about the same one together."""
 
     def views(ask: Ask) -> int:
         counts = [attempt(count_views, image, processor) for image in ask.images if not is_url(image)]
@@ -140,13 +82,19 @@ def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcesso
 
     asks = iter(asks)
     while window := [*islice(asks, WINDOW * batch_size)]:
-        longest = {}
-        for ask in window:
-            images = tuple(ask.images)
-            longest[images] = max(len(ask.question), longest.get(images, 0))
-        window.sort(key=lambda ask: (views(ask), longest[tuple(ask.images)], ask.images))
-        for start in range(0, len(window), batch_size):
-            yield window[start : start + batch_size]
+        lengths = text_lengths(window, processor)
+        sizes = {ask.key: (length // PADDING).bit_length() for ask, length in zip(window, lengths, strict=True)}
+        window.sort(key=lambda ask: (views(ask), sizes[ask.key], ask.images))
+        for _, group in groupby(window, key=lambda ask: sizes[ask.key]):
+            alike = [*group]
+            for start in range(0, len(alike), batch_size):
+                yield alike[start : start + batch_size]
+
+
+def text_lengths(asks: list[Ask], processor: LightVLMProcessor) -> list[int]:
+    """Tokens of each prompt, in which an image counts as one."""
+    prompts = processor.apply_chat_template([ask.messages() for ask in asks], add_generation_prompt=True)
+    return [len(ids) for ids in processor.tokenizer(prompts)["input_ids"]]
 
 
 def count_views(image: str, processor: LightVLMProcessor) -> int:
@@ -160,13 +108,61 @@ def open_named(names: list[str]) -> list[Image.Image]:
     return open_images([name if is_url(name) else Path(name) for name in names])
 
 
-def to_conversation(ask: Ask, opened: dict[str, Image.Image]) -> list[dict]:
-    """A message with images, opened once; ValueError where one cannot be read."""
+def to_conversation(
+    ask: Ask, opened: dict[str, Image.Image], model: LightVLM, processor: LightVLMProcessor, options: tuple
+) -> list[dict]:
+    """Messages with images, opened once, for `answer` with these options.
+
+    Raises:
+        ValueError: where an image cannot be read, or the language model has not enough positions.
+    """
     for name in ask.images:
         if name not in opened:
-            opened[name] = open_named([name])[0]
-    content = [{"type": "image", "image": opened[name]} for name in ask.images]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": ask.question}]}]
+            opened[name] = processor.prepare_image(open_named([name])[0], name)
+    images, (wanted, num_image_tokens, _, max_views) = [opened[name] for name in ask.images], options
+    budgets, means = processor.resolve_budgets(num_image_tokens, len(images))
+    largest = [processor.largest_budget((image.height, image.width), max_views) for image in images]
+    budgets = [*map(min, budgets, largest)]
+    ask.kept = None if any(means) else budgets
+    expected = sum(min(mean or budget, budget) for mean, budget in zip(means, budgets, strict=True))
+    (length,) = text_lengths([ask], processor)
+    new_tokens = generation_options(wanted, default_new_tokens(model))["max_new_tokens"]
+    model.config.check_length(length - len(images) + expected, new_tokens)
+    return ask.messages(images)
+
+
+def answer_each(
+    model: LightVLM, processor: LightVLMProcessor, conversations: list[list[dict]], options: tuple
+) -> list[str | Exception]:
+    """Answers, as of `answer`, to a batch; where it is refused each is asked alone, and has an error of its own.
+
+    Raises:
+        ValueError: where not even the largest image can have K.
+    """
+    found = attempt(answer, model, processor, conversations, *options)
+    if not isinstance(found, Exception):
+        return found
+    check_budget(model, processor, options[1], options[3])
+    alone = [attempt(answer, model, processor, [talk], *options) for talk in conversations]
+    return [found if isinstance(found, Exception) else found[0] for found in alone]
+
+
+class Progress(tqdm):
+    """A bar on a terminal, and otherwise a line on standard error each half minute; neither at inf seconds."""
+
+    def __init__(self, total: int, seconds: float = 30):
+        super().__init__(total=total, unit=" answers", disable=None if seconds < math.inf else True)
+        self.seconds, self.started, self.told = seconds, time.monotonic(), time.monotonic()
+
+    def update(self, n: int = 1) -> None:
+        super().update(n)
+        now = time.monotonic()
+        if self.disable:  # and so it does not count
+            self.n += n
+            if now - self.told >= self.seconds:
+                left = (self.total - self.n) * (now - self.started) / self.n
+                print(f"{self.n:,} of {self.total:,} answers, {left / 60:.0f} minutes left", file=sys.stderr)
+                self.told = now
 
 
 def answer_all(
@@ -187,8 +183,8 @@ def answer_all(
         model: in evaluation mode.
         processor: the checkpoint's.
         asks: the questions, which the log's processes share.
-        log: of lines of `row`, `id`, `image`, `question`, `num_image_tokens`, `answer` and `image_sha256`, which has
-            None for a URL, in the order in which they were answered.
+        log: of lines of what `Ask.about` says, `num_image_tokens`, `kept`, `answer` and `image_sha256`, which has None
+            for a URL, in the order in which they were answered.
         num_image_tokens, max_views, question_aware: as in `answer`.
         batch_size: questions at a time.
         wanted: `generation_kwargs`, as in `answer`.
@@ -198,25 +194,26 @@ def answer_all(
         ValueError: as `find_done`, or if the processor refuses K.
     """
     done = find_done(log, asks, num_image_tokens)
-    left, errors = [ask for ask in asks if ask.row not in done], {}
+    left, errors = [ask for ask in asks if ask.key not in done], {}
     processor.resolve_budgets(num_image_tokens, 1)
-    batches, is_main = log.mine(in_batches(left, batch_size, processor)), log.state.is_main_process
+    options = (wanted or {}, num_image_tokens, question_aware, max_views)
     share = math.ceil(len(left) / log.state.num_processes)
-    with tqdm(total=share, unit=" answers", disable=None if is_main else True) as bar:
-        for batch in batches:
+    with Progress(share, 30 if log.state.is_main_process else math.inf) as bar:
+        for batch in log.mine(in_batches(left, batch_size, processor)):
             torch.manual_seed(seed + batch[0].row)  # processes, and a run that goes on, draw other numbers
             images = {}
-            results = [attempt(to_conversation, ask, images) for ask in batch]
+            results = [attempt(to_conversation, ask, images, model, processor, options) for ask in batch]
             pairs = list(zip(batch, results, strict=True))
             errors |= {ask.row: talk for ask, talk in pairs if isinstance(talk, Exception)}
             opened = [(ask, talk) for ask, talk in pairs if not isinstance(talk, Exception)]
             if opened:
-                options = (wanted or {}, num_image_tokens, question_aware, max_views)
-                texts = answer(model, processor, [talk for _, talk in opened], *options)
+                texts = answer_each(model, processor, [talk for _, talk in opened], options)
                 lines, hashes = [], hash_files(images)
                 for (ask, _), text in zip(opened, texts, strict=True):
-                    line = {"row": ask.row, "id": ask.id, "image": ask.images, "question": ask.question}
-                    line |= {"num_image_tokens": num_image_tokens, "answer": text}
+                    if isinstance(text, Exception):
+                        errors[ask.row] = text
+                        continue
+                    line = ask.about() | {"num_image_tokens": num_image_tokens, "kept": ask.kept, "answer": text}
                     lines.append(line | {"image_sha256": [hashes[name] for name in ask.images]})
                 log.add(*lines)
             bar.update(len(batch))

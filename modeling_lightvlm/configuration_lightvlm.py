@@ -160,5 +160,14 @@ class LightVLMConfig(LlavaConfig):
         ]
         return self.num_patches + max(tiles, default=0)
 
+    def check_length(self, length: int, new_tokens: int) -> None:
+        """ValueError if a prompt of so many tokens and so many new ones are more than the language model reads."""
+        positions = self.text_config.max_position_embeddings
+        if length + new_tokens > positions:
+            raise ValueError(
+                f"{length} tokens and {new_tokens} new ones: {length + new_tokens - positions} more than the model "
+                "reads. Give a shorter text, or fewer images, or fewer tokens of each, or ask for fewer new ones."
+            )
+
 
 LightVLMConfig.register_for_auto_class()

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     ProcessorMixin,
     SiglipImageProcessorPil,
+    image_utils,
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_transforms import to_channel_dimension_format
@@ -73,6 +74,16 @@ def open_image(file: Any, name: str | None = None) -> Image.Image:
     return image
 
 
+def fetch_image(url: str) -> Image.Image:
+    """Download and decode an image; ValueError, with the URL, if it is none or there is none, as the status tells."""
+    with reading(url):
+        client = image_utils.httpx  # type: ignore[attr-defined]  # that of load_image, httpx or its successor
+        response = client.get(url, timeout=60, follow_redirects=True)
+        if not response.is_success:
+            raise ValueError(f"status {response.status_code} {response.reason_phrase}")
+    return open_image(BytesIO(response.content), url)
+
+
 def open_images(images: Any, numbers: Iterator[int] | None = None) -> Any:
     """Open what is a path, URL, base64, bytes, file or row of `datasets` in a (nested) list of images.
 
@@ -92,6 +103,8 @@ def open_images(images: Any, numbers: Iterator[int] | None = None) -> Any:
         return open_image(image, name)
     if isinstance(image, Path) or (isinstance(image, str) and os.path.isfile(image)):
         return open_image(image)
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        return fetch_image(image)
     if isinstance(image, str):
         with reading(name):
             return load_image(image)

@@ -8,7 +8,8 @@ import sys
 import pytest
 from hub_server import TOKEN, HubServer
 from lightvlm import LightVLM
-from tiny import make_image, make_model, make_processor
+from lightvlm.modeling_lightvlm import prompt_length
+from tiny import make_dynamic, make_image, make_model, make_processor
 from transformers import GenerationConfig
 
 
@@ -162,3 +163,34 @@ def test_the_processor_and_its_code_come_from_the_revision_token_and_cache_of_th
     assert pinned[2] == package[2] == files["chat_template.jinja"].decode()
     assert pinned_code[2] == newest[2] == template
     assert not list((tmp_path / "home").rglob("chat_template.jinja"))
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused(model):
+    """The tiny model has 512 positions; without a number of new tokens, an answer takes what is left of them."""
+    words = "what? " * 170
+    with pytest.raises(ValueError, match="more than the model reads"):
+        model.chat(make_image(), words * 3)
+    with pytest.raises(ValueError, match="more than the model reads"):
+        model.chat(None, words, max_new_tokens=400)
+    history = []
+    model.chat(make_image(), words, history, num_image_tokens=36)
+    assert len(history) == 2
+
+
+def test_a_dynamic_budget_counts_as_its_mean():
+    model, processor = make_dynamic(), make_processor()
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}]}], add_generation_prompt=True
+    )
+    text = len(processor.tokenizer(prompt)["input_ids"]) - 1
+    inputs = processor(images=[make_image()], text=prompt, num_image_tokens="dynamic:8", return_tensors="pt")
+    assert prompt_length(inputs) == text + 8
+    assert (
+        prompt_length(processor(images=[make_image()], text=prompt, num_image_tokens=9, return_tensors="pt"))
+        == text + 9
+    )
+    model.config.text_config.max_position_embeddings = text + 8 + 4
+    options = {"num_image_tokens": "dynamic:8", "processor": processor}
+    assert isinstance(model.chat(make_image(), "", max_new_tokens=4, **options), str)
+    with pytest.raises(ValueError, match="1 more than the model reads"):
+        model.chat(make_image(), "", max_new_tokens=5, **options)

@@ -4,10 +4,13 @@ import io
 import json
 import os
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from launch import launch
-from lightvlm import LightVLMModel
+from lightvlm import LightVLM, LightVLMModel
 from lightvlm.evaluation import many
 from lightvlm_cli.main import main
 from PIL import Image
@@ -84,49 +87,159 @@ def test_files_folders_patterns_and_standard_input_name_images(data, monkeypatch
         many.expand_images([str(data / "empty")])
 
 
-def test_questions_are_read_from_every_form_of_file(data, monkeypatch):
-    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
+def test_bad_rows_are_named_by_line_and_the_others_answered(data, capsys):
+    (data / "pictures/2.png").write_bytes((data / "pictures/2.png").read_bytes()[:200])
+    Image.new("RGB", (5000, 1)).save(data / "pictures/thin.png")
+    good = {"image": "0.png", "question": "what?"}
     rows = [
-        {"id": "a", "image": "0.png", "conversations": turns},
-        {"question_id": 7, "image": "1.png", "text": "where?"},
-        {"image": ["0.png", "1.png"], "prompt": "which?"},
+        good,
+        "",
+        "{",
+        {"image": "9.png", "question": "what?"},
+        '{"question": "half an emoji \\ud83d", "image": "0.png"}',
+        {"conversations": ["x"]},
+        "[" * 100_000,
+        {"image_path": "0.png", "question": "what?"},
+        {**good, "image": "2.png"},
+        {**good, "image": "thin.png"},
+        {**good, "question": "what? " * 1000},
         {"question": "who are you?"},
     ]
-    write_questions(data, rows)
-    asks, errors = many.read_asks(str(data / "questions.jsonl"), data / "pictures")
-    found = [(ask.id, len(ask.images), ask.question) for ask in asks]
-    assert found == [("a", 1, "what?"), (7, 1, "where?"), (2, 2, "which?"), (3, 0, "who are you?")] and not errors
-    (data / "questions.json").write_text(json.dumps(rows))
-    assert many.read_asks(str(data / "questions.json"), data / "pictures") == (asks, {})
-    monkeypatch.setattr("sys.stdin", io.StringIO((data / "questions.jsonl").read_text()))
-    assert many.read_asks("-", data / "pictures") == (asks, {})
-    assert (
-        infer(
-            data,
-            "--input",
-            data / "questions.jsonl",
-            "--image-folder",
-            data / "pictures",
-            "--output",
-            data / "out.jsonl",
-        )
-        == 0
-    )
-    assert [line["id"] for line in lines(data / "out.jsonl")] == ["a", 7, 2, 3]
-
-
-def test_bad_rows_are_named_and_the_others_answered(data, capsys):
-    (data / "pictures/2.png").write_bytes((data / "pictures/2.png").read_bytes()[:200])
-    good = {"image": "0.png", "question": "what?"}
-    rows = [good, "{", {"image": "9.png", "question": "what?"}, {"image": "0.png"}, {**good, "image": "2.png"}, good]
     write_questions(data, rows)
     options = ["--input", data / "questions.jsonl", "--image-folder", data / "pictures"]
     assert infer(data, *options, "--output", data / "out.jsonl") == 2
     error = capsys.readouterr().err
-    assert "4 of 6 rows could not be answered" in error
-    for words in ("row 1: ", "row 2: ", "9.png' is missing", "row 3: no question", "row 4: ", "2.png cannot be read"):
+    assert "9 of 11 rows could not be answered" in error
+    for words in (
+        "line 3: it is no JSON",
+        "9.png' is missing",
+        "line 5: a text has half a character",
+        "line 6: the turn 'x' is neither",
+        "line 7: its brackets are nested too deeply",
+        "line 8: 'image_path' looks like a picture that is not read: call it image or images",
+        "2.png cannot be read",
+        "line 10: ",
+        "thin.png of 5000 x 1 pixels is too long and thin",
+        "line 11: ",
+        "more than the model reads",
+    ):
         assert words in error, words
-    assert [line["row"] for line in lines(data / "out.jsonl")] == [0, 5]
+    assert [(line["row"], line["question"]) for line in lines(data / "out.jsonl")] == [
+        (0, "what?"),
+        (10, "who are you?"),
+    ]
+
+
+@pytest.fixture
+def site(data):
+    """The address of the folder of pictures."""
+    handler = partial(QuietHandler, directory=data / "pictures")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_a_url_without_a_picture_is_told_with_its_status(data, site, capsys):
+    names = [f"{site}/0.png", f"{site}/9.png", f"{site}/notes.txt", "0.png"]
+    write_questions(data, [{"image": name, "question": "what?"} for name in names])
+    options = ["--input", data / "questions.jsonl", "--image-folder", data / "pictures"]
+    assert infer(data, *options, "--output", data / "out.jsonl") == 2
+    error = capsys.readouterr().err
+    assert f"line 2: {site}/9.png cannot be read as an image: status 404 File not found" in error
+    assert f"line 3: {site}/notes.txt cannot be read as an image: its format is unknown" in error
+    by_url, by_path = lines(data / "out.jsonl")
+    assert (by_url["row"], by_path["row"]) == (0, 3) and by_url["answer"] == by_path["answer"]
+    assert infer(data, "--image", f"{site}/9.png", "--prompt", "what?") == 2
+    assert f"{site}/9.png cannot be read as an image: status 404" in capsys.readouterr().err
+
+
+def test_each_turn_of_a_row_is_answered_with_those_before_it(data):
+    turns = [
+        {"from": "human", "value": "<image>\nwhat?"},
+        {"from": "gpt", "value": "red"},
+        {"from": "human", "value": "where?"},
+        {"from": "gpt", "value": "left"},
+        {"from": "human", "value": "is there a circle?"},
+    ]
+    rows = [{"id": "a", "image": f"{index}.png", "conversations": turns} for index in range(2)]
+    write_questions(data, rows)
+    options = [
+        "--input",
+        data / "questions.jsonl",
+        "--image-folder",
+        data / "pictures",
+        "--output",
+        data / "out.jsonl",
+    ]
+    assert infer(data, *options) == 0
+    found = sorted(lines(data / "out.jsonl"), key=lambda line: (line["row"], line["turn"]))
+    asked = [
+        (row, turn, words) for row in range(2) for turn, words in enumerate(["what?", "where?", "is there a circle?"])
+    ]
+    assert [(line["row"], line["turn"], line["question"]) for line in found] == asked
+    model, processor = LightVLM.from_pretrained(data / "model").eval(), make_processor(pinpoints=GRIDS)
+    history = []
+    for line, answer in zip(found[:3], ["red", "left", ""], strict=True):
+        image = str(data / "pictures/0.png") if not history else None
+        assert line["answer"] == model.chat(image, line["question"], history, processor=processor, max_new_tokens=5)
+        history[-1] = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+
+    before = (data / "out.jsonl").read_text()
+    assert infer(data, *options) == 0 and (data / "out.jsonl").read_text() == before
+    turns[1]["value"] = "blue"
+    write_questions(data, rows)
+    assert infer(data, *options) == 2  # these are answers to other conversations
+
+
+def test_a_picture_that_cannot_have_k_is_named_and_the_others_answered(data, capsys):
+    make_dynamic(image_grid_pinpoints=GRIDS, encoder_keep={1: 0.5}).save_pretrained(data / "model")
+    options = ["--image", data / "pictures", "--prompt", "what?", "--output", data / "out.jsonl", "--batch-size", 32]
+    assert infer(data, *options, "--num-image-tokens", "30") == 2
+    error = capsys.readouterr().err
+    assert "2 of 6 rows could not be answered" in error and error.count("leaves 18 patches") == 2
+    assert "question 1: " in error and "question 4: " in error
+    assert [line["row"] for line in lines(data / "out.jsonl")] == [1, 2, 4, 5]
+
+
+def test_options_that_no_picture_can_have_end_the_run_at_once(data, monkeypatch, capsys):
+    options = ["--image", data / "pictures", "--prompt", *QUESTIONS, "--output", data / "out.jsonl"]
+    asked, answer = [], many.answer
+    monkeypatch.setattr(many, "answer", lambda *args: asked.extend(args[2]) or answer(*args))
+    assert infer(data, *options, "--num-image-tokens", "dynamic:31") == 2
+    assert "calibrated for means from 2 to 30" in capsys.readouterr().err and len(asked) <= 4
+    assert infer(data, *options, "--num-image-tokens", "361") == 2
+    assert "from 1 to 360" in capsys.readouterr().err
+
+
+def test_fewer_tokens_than_k_are_told(data, capsys):
+    options = ["--image", data / "pictures", "--prompt", "what?", "--num-image-tokens", "100"]
+    assert infer(data, *options, "--output", data / "out.jsonl") == 0
+    assert "K = 100 is more tokens than some images have, such as" in (error := capsys.readouterr().err)
+    assert "0.png with 36: they keep all" in error
+    assert [line["kept"] for line in lines(data / "out.jsonl")][:3] == [[36], [100], [100]]
+    assert infer(data, *options[:1], data / "pictures/0.png", *options[2:]) == 0
+    assert "36 of 36 tokens, K = 100" in capsys.readouterr().out
+    assert infer(data, *options[:-1], "36", "--output", data / "less.jsonl") == 0
+    assert "more tokens than" not in capsys.readouterr().err
+
+
+def test_progress_is_told_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(many.time, "monotonic", lambda: clock[0])
+    with many.Progress(400) as bar:
+        for seconds in (10, 20, 29, 31, 61, 70):
+            clock[0] = seconds
+            bar.update(50)
+    assert capsys.readouterr().err.splitlines() == [
+        "200 of 400 answers, 1 minutes left",
+        "250 of 400 answers, 1 minutes left",
+    ]
 
 
 def test_a_killed_run_goes_on_without_asking_twice(data, monkeypatch, capsys):
@@ -282,6 +395,15 @@ def test_pictures_of_as_many_views_are_answered_together(data):
     assert [len(batch) for batch in batches] == [4, 4, 4] and all(len(size) == 1 for size in sizes)
 
 
+def test_a_long_question_pads_no_short_ones(data):
+    processor = make_processor(pinpoints=GRIDS)
+    words = ["what? " * 100 if row in (3, 8) else QUESTIONS[row % 3] for row in range(12)]
+    asks = [many.Ask(row, row, [str(data / f"pictures/{row % 2 * 3}.png")], text) for row, text in enumerate(words)]
+    batches = [sorted(ask.row for ask in batch) for batch in many.in_batches(asks, 32, processor)]
+    assert sorted(map(len, batches)) == [2, 10] and [3, 8] in batches
+    assert sorted(row for batch in batches for row in batch) == [*range(12)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -290,6 +412,9 @@ def test_pictures_of_as_many_views_are_answered_together(data):
         (["--input", "a.jsonl"], "--input needs --output"),
         (["--image", "a.png", "--prompt", "b", "--temperature", "-1"], "--temperature is 0 or more"),
         (["--image", "a.png", "--prompt", "b", "--top-p", "2"], "--top-p more than 0"),
+        (["--image", "a.png", "--prompt", "b", "--top-p", "0"], "--top-p more than 0"),
+        (["--image", "a.png", "--prompt", "b", "--top-p", "0.9"], "--top-p needs sampling"),
+        (["--image", "pictures/0.png", "--prompt", "b " * 600], "more than the model reads"),
         (["--image", "a.png", "--prompt", "b"], "a.png cannot be read"),
         (["--input", "a.jsonl", "--output", "b.jsonl"], "a.jsonl"),
         (["--image", "pictures", "--prompt", "b", "--device", "nonsense"], "--device nonsense: PyTorch finds none"),

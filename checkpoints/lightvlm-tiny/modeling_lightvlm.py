@@ -202,6 +202,12 @@ def infer_attention_mask(input_ids: Tensor, settings: GenerationConfig, pad: int
     return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
 
 
+def prompt_length(inputs: Any) -> int:
+    """Tokens of one prompt of the processor, of dynamic budgets as many as are left on average."""
+    pairs = zip(inputs.get("num_image_tokens", ()), inputs.get("mean_image_tokens", ()), strict=False)
+    return inputs["input_ids"].shape[1] - sum(max(0, int(largest - mean)) for largest, mean in pairs if mean)
+
+
 class LightVLMPreTrainedModel(LlavaPreTrainedModel):
     """LLaVA's base class, and the initialisation of a new pruner."""
 
@@ -801,8 +807,8 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             generate_kwargs: for `generate`; by default 256 new tokens, or the generation configuration's number.
 
         Raises:
-            ValueError: if there is no processor beside the weights, it refuses the image or K, or more than one answer
-                is requested.
+            ValueError: if there is no processor beside the weights, it refuses the image or K, the language model has
+                fewer positions than prompt and answer need, or more than one answer is requested.
         """
         if generate_kwargs.get("return_dict_in_generate") or generate_kwargs.get("num_return_sequences", 1) > 1:
             raise ValueError("chat returns one answer, as text: call generate for more.")
@@ -827,8 +833,11 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             return_tensors="pt",
             processor_kwargs=options,
         ).to(self.device)
+        length = prompt_length(inputs)
         if not generate_kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
-            generate_kwargs["max_new_tokens"] = self.generation_config.max_new_tokens or 256
+            room = self.config.text_config.max_position_embeddings - length
+            generate_kwargs["max_new_tokens"] = max(1, min(self.generation_config.max_new_tokens or 256, room))
+        self.config.check_length(length, generate_kwargs.get("max_new_tokens") or 1)
         output = self.generate(**inputs, streamer=streamer, **generate_kwargs)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         if history is not None:
