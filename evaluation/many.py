@@ -26,6 +26,8 @@ def expand_images(names: list[str]) -> list[str]:
     input, one a line; ValueError where there are none."""
     found: list[str] = []
     for name in names:
+        if not name.strip():
+            raise ValueError(f"the image {name!r} is no path: an empty one would stand for this folder")
         if name == "-":
             found += [line.strip() for line in sys.stdin if line.strip()]
         elif is_url(name) or Path(name).is_file():
@@ -83,7 +85,7 @@ def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcesso
 def text_lengths(asks: list[Ask], processor: LightVLMProcessor) -> list[int]:
     """Tokens of each prompt, in which an image counts as one."""
     prompts = processor.apply_chat_template([ask.messages() for ask in asks], add_generation_prompt=True)
-    return [len(ids) for ids in processor.tokenizer(prompts)["input_ids"]]
+    return [len(ids) for ids in processor.tokenizer(prompts, verbose=False)["input_ids"]]
 
 
 def count_views(image: str, processor: LightVLMProcessor) -> int:

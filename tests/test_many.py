@@ -294,6 +294,7 @@ def test_a_long_question_pads_no_short_ones(data):
     [
         ([], "give either --image and --prompt, or --input"),
         (["--image", "a.png"], "give either"),
+        (["--image", "", "--prompt", "b"], "the image '' is no path"),
         (["--input", "a.jsonl"], "--input needs --output"),
         (["--image", "a.png", "--prompt", "b", "--temperature", "-1"], "--temperature is 0 or more"),
         (["--image", "a.png", "--prompt", "b", "--top-p", "2"], "--top-p more than 0"),
