@@ -1,6 +1,7 @@
 """Many questions, read from a file, answered in batches, and written line by line, so that a killed run goes on."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -139,11 +140,12 @@ def answer_each(
 
 
 class Progress(tqdm):
-    """A bar on a terminal, and otherwise a line on standard error each half minute."""
+    """A bar on a terminal, and otherwise a line on standard error each half minute; neither if it is not shown."""
 
-    def __init__(self, total: int, seconds: float = 30):
-        super().__init__(total=total, unit=" answers", disable=None)
-        self.seconds, self.started, self.told = seconds, time.monotonic(), time.monotonic()
+    def __init__(self, total: int, is_shown: bool = True, seconds: float = 30):
+        super().__init__(total=total, unit=" answers", disable=None if is_shown else True)
+        self.seconds = seconds if is_shown else math.inf
+        self.started = self.told = time.monotonic()
 
     def update(self, n: int = 1) -> None:
         super().update(n)
