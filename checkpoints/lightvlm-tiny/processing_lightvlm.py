@@ -16,7 +16,13 @@ from transformers.utils.versions import require_version
 # As in `configuration_lightvlm.py`: a processor can be loaded without it.
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
-from transformers import CLIPImageProcessorPil, LlavaNextProcessor, ProcessorMixin, SiglipImageProcessorPil, image_utils
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaNextProcessor,
+    ProcessorMixin,
+    SiglipImageProcessorPil,
+    image_utils,
+)
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
