@@ -28,6 +28,8 @@ def expand_images(names: list[str]) -> list[str]:
     input, one a line; ValueError where there are none."""
     found: list[str] = []
     for name in names:
+        if not name.strip():
+            raise ValueError(f"the image {name!r} is no path: an empty one would stand for this folder")
         if name == "-":
             found += [line.strip() for line in sys.stdin if line.strip()]
         elif is_url(name) or Path(name).is_file():
@@ -94,7 +96,7 @@ def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcesso
 def text_lengths(asks: list[Ask], processor: LightVLMProcessor) -> list[int]:
     """Tokens of each prompt, in which an image counts as one."""
     prompts = processor.apply_chat_template([ask.messages() for ask in asks], add_generation_prompt=True)
-    return [len(ids) for ids in processor.tokenizer(prompts)["input_ids"]]
+    return [len(ids) for ids in processor.tokenizer(prompts, verbose=False)["input_ids"]]
 
 
 def count_views(image: str, processor: LightVLMProcessor) -> int:
@@ -148,11 +150,12 @@ def answer_each(
 
 
 class Progress(tqdm):
-    """A bar on a terminal, and otherwise a line on standard error each half minute; neither at inf seconds."""
+    """A bar on a terminal, and otherwise a line on standard error each half minute; neither if it is not shown."""
 
-    def __init__(self, total: int, seconds: float = 30):
-        super().__init__(total=total, unit=" answers", disable=None if seconds < math.inf else True)
-        self.seconds, self.started, self.told = seconds, time.monotonic(), time.monotonic()
+    def __init__(self, total: int, is_shown: bool = True, seconds: float = 30):
+        super().__init__(total=total, unit=" answers", disable=None if is_shown else True)
+        self.seconds = seconds if is_shown else math.inf
+        self.started = self.told = time.monotonic()
 
     def update(self, n: int = 1) -> None:
         super().update(n)
@@ -198,7 +201,7 @@ def answer_all(
     processor.resolve_budgets(num_image_tokens, 1)
     options = (wanted or {}, num_image_tokens, question_aware, max_views)
     share = math.ceil(len(left) / log.state.num_processes)
-    with Progress(share, 30 if log.state.is_main_process else math.inf) as bar:
+    with Progress(share, log.state.is_main_process) as bar:
         for batch in log.mine(in_batches(left, batch_size, processor)):
             torch.manual_seed(seed + batch[0].row)  # processes, and a run that goes on, draw other numbers
             images = {}

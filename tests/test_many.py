@@ -232,10 +232,11 @@ def test_fewer_tokens_than_k_are_told(data, capsys):
 def test_progress_is_told_where_there_is_no_terminal(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(many.time, "monotonic", lambda: clock[0])
-    with many.Progress(400) as bar:
+    with many.Progress(400) as bar, many.Progress(400, is_shown=False) as hidden:
         for seconds in (10, 20, 29, 31, 61, 70):
             clock[0] = seconds
             bar.update(50)
+            hidden.update(50)
     assert capsys.readouterr().err.splitlines() == [
         "200 of 400 answers, 1 minutes left",
         "250 of 400 answers, 1 minutes left",
@@ -409,6 +410,7 @@ def test_a_long_question_pads_no_short_ones(data):
     [
         ([], "give either --image and --prompt, or --input"),
         (["--image", "a.png"], "give either"),
+        (["--image", "", "--prompt", "b"], "the image '' is no path"),
         (["--input", "a.jsonl"], "--input needs --output"),
         (["--image", "a.png", "--prompt", "b", "--temperature", "-1"], "--temperature is 0 or more"),
         (["--image", "a.png", "--prompt", "b", "--top-p", "2"], "--top-p more than 0"),
