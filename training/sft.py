@@ -4,9 +4,9 @@
         --data-path llava_instruct_150k.json --image-folder coco/train2017 --output-dir build/phi2-clip-k144
 
 Every option of the configuration file can be given on the command line too, where it wins. The loss is that of the
-answers. The output folder holds weights, processor, code and a card, and loads with `from_pretrained` as it is; so
-does each `checkpoint-*` in it, but for a LoRA run's: that is an adapter, which the command `lightvlm` loads with its base.
-For several GPUs put `--config_file training/accelerate/ddp.yaml` (or fsdp.yaml, zero3.yaml) before the script.
+answers. The output folder holds weights, processor, code and a card, and loads with `from_pretrained` as it is. So
+does each `checkpoint-*` in it, but for a LoRA run's: an adapter, which the command `lightvlm` loads with its base. For
+several GPUs put `--config_file training/accelerate/ddp.yaml` (or fsdp.yaml, zero3.yaml) before the script.
 """
 
 import math
@@ -499,6 +499,8 @@ def main() -> None:
     args.max_image_tokens = args.max_image_tokens or config.num_patches
     args.eval_image_tokens = args.eval_image_tokens or [args.num_image_tokens]
     training_args.remove_unused_columns = False  # of which one is K
+    if Path(args.model_path).is_dir():
+        args.model_path = str(Path(args.model_path).resolve())  # an adapter names it, wherever it is loaded from
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     if not (training_args.assistant_only_loss or args.independent_turns):
         logger.warning(
