@@ -87,6 +87,39 @@ def changed_names(model):
     return {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}
 
 
+# The command line alone
+
+
+def test_the_loss_and_the_accuracy_that_is_logged_are_of_the_answers(data, monkeypatch, logs):
+    make_model(num_image_tokens=9).save_pretrained(data / "model")
+    train(data, monkeypatch, max_steps=1, learning_rate=0, per_device_train_batch_size=9)  # all rows
+    batch = collator()([*load_llava(data / "data.json", data)])
+    with torch.no_grad():
+        outputs = make_model(num_image_tokens=9)(**batch)
+    answers = batch["labels"][:, 1:]
+    right = outputs.logits[:, :-1].argmax(-1) == answers
+    expected = right[answers != -100].float().mean().item()
+    (logged,) = [each for each in logs if "loss" in each]
+    assert logged["mean_token_accuracy"] == pytest.approx(expected)
+    assert logged["loss"] == pytest.approx(outputs.loss.item(), rel=1e-4)
+
+
+def test_whoever_wants_the_questions_learned_is_told_what_that_means(data, monkeypatch, logs):
+    warned = []
+    monkeypatch.setattr(sft.logger, "warning", warned.append)
+    train(data, monkeypatch, max_steps=1)
+    assert not warned
+    train(data, monkeypatch, max_steps=1, assistant_only_loss=False)
+    assert len(warned) == 1 and "assistant_only_loss is false" in warned[0]
+
+
+def test_no_placeholder_of_an_image_is_learned(data):
+    collate = LightVLMCollator(make_processor(), assistant_only_loss=False)
+    batch = collate([load_llava(data / "data.json", data)[1]])
+    learned = batch["labels"][batch["labels"] != -100]
+    assert len(learned) > 9 and collate.processor.image_token_id not in learned
+
+
 # What learns
 
 
