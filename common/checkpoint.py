@@ -20,7 +20,8 @@ def load(
     """Model, in evaluation mode, and processor.
 
     Args:
-        model_path: folder or Hub name of a checkpoint.
+        model_path: folder or Hub name of a checkpoint; or a `checkpoint-*` of a LoRA run, merged into what it was
+            trained on.
         dtype: "float32", "bfloat16", "float16" or, for the checkpoint's own, "auto"; by default the checkpoint's, but
             float32 on a CPU whose vector units know nothing else: PyTorch's bf16 products are many times slower there.
         int8: weights of the language model's linear layers.
@@ -34,6 +35,7 @@ def load(
     """
     import torch
     from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
+    from lightvlm.common.adapter import find_base, merge_adapter
     from lightvlm.common.inference import int8_config
     from transformers import AutoConfig
 
@@ -43,11 +45,16 @@ def load(
     options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     if int8:
         options["quantization_config"] = int8_config()
+    base = find_base(model_path)
+    if int8 and base != model_path:
+        raise ValueError(f"{model_path} is an adapter, which is not merged into int8 weights: leave out --int8.")
     # Whatever goes wrong in here, and transformers raises of every kind, it is this checkpoint that is at fault.
     try:
-        model_type = AutoConfig.from_pretrained(model_path).model_type
+        config = AutoConfig.from_pretrained(model_path)
+        model_type = config.model_type
         if model_type == "lightvlm":
-            model, report = read_weights(LightVLMForConditionalGeneration, model_path, **options)
+            model, report = read_weights(LightVLMForConditionalGeneration, base, config=config, **options)
+            model = merge_adapter(model, model_path)
             processor = LightVLMProcessor.from_pretrained(model_path)
     except Exception as error:
         raise ValueError(

@@ -12,7 +12,6 @@ from lightvlm.training import decoder
 from lightvlm.training.prepare_easy_vqa import llava_row
 from PIL import Image
 from tiny import GRIDS, NUM_PATCHES, make_image, make_model, make_processor
-from transformers import TrainingArguments
 from trl import TrlParser
 
 
@@ -49,7 +48,6 @@ def train(data, monkeypatch, **options):
         "learning_rate": 5e-3,
         "logging_steps": 1,
         "use_cpu": True,
-        "save_strategy": "no",
         "report_to": "none",
         **options,
     }
@@ -110,8 +108,14 @@ def test_grids_are_rows_by_columns(grids):
 
 def test_the_recipe_is_possible():
     path = Path(decoder.__file__).parent / "configs/tiny_views.yaml"
-    parser = TrlParser((decoder.DecoderArguments, TrainingArguments))
+    parser = TrlParser((decoder.DecoderArguments, decoder.DecoderTrainingArguments))
     required = ["--model_path=model", "--output_dir=out", "--use_cpu=true"]
     args, _ = parser.parse_args_and_config(["--config", str(path), *required])
     assert len(args.max_images) == len(args.data_path)
     LightVLMConfig(image_grid_pinpoints=parse_grids(args.grids, 336))
+
+
+@pytest.mark.parametrize("options", [{"save_strategy": "steps"}, {"resume_from_checkpoint": "true"}])
+def test_what_would_leave_nothing_that_loads_or_be_ignored_is_refused(data, monkeypatch, options):
+    with pytest.raises(ValueError, match="its end alone is saved"):
+        train(data, monkeypatch, **options)

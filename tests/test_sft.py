@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from datasets import concatenate_datasets
 from launch import launch
-from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm import LightVLM
 from lightvlm.common.llava_data import load_llava
 from lightvlm.common.turns import mask_blocks
 from lightvlm.training import sft
@@ -22,11 +22,12 @@ from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, 
 from lightvlm.training.prepare_easy_vqa import llava_row
 from peft import PeftModel
 from PIL import Image
+from sft_run import command, log_trainers, make_data, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import GRIDS, NUM_PATCHES, make_dynamic, make_image, make_model, make_processor
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import BatchSampler, DataLoader
-from trl import SFTConfig, TrlParser
+from trl import TrlParser
 
 TRAINING = Path(sft.__file__).parent
 OTHERS = ("pruner", "views")  # configurations of other scripts
@@ -51,65 +52,13 @@ sft.main()
 
 @pytest.fixture
 def data(tmp_path):
-    """Eight images, of which the bright ones are answered with yes, and a row without an image."""
-    rows = [{"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "no"}]}]
-    for index in range(8):
-        make_image(index).point(lambda value, index=index: value // 4 + 190 * (index % 2)).save(
-            tmp_path / f"{index}.png"
-        )
-        turns = [("what color?", "yes" if index % 2 else "no"), ("what shape?", "circle")]
-        rows.append(llava_row(index, f"{index}.png", turns))
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    make_model(num_image_tokens=9).save_pretrained(tmp_path / "model")
-    make_processor().save_pretrained(tmp_path / "model")
-    return tmp_path
-
-
-def command(data, **options):
-    """What is typed behind `sft.py`."""
-    settings = {
-        "model_path": data / "model",
-        "data_path": [data / "data.json"],
-        "image_folder": data,
-        "output_dir": data / "out",
-        "per_device_train_batch_size": 3,
-        "per_device_eval_batch_size": 3,
-        "learning_rate": 5e-3,
-        "assistant_only_loss": True,
-        "max_length": "null",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        **options,
-    }
-    parts = []
-    for name, value in settings.items():
-        parts += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    return [str(part) for part in parts]
-
-
-def train(data, monkeypatch, output_dir="out", **options):
-    """Run `sft.py` with these options, and return the model and the processor that it saved."""
-    monkeypatch.setattr("sys.argv", ["sft.py", *command(data, output_dir=data / output_dir, **options)])
-    sft.main()
-    return LightVLM.from_pretrained(data / output_dir), LightVLMProcessor.from_pretrained(data / output_dir)
+    return make_data(tmp_path)
 
 
 @pytest.fixture
 def logs(monkeypatch):
     """What the trainers of a test log."""
-    logged = []
-
-    class LoggedTrainer(sft.LightVLMTrainer):
-        def log(self, logs, *args, **kwargs):
-            super().log(logs, *args, **kwargs)
-            logged.append({"step": self.state.global_step, **logs})
-
-    monkeypatch.setattr(sft, "LightVLMTrainer", LoggedTrainer)
-    return logged
+    return log_trainers(monkeypatch)
 
 
 def curve(logs):
@@ -136,6 +85,39 @@ def budgets(count, **options):
 def changed_names(model):
     before = make_model(num_image_tokens=9).state_dict()
     return {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}
+
+
+# The command line alone
+
+
+def test_the_loss_and_the_accuracy_that_is_logged_are_of_the_answers(data, monkeypatch, logs):
+    make_model(num_image_tokens=9).save_pretrained(data / "model")
+    train(data, monkeypatch, max_steps=1, learning_rate=0, per_device_train_batch_size=9)  # all rows
+    batch = collator()([*load_llava(data / "data.json", data)])
+    with torch.no_grad():
+        outputs = make_model(num_image_tokens=9)(**batch)
+    answers = batch["labels"][:, 1:]
+    right = outputs.logits[:, :-1].argmax(-1) == answers
+    expected = right[answers != -100].float().mean().item()
+    (logged,) = [each for each in logs if "loss" in each]
+    assert logged["mean_token_accuracy"] == pytest.approx(expected)
+    assert logged["loss"] == pytest.approx(outputs.loss.item(), rel=1e-4)
+
+
+def test_whoever_wants_the_questions_learned_is_told_what_that_means(data, monkeypatch, logs):
+    warned = []
+    monkeypatch.setattr(sft.logger, "warning", warned.append)
+    train(data, monkeypatch, max_steps=1)
+    assert not warned
+    train(data, monkeypatch, max_steps=1, assistant_only_loss=False)
+    assert len(warned) == 1 and "assistant_only_loss is false" in warned[0]
+
+
+def test_no_placeholder_of_an_image_is_learned(data):
+    collate = LightVLMCollator(make_processor(), assistant_only_loss=False)
+    batch = collate([load_llava(data / "data.json", data)[1]])
+    learned = batch["labels"][batch["labels"] != -100]
+    assert len(learned) > 9 and collate.processor.image_token_id not in learned
 
 
 # What learns
@@ -702,7 +684,7 @@ def test_every_configuration_is_possible_and_has_the_published_batch_on_eight_gp
         options += ["--model_path", "model"]
     if "tiny" not in config.stem:
         options += ["--data-path", "data.json", "--image-folder", "images", "--output-dir", "out"]
-    args, training_args = TrlParser((sft.LightVLMArguments, SFTConfig)).parse_args_and_config(options)
+    args, training_args = TrlParser((sft.LightVLMArguments, sft.TrainingConfig)).parse_args_and_config(options)
     sft.check_arguments(args, training_args, 729 if "siglip" in config.stem else 576)
     batch = 8 * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     assert "tiny" in config.stem or batch == (256 if "align" in config.stem else 128)

@@ -11,12 +11,14 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from lightvlm import LightVLMProcessor
-from lightvlm.common.turns import pack_turns
+from lightvlm.common.turns import IGNORED, pack_turns
+from lightvlm.training.rows import ReadableRows, read_or_replace, read_row, undecoded
 from PIL import Image
 from torch.nn.functional import pad
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 POOLED_STEPS = 32  # whose rows are sorted together: more would pad little less, and be less random
+SPREAD = 256  # rows at a stream's start that replace others, because those are read again at once
 
 
 def measure_rows(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +101,7 @@ class StepSampler(torch.utils.data.Sampler):
 class StepRows(torch.utils.data.Dataset):
     """Rows, asked for by the pairs of a `StepSampler`, with K as `num_image_tokens`."""
 
-    rows: Dataset
+    rows: Dataset | ReadableRows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,6 +122,7 @@ class StepStream(torch.utils.data.IterableDataset):
         rows: the stream.
         rows_per_step: as of `StepSampler`, and so are draw and seed.
         rows_per_batch: rows of a batch, of all processes together; accelerate gives each process its part.
+        skip_bad_rows: give another row with as many images in place of one that cannot be read.
     """
 
     rows: IterableDataset
@@ -127,19 +130,23 @@ class StepStream(torch.utils.data.IterableDataset):
     rows_per_batch: int
     draw: Callable[[torch.Generator], int]
     seed: int
+    skip_bad_rows: bool = False
 
     def __iter__(self) -> Iterator[dict]:
         generator = torch.Generator().manual_seed(self.seed)
         info = torch.utils.data.get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        unopened = self.rows.decode(False)
-        # Batches of one, because iterating over rows as such gives each worker files of its own.
-        for number, batch in enumerate(batch for _ in itertools.count() for batch in unopened.iter(1)):
+        for number, row in enumerate(self.cycle()):
             if number % self.rows_per_step == 0:
                 budget = self.draw(generator)
             if number // self.rows_per_batch % num_workers == worker:
-                row = {name: column[0] for name, column in batch.items()}
-                yield {**self.rows.features.decode_example(row), "num_image_tokens": budget}
+                found = read_or_replace(row, self.cycle(number % SPREAD)) if self.skip_bad_rows else read_row(row)
+                yield {**found, "num_image_tokens": budget}
+
+    def cycle(self, start: int = 0) -> Iterator[dict]:
+        """Yield undecoded rows, over and over, from row `start` on."""
+        rows = (row for _ in itertools.count() for row in undecoded(self.rows))
+        return itertools.islice(rows, start, None)
 
 
 class LightVLMCollator(DataCollatorForVisionLanguageModeling):
@@ -177,6 +184,10 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
         if "pixel_values" not in batch:
             batch = add_blank_image(batch, self.processor)
         batch["pixel_values"] = batch["pixel_values"].to(self.pixel_dtype)
+        # Without assistant_only_loss, too: predicting a placeholder from the one before says nothing.
+        batch["labels"][batch["input_ids"] == self.processor.image_token_id] = IGNORED
+        if "is_replacement" in examples[0]:
+            batch["is_replacement"] = torch.tensor([row["is_replacement"] for row in examples])
         return batch
 
     def begin(self, batch: dict) -> dict:

@@ -23,7 +23,9 @@ from lightvlm.training.features import (
     load_rows,
     stack_features,
 )
+from lightvlm.training.machine import RunsHere, run
 from lightvlm.training.pruner import draw_turns, extend_card
+from lightvlm.training.saving import folder_written_beside
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
@@ -44,6 +46,21 @@ class DecoderArguments(ImageArguments):
         default_factory=list,
         metadata={"help": "for a checkpoint of one view: grids to cut images into, rows x columns, such as 1x1 2x2"},
     )
+
+
+@dataclass
+class DecoderTrainingArguments(RunsHere, TrainingArguments):
+    """TrainingArguments, of a run whose end alone is saved."""
+
+    save_strategy: str = field(default="no", metadata={"help": "no: a run takes minutes, and its end alone is saved"})
+
+
+def check(training_args: DecoderTrainingArguments) -> None:
+    """ValueError for what would be ignored, or leave folders that nothing loads."""
+    if training_args.save_strategy != "no" or training_args.resume_from_checkpoint:
+        raise ValueError(
+            "a run takes minutes, and its end alone is saved: leave save_strategy at no, don't resume"
+        )
 
 
 @torch.no_grad()
@@ -106,7 +123,8 @@ class ReaderCollator:
 
 
 def main() -> None:
-    args, training_args = TrlParser((DecoderArguments, TrainingArguments)).parse_args_and_config()
+    args, training_args = TrlParser((DecoderArguments, DecoderTrainingArguments)).parse_args_and_config()
+    check(training_args)
     set_seed(training_args.seed)
     training_args.remove_unused_columns = False
     config = LightVLMConfig.from_pretrained(args.model_path)
@@ -124,8 +142,6 @@ def main() -> None:
     )
     trainer.train()
     if trainer.is_world_process_zero():
-        model.to(config.dtype or torch.float32).save_pretrained(training_args.output_dir)
-        processor.save_pretrained(training_args.output_dir)
         files = ", ".join(Path(path).name for path in args.data_path)
         losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
         line = (
@@ -133,8 +149,11 @@ def main() -> None:
             f"log-uniform from {args.min_image_tokens} to {args.log_uniform_max}, or all of a view's in "
             f"{args.full_share:.0%} of the steps; the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
         )
-        extend_card(args.model_path, training_args.output_dir, line)
+        with folder_written_beside(training_args.output_dir) as folder:
+            model.to(config.dtype or torch.float32).save_pretrained(folder)
+            processor.save_pretrained(folder)
+            extend_card(args.model_path, folder, line)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

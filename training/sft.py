@@ -3,9 +3,10 @@
     accelerate launch training/sft.py --config training/configs/phi2_clip_k144.yaml \\
         --data-path llava_instruct_150k.json --image-folder coco/train2017 --output-dir build/phi2-clip-k144
 
-Every option of the configuration file can be given on the command line too, where it wins. The output folder holds
-weights, processor, code and a card, and loads with `from_pretrained` as it is. For several GPUs put
-`--config_file training/accelerate/ddp.yaml` (or fsdp.yaml, zero3.yaml) before the script.
+Every option of the configuration file can be given on the command line too, where it wins. The loss is that of the
+answers. The output folder holds weights, processor, code and a card, and loads with `from_pretrained` as it is. So
+does each `checkpoint-*` in it, but for a LoRA run's: an adapter, which the command `lightvlm` loads with its base. For
+several GPUs put `--config_file training/accelerate/ddp.yaml` (or fsdp.yaml, zero3.yaml) before the script.
 """
 
 import math
@@ -23,12 +24,19 @@ from lightvlm.common.inference import int8_config, nf4_config
 from lightvlm.common.llava_data import load_llava
 from lightvlm.common.turns import mask_blocks
 from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream, group_rows, measure_rows
+from lightvlm.training.machine import RunsHere, run
+from lightvlm.training.rows import ReadableRows, begin_readable
+from lightvlm.training.saving import UNFINISHED, find_checkpoint, folder_written_beside, put_in_place
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled, unset_hf_deepspeed_config
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer, TrlParser
+
+logger = logging.get_logger(__name__)
 
 CARD = """\
 ---
@@ -62,7 +70,13 @@ class LightVLMArguments:
     model_path: str = field(metadata={"help": "folder or Hub name of a LightVLM checkpoint"})
     data_path: list[str] = field(metadata={"help": "LLaVA JSON files"})
     image_folder: str | None = field(default=None, metadata={"help": "folder that its image paths are relative to"})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, with a warning"})
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "leave out rows that cannot be used, with a warning; a row whose image turns out to be cut off "
+            "when it is read is replaced by one with as many images, counted in the log"
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "read rows as they are needed, in the files' order, over and over; needs max_steps"},
@@ -124,6 +138,16 @@ class LightVLMArguments:
         return [part for part in self.train_parts if part not in adapted]
 
 
+@dataclass
+class TrainingConfig(RunsHere, SFTConfig):
+    """SFTConfig, whose loss is the answers' by default, and which runs on this machine."""
+
+    assistant_only_loss: bool = field(
+        default=True,
+        metadata={"help": "learn the answers alone; if false, questions and the words of the template too"},
+    )
+
+
 def budget_problems(args: LightVLMArguments, largest: int) -> dict[str, bool]:
     """Messages, and whether they are true of the numbers of image tokens."""
     bounds = [args.min_image_tokens, args.log_uniform_max, args.max_image_tokens]
@@ -140,7 +164,7 @@ def budget_problems(args: LightVLMArguments, largest: int) -> dict[str, bool]:
     }
 
 
-def data_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[str, bool]:
+def data_problems(args: LightVLMArguments, training_args: TrainingConfig) -> dict[str, bool]:
     """Messages, and whether they are true of the data and how often it is evaluated."""
     evaluates = training_args.eval_strategy != "no"
     cuts = training_args.max_length is not None
@@ -157,7 +181,7 @@ def data_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[str
     }
 
 
-def model_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[str, bool]:
+def model_problems(args: LightVLMArguments, training_args: TrainingConfig) -> dict[str, bool]:
     """Messages, and whether they are true of what learns and what is saved."""
     has_projector = "multi_modal_projector" in args.train_parts
     has_rate = args.projector_learning_rate is not None
@@ -172,12 +196,20 @@ def model_problems(args: LightVLMArguments, training_args: SFTConfig) -> dict[st
         "lora_base=nf4 needs bitsandbytes: pip install bitsandbytes": args.lora_base == "nf4"
         and find_spec("bitsandbytes") is None,
         "save_dtype is float32, bfloat16 or float16": args.save_dtype not in ("float32", "bfloat16", "float16"),
-        "load_best_model_at_end is not supported; each checkpoint-* loads as it is": loads_best,
+        "load_best_model_at_end is not supported; give the best checkpoint-* to `lightvlm infer` as it is": loads_best,
+        "output_dir is model_path, which would be overwritten: give another": same_folder(
+            args.model_path, training_args.output_dir
+        ),
         "push_to_hub is not supported; upload the finished folder with `lightvlm push`": training_args.push_to_hub,
     }
 
 
-def check_arguments(args: LightVLMArguments, training_args: SFTConfig, largest: int) -> None:
+def same_folder(one: str | None, other: str | None) -> bool:
+    """Return whether both name one folder that is there."""
+    return Path(one or "").is_dir() and Path(other or "").is_dir() and Path(one or "").samefile(other or "")
+
+
+def check_arguments(args: LightVLMArguments, training_args: TrainingConfig, largest: int) -> None:
     """ValueError with all that is wrong with the arguments, before anything heavy is loaded."""
     problems = budget_problems(args, largest)
     problems |= data_problems(args, training_args) | model_problems(args, training_args)
@@ -227,7 +259,7 @@ def is_sharded() -> bool:
     return is_fsdp_enabled() or is_deepspeed_zero3_enabled()
 
 
-def base_dtype(args: LightVLMArguments, training_args: SFTConfig) -> torch.dtype:
+def base_dtype(args: LightVLMArguments, training_args: TrainingConfig) -> torch.dtype:
     """Of the weights that a LoRA run leaves alone: bf16, half of the memory, where it computes in bf16 anyway.
 
     FSDP keeps weights of one layer together, in one dtype, and DeepSpeed has a dtype of its own: float32 for them.
@@ -257,7 +289,7 @@ class LightVLMTrainer(SFTTrainer):
     """
 
     def __init__(self, arguments: LightVLMArguments, **kwargs):
-        self.arguments = arguments
+        self.arguments, self.replaced_rows, self.is_saving = arguments, 0, False
         super().__init__(**kwargs)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
@@ -277,9 +309,10 @@ class LightVLMTrainer(SFTTrainer):
         rows_per_batch = rows_per_step // self.args.gradient_accumulation_steps  # of all processes
         multiple = 1 if self.args.world_size == 1 else rows_per_batch
         if isinstance(self.train_dataset, IterableDataset):
-            rows = StepStream(self.train_dataset, rows_per_step, rows_per_batch, draw, seed)
+            skips = self.arguments.skip_bad_rows
+            rows = StepStream(self.train_dataset, rows_per_step, rows_per_batch, draw, seed, skips)
         else:
-            rows = StepRows(self.train_dataset)
+            rows = StepRows(ReadableRows(self.train_dataset, self.arguments.skip_bad_rows))
         group = None
         if self.args.train_sampling_strategy == "group_by_length":
             lengths, images = measure_rows(self.train_dataset)
@@ -289,6 +322,11 @@ class LightVLMTrainer(SFTTrainer):
             return StepSampler(len(rows), rows_per_step, draw, seed, lambda: int(self.state.epoch), multiple, group)
 
         return self._get_dataloader(rows, "Training", self._train_batch_size, sampler, is_training=True)
+
+    def _get_dataloader(self, dataset: Dataset | StepRows | StepStream, *args, **kwargs) -> DataLoader:
+        """As Trainer's; rows to evaluate on are read as those to train on are."""
+        rows = ReadableRows(dataset, self.arguments.skip_bad_rows) if isinstance(dataset, Dataset) else dataset
+        return super()._get_dataloader(rows, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's, with the projector's own learning rate."""
@@ -305,7 +343,17 @@ class LightVLMTrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         """As Trainer's. The mask of independent turns is made on the device: workers would send its square bytes."""
-        return mask_blocks(super()._prepare_inputs(inputs))
+        inputs = super()._prepare_inputs(inputs)
+        replaced = inputs.pop("is_replacement", None)  # there with skip_bad_rows alone
+        if replaced is not None and self.model.training:
+            self.replaced_rows += self.accelerator.gather(replaced.sum()).sum().item()
+        return mask_blocks(inputs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As SFTTrainer's, with the number of rows so far that took the place of one that cannot be read."""
+        if self.arguments.skip_bad_rows and "loss" in logs:
+            logs["replaced_rows"] = self.replaced_rows
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
         """As SFTTrainer's, with FSDP as well."""
@@ -314,12 +362,37 @@ class LightVLMTrainer(SFTTrainer):
             head.unshard()  # SFTTrainer reads its weights uncalled: a process would learn from its own rows alone
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _get_output_dir(self, trial) -> str:
+        """As Trainer's, or beside it, while a checkpoint is written."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self.is_saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As Trainer's, but a kill leaves no half of a checkpoint under the name of a whole one."""
+        self.is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = self._get_output_dir(trial)
+            put_in_place(Path(folder, UNFINISHED, f"checkpoint-{self.state.global_step}"), Path(folder))
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(folder, self.args.save_total_limit, best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer's. FSDP wraps in a class of its own, whose name and file would be the checkpoint's."""
+        """As Trainer's, beside an adapter the configuration that it was trained with, too.
+
+        FSDP wraps in a class of its own, whose name and file would be the checkpoint's.
+        """
         if isinstance(self.model, FSDPModule):
             wrapper, wrapped = type(self.model), LightVLMForConditionalGeneration
             wrapper.__module__, wrapper.__name__ = wrapped.__module__, wrapped.__name__
         super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel):
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As Trainer's, which would skip whole models: their weights are saved under LLaVA's names."""
@@ -344,8 +417,9 @@ class LightVLMTrainer(SFTTrainer):
                 model = PeftModel.from_pretrained(model, gathered).merge_and_unload()
             model.config.num_image_tokens = self.arguments.num_image_tokens
             model.config.position_ids = self.arguments.position_ids
-            model.to(getattr(torch, self.arguments.save_dtype)).save_pretrained(self.args.output_dir)
-            self.processing_class.save_pretrained(self.args.output_dir)
+            with folder_written_beside(self.args.output_dir) as folder:
+                model.to(getattr(torch, self.arguments.save_dtype)).save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
             self.create_model_card()
             shutil.rmtree(gathered)
 
@@ -373,6 +447,8 @@ class LightVLMTrainer(SFTTrainer):
             "steps": f"{self.state.global_step:,} of {self.get_total_train_batch_size(self.args)} rows each",
             **{f"final {name}": f"{value:.4f}" for name, value in losses.items()},
         }
+        if self.replaced_rows:
+            training["rows whose images could not be read"] = f"{self.replaced_rows} times others took their place"
         card = ModelCard(
             CARD.format(
                 metadata=metadata.to_yaml(),
@@ -390,6 +466,7 @@ def load_rows(args: LightVLMArguments) -> tuple[Dataset | IterableDataset, dict[
     """Rows to train on; and those to evaluate on, once for each K, called k144 for K = 144."""
     options = {"image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
     rows = concatenate_datasets([load_llava(path, streaming=args.streaming, **options) for path in args.data_path])
+    rows = begin_readable(rows, args.skip_bad_rows)
     if args.eval_data_path is None:
         return rows, None
     held_out = concatenate_datasets([load_llava(path, **options) for path in args.eval_data_path])
@@ -409,10 +486,12 @@ def check_optimizer_state(checkpoint: Path, trainer: LightVLMTrainer) -> None:
         raise ValueError(
             f"{checkpoint} was written with {written}, whose optimizer can only be resumed in the same way."
         )
+    if (checkpoint / "adapter_config.json").exists() != isinstance(trainer.model, PeftModel):
+        raise ValueError(f"{checkpoint} was written {'without' if trainer.arguments.lora_r else 'with'} lora_r.")
 
 
 def main() -> None:
-    parser = TrlParser((LightVLMArguments, SFTConfig))
+    parser = TrlParser((LightVLMArguments, TrainingConfig))
     args, training_args = parser.parse_args_and_config()
     config = LightVLMConfig.from_pretrained(args.model_path)
     check_arguments(args, training_args, config.max_image_tokens)
@@ -420,6 +499,14 @@ def main() -> None:
     args.max_image_tokens = args.max_image_tokens or config.num_patches
     args.eval_image_tokens = args.eval_image_tokens or [args.num_image_tokens]
     training_args.remove_unused_columns = False  # of which one is K
+    if Path(args.model_path).is_dir():
+        args.model_path = str(Path(args.model_path).resolve())  # an adapter names it, wherever it is loaded from
+    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    if not (training_args.assistant_only_loss or args.independent_turns):
+        logger.warning(
+            "assistant_only_loss is false: questions are learned as well as answers, most of the loss and of "
+            "mean_token_accuracy is about them, and the model may forget how to answer."
+        )
 
     train_rows, eval_rows = load_rows(args)
     processor = LightVLMProcessor.from_pretrained(args.model_path)
@@ -455,13 +542,13 @@ def main() -> None:
         processing_class=processor,
         peft_config=make_lora_config(model, args) if args.lora_r else None,
     )
-    if training_args.resume_from_checkpoint:
-        check_optimizer_state(Path(training_args.resume_from_checkpoint), trainer)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if checkpoint:
+        check_optimizer_state(checkpoint, trainer)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.write_checkpoint()
     trainer.accelerator.wait_for_everyone()  # a process that leaves early may take the others down with it
     trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
