@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +20,12 @@ from filelock import FileLock
 
 IMAGE_MARK = "<image>"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+PICTURE_KEYS = ("image", "images")
+LIKE_A_PICTURES_KEY = re.compile(
+    r"(image|img|picture|photo|pic|video|frame|file|path)s?[ _-]?(path|file|name|url|uri|src|data|bytes|base64|b64)?s?"
+    r"[ _-]?\d*",
+    re.IGNORECASE,
+)
 ROLES = {"human": "user", "gpt": "assistant"}
 FEATURES = Features(
     {
@@ -112,21 +118,47 @@ def find_image(name: str, image_folder: str | Path | None) -> str:
     raise FileNotFoundError(f"{str(path)!r} is missing")
 
 
-def to_row(number: int, row: Any, image_folder: str | Path | None) -> dict:
-    """One row of the dataset, with paths of images that exist, unopened; ValueError or OSError where it is bad."""
+def as_list(names: Any) -> Any:
+    """A name as a list of one, and nothing as a list of none."""
+    return [names] if isinstance(names, str) else [] if names is None else names
+
+
+def unread_picture_keys(row: dict) -> list[str]:
+    """Keys of a row that look like a picture's, such as img or file_name, but are not read.
+
+    A key that is empty, or repeats the file name of a picture that is read, does not count.
+    """
+    lists = [as_list(row.get(key)) for key in PICTURE_KEYS]
+    read = {Path(name).name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)}
+    filled = [key for key, value in row.items() if isinstance(value, str | list | dict) and value]
+    unread = [key for key in filled if key not in PICTURE_KEYS and LIKE_A_PICTURES_KEY.fullmatch(key)]
+    return [key for key in unread if not (isinstance(row[key], str) and Path(row[key]).name in read)]
+
+
+def picture_names(row: dict) -> list[str]:
+    """What a row has under `image` or `images`; ValueError where it is no path, or a picture would not be read."""
+    if unread := unread_picture_keys(row):
+        raise ValueError(f"the picture under {', '.join(unread)} would not be read: only image and images are")
+    names, others = (as_list(row.get(key)) for key in PICTURE_KEYS)
+    if names and others and names != others:
+        raise ValueError(f"image and images are not the same: {names!r:.80} and {others!r:.80}")
+    names = names or others
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"the image {names!r:.80} is no path")
+    return names
+
+
+def parse_row(number: int, row: Any) -> dict:
+    """One row of the dataset, with the names of its images; ValueError where it is bad."""
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise ValueError(f"{row!r:.80} is no object with a list of conversations")
-    messages, names, row_id = to_messages(row["conversations"]), row.get("image") or [], row.get("id", number)
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"the image {names!r:.80} is no path")
+    messages, names, row_id = to_messages(row["conversations"]), picture_names(row), row.get("id", number)
     if not isinstance(row_id, int | str):
         raise ValueError(f"the id {row_id!r:.80} is neither a number nor text")
     marks = sum(turn["value"].count(IMAGE_MARK) for turn in row["conversations"])
     if marks != len(names) and (marks, len(names)) != (0, 1):  # where one image goes is clear without a mark
-        raise ValueError(f"{marks} {IMAGE_MARK} in the turns, but {len(names)} under image")
-    images = [find_image(name, image_folder) for name in names]
-    result = {"id": str(row_id), "messages": messages, "images": images}
+        raise ValueError(f"{marks} {IMAGE_MARK} in the turns, but {len(names)} under image or images")
+    result = {"id": str(row_id), "messages": messages, "images": names}
     json.dumps(result, ensure_ascii=False).encode()  # half an emoji fails here, and not when Arrow stores the row
     return result
 
@@ -139,30 +171,64 @@ def check_header(path: str) -> None:
         raise OSError(f"{path!r} cannot be opened ({type(error).__name__})") from None
 
 
+def open_image(name: str, image_folder: str | Path | None) -> str:
+    """Path of `find_image`, whose file begins as an image does."""
+    path = find_image(name, image_folder)
+    check_header(path)
+    return path
+
+
+def stamp(path: str | Path) -> list[int] | None:
+    """Size and time of a file or folder, which change with what is in it; None if there is none."""
+    stat = attempt(os.stat, path)
+    return None if isinstance(stat, Exception) else [stat.st_size, stat.st_mtime_ns]
+
+
+@dataclass
+class Pictures:
+    """What was found of the pictures that rows name.
+
+    Args:
+        image_folder: what names are relative to.
+        found: by name the path, or the error.
+        folders: by path the stamp that a folder had before pictures were looked for in it.
+    """
+
+    image_folder: Path | None
+    found: dict[str, str | Exception] = field(default_factory=dict)
+    folders: dict[str, list[int] | None] = field(default_factory=dict)
+
+    def look(self, names: set[str], pool: ThreadPoolExecutor) -> None:
+        """Look for those that were not looked for yet."""
+        new = [*names - self.found.keys()]
+        if self.image_folder is not None:
+            folders = {os.path.dirname(os.path.join(self.image_folder, name)) for name in new}
+            self.folders |= {folder: stamp(folder) for folder in folders - self.folders.keys()}
+        results = pool.map(lambda name: attempt(open_image, name, self.image_folder), new)
+        self.found |= dict(zip(new, results, strict=True))
+
+    def fill_in(self, row: dict) -> dict | Exception:
+        """A row with paths for names, or what is wrong with the first bad one."""
+        found = [self.found[name] for name in row["images"]]
+        return next((error for error in found if isinstance(error, Exception)), row | {"images": found})
+
+
 def split_errors(results: dict) -> tuple[dict, dict[int, Exception]]:
     """Results of `attempt` by row number: those that succeeded, and the errors of the others."""
     errors = {number: result for number, result in results.items() if isinstance(result, Exception)}
     return {number: result for number, result in results.items() if number not in errors}, errors
 
 
-def check_rows(data_path: str | Path, image_folder: str | Path | None) -> Iterator[tuple[list[dict], dict]]:
+def check_rows(data_path: str | Path, pictures: Pictures) -> Iterator[tuple[list[dict], dict]]:
     """Batch by batch, the usable rows, and the errors of the others by row number; a header is read once a file."""
     PIL.Image.init()  # or else threads that load plugins at the same time make `open` refuse good files
-    numbered, headers = enumerate(read_rows(data_path)), {}
+    numbered = enumerate(read_rows(data_path))
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := dict(islice(numbered, ROWS_PER_BATCH)):
-            parsed = pool.map(lambda item: attempt(to_row, *item, image_folder), batch.items())
-            rows, malformed = split_errors(dict(zip(batch, parsed, strict=True)))
-            new = {path for row in rows.values() for path in row["images"]} - headers.keys()
-            headers.update(zip(new, pool.map(partial(attempt, check_header), new), strict=True))
-            opened = {number: first_error(row, headers) or row for number, row in rows.items()}
-            rows, unreadable = split_errors(opened)
+            rows, malformed = split_errors({number: attempt(parse_row, number, row) for number, row in batch.items()})
+            pictures.look({name for row in rows.values() for name in row["images"]}, pool)
+            rows, unreadable = split_errors({number: pictures.fill_in(row) for number, row in rows.items()})
             yield [*rows.values()], malformed | unreadable
-
-
-def first_error(row: dict, headers: dict[str, Exception | None]) -> Exception | None:
-    """What is wrong with the first bad image of a row, of the results of `check_header` by path."""
-    return next(filter(None, (headers[path] for path in row["images"])), None)
 
 
 def report(errors: dict[int, Exception], total: int, data_path: str | Path) -> str:
@@ -182,13 +248,14 @@ def stream_rows(data_path: str | Path, image_folder: str | Path | None, bad: set
     """The rows without the bad ones, parsed as they are asked for."""
     for number, row in enumerate(read_rows(data_path)):
         if number not in bad:
-            yield to_row(number, row, image_folder)
+            parsed = parse_row(number, row)
+            yield parsed | {"images": [find_image(name, image_folder) for name in parsed["images"]]}
 
 
 def name_rows(data_path: str | Path, image_folder: str | Path | None, skip_bad_rows: bool) -> str:
     """A name that changes with the file, its place, and how it is read."""
     path, stat = Path(data_path).resolve(), os.stat(data_path)
-    folder = None if image_folder is None else str(Path(image_folder).absolute())
+    folder = None if image_folder is None else str(image_folder)
     about = (str(path), stat.st_size, stat.st_mtime_ns, folder, skip_bad_rows)
     return f"{path.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
 
@@ -207,20 +274,46 @@ def refuse(errors: dict[int, Exception], total: int, data_path: str | Path, skip
     return words
 
 
-def write_rows(data_path: str | Path, image_folder: str | Path | None, skip_bad_rows: bool, folder: Path) -> None:
-    """Check all rows, and write the usable ones as Arrow, batch by batch, with the warning about the others."""
+def write_rows(data_path: str | Path, image_folder: Path | None, skip_bad_rows: bool, folder: Path) -> None:
+    """Check all rows, and write the usable ones as Arrow, batch by batch, with what `is_as_checked` compares."""
     folder.mkdir(parents=True, exist_ok=True)
-    errors, total, unfinished = {}, 0, folder / "rows.part"
-    with ArrowWriter(features=FEATURES, path=str(unfinished)) as writer:
-        for rows, new_errors in check_rows(data_path, image_folder):
-            errors |= new_errors
-            total += len(rows) + len(new_errors)
-            for row in rows:
-                writer.write(FEATURES.encode_example(row))
-        warning = refuse(errors, total, data_path, skip_bad_rows)
-        writer.finalize()
-    (folder / "warning.txt").write_text(warning or "", encoding="utf-8")
-    unfinished.rename(folder / "rows.arrow")
+    errors, total, pictures, unfinished = {}, 0, Pictures(image_folder), folder / "rows.part"
+    try:
+        with ArrowWriter(features=FEATURES, path=str(unfinished)) as writer:
+            for rows, new_errors in check_rows(data_path, pictures):
+                errors |= new_errors
+                total += len(rows) + len(new_errors)
+                for row in rows:
+                    writer.write(FEATURES.encode_example(row))
+            warning = refuse(errors, total, data_path, skip_bad_rows)
+            writer.finalize()
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())  # or a machine that stops may leave zeros in a file of the right size
+        (folder / "checked.json").unlink(missing_ok=True)  # which is of the rows before
+        unfinished.rename(folder / "rows.arrow")
+    finally:
+        unfinished.unlink(missing_ok=True)
+    bad = [name for name, error in pictures.found.items() if isinstance(error, OSError)]
+    checked = {"warning": warning, "rows": stamp(folder / "rows.arrow"), "folders": pictures.folders, "bad": bad}
+    unfinished.write_text(json.dumps(checked), encoding="utf-8")
+    unfinished.rename(folder / "checked.json")
+
+
+def is_as_checked(folder: Path, image_folder: Path | None) -> bool:
+    """Whether the rows that were written are still those to use.
+
+    They are not if a folder of pictures has changed, as it does when a picture comes or goes, or if a picture is good
+    that was missing or corrupt. No other picture is looked at.
+    """
+    checked = attempt(lambda: json.loads((folder / "checked.json").read_text(encoding="utf-8")))
+    if isinstance(checked, Exception) or checked["rows"] != stamp(folder / "rows.arrow"):
+        return False
+    if any(stamp(path) != before for path, before in checked["folders"].items()):
+        return False
+    PIL.Image.init()
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = pool.map(lambda name: attempt(open_image, name, image_folder), checked["bad"])
+        return all(isinstance(result, Exception) for result in results)
 
 
 def load_llava(
@@ -229,13 +322,15 @@ def load_llava(
     """Rows of a LLaVA JSON file, all checked beforehand; an image is decoded when its row is read.
 
     The file is parsed and checked row by row, once, by one process: a `Dataset` is an Arrow file beside the cache of
-    `datasets`, mapped into memory, which later runs find as long as size and time of the file are the same. A stream
+    `datasets`, mapped into memory, which later runs find as long as size and time of the file are the same, no picture
+    has come into the folders of its pictures or left them, and those that were bad still are. A stream
     is checked each time, and holds a chunk of the file. Of each image only the header is checked: pixel data that is
     cut off, and an image that is removed later, fail when the row is read.
 
     Args:
         data_path: a list of `{id?, image?, conversations: [{from: human | gpt, value}]}`, or .jsonl with one a line.
-            `image` is a path, or a list of paths with as many `<image>` marks; rows without it are text alone.
+            `image`, which may be called `images`, is a path, or a list of paths with as many `<image>` marks; rows
+            without it are text alone. A row whose picture has another name, such as `img` or `file_name`, is bad.
         image_folder: what `image` is relative to; it and the folders in it may be links to anywhere.
         streaming: return an `IterableDataset` in the file's order, for files larger than the disk's free space.
         skip_bad_rows: leave out bad rows with a warning.
@@ -250,17 +345,20 @@ def load_llava(
     """
     if image_folder is not None and not Path(image_folder).is_dir():
         raise ValueError(f"there is no image folder {image_folder}")
+    image_folder = None if image_folder is None else Path(image_folder).absolute()  # paths are kept for later runs
     if not streaming:
         folder = Path(datasets.config.HF_DATASETS_CACHE, "lightvlm", name_rows(data_path, image_folder, skip_bad_rows))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # the first of several processes checks, and the others wait for it
-            if not (folder / "rows.arrow").exists():
+            if not is_as_checked(folder, image_folder):
                 write_rows(data_path, image_folder, skip_bad_rows, folder)
-        if warning := (folder / "warning.txt").read_text(encoding="utf-8"):
-            logger.warning(warning)
-        return Dataset.from_file(str(folder / "rows.arrow"))
+            checked = json.loads((folder / "checked.json").read_text(encoding="utf-8"))
+            rows = Dataset.from_file(str(folder / "rows.arrow"))
+        if checked["warning"]:
+            logger.warning(checked["warning"])
+        return rows
     errors, total = {}, 0
-    for rows, new_errors in check_rows(data_path, image_folder):
+    for rows, new_errors in check_rows(data_path, Pictures(image_folder)):
         errors |= new_errors
         total += len(rows) + len(new_errors)
     if warning := refuse(errors, total, data_path, skip_bad_rows):
