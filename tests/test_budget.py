@@ -1,13 +1,16 @@
 """The estimator learns what images need, and every mean that is asked for is met."""
 
 import json
+import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.pruning_lightvlm import allot_budgets, pool_important
-from lightvlm.training import budget
+from lightvlm.training import budget, features, pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 
@@ -34,6 +37,7 @@ def test_noise_explains_nothing_and_a_signal_nearly_all():
 
     assert held_out(inputs, noise) == pytest.approx(0, abs=0.03)
     assert held_out(inputs[:, :8], inputs[:, 0] + 0.1 * noise) > 0.95
+    assert held_out(inputs, torch.ones(1000)) == 0
 
 
 @pytest.mark.parametrize("mean", [2, 5, 8, 20])
@@ -81,7 +85,13 @@ def run(data, monkeypatch, **options):
     budget.main()
 
 
-def test_the_checkpoint_has_estimator_calibration_and_a_line_on_its_card(data, monkeypatch):
+@pytest.fixture
+def lenient(monkeypatch):
+    """Whatever the estimator explains will do."""
+    monkeypatch.setattr(budget, "LEAST_EXPLAINED", -math.inf)
+
+
+def test_the_checkpoint_has_estimator_calibration_and_a_line_on_its_card(data, monkeypatch, lenient):
     run(data, monkeypatch)
     model, processor = LightVLM.from_pretrained(data / "out").eval(), LightVLMProcessor.from_pretrained(data / "out")
     found = model.config.dynamic_budget
@@ -116,7 +126,9 @@ def test_the_need_is_the_smallest_budget_that_is_nearly_as_good_as_everything(mo
     assert need.tolist() == [NUM_PATCHES, NUM_PATCHES]
 
 
-def test_means_are_met_and_variance_is_explained_on_images_that_the_estimator_has_not_seen(data, monkeypatch, capsys):
+def test_means_are_met_and_variance_is_explained_on_images_that_the_estimator_has_not_seen(
+    data, monkeypatch, capsys, lenient
+):
     rows = json.loads((data / "data.json").read_text())
     (data / "data.json").write_text(json.dumps(rows * 12))
     noise = iter(torch.randn(96, 32).split(32))  # features that say nothing of the need
@@ -131,6 +143,77 @@ def test_means_are_met_and_variance_is_explained_on_images_that_the_estimator_ha
     for mean in (4, 9, 20):
         budgets = allot_budgets(complexity, torch.full((5000,), mean), model.config.dynamic_budget)
         assert budgets.float().mean() == pytest.approx(mean, rel=0.04)
+
+
+def test_an_estimator_that_explains_nothing_is_not_written_and_what_was_there_stays(data, monkeypatch):
+    expected = "explains -?[0-9]+% .* must explain 5%: give more than these 8 images"
+    with pytest.raises(ValueError, match=expected):
+        run(data, monkeypatch)
+    assert not (data / "out").exists()
+    before = {file.name: file.read_bytes() for file in (data / "model").iterdir()}
+    with pytest.raises(ValueError, match=expected):
+        run(data, monkeypatch, output_dir=data / "model")
+    assert {file.name: file.read_bytes() for file in (data / "model").iterdir()} == before
+
+
+def test_an_estimator_that_explains_what_is_needed_is_written(data, monkeypatch, capsys):
+    rows = json.loads((data / "data.json").read_text())
+    (data / "data.json").write_text(json.dumps(rows * 12))
+    signal = torch.randn(96, 32)
+    pooled, needs = iter(signal.split(32)), iter(signal[:, 0].mul(0.7).add(2).exp().split(32))
+    monkeypatch.setattr(budget, "pool_important", lambda *args: next(pooled))
+    monkeypatch.setattr(budget, "needed_tokens", lambda *args: next(needs))
+    run(data, monkeypatch)
+    explained = re.search(r"held out, it explains (\d+)%", capsys.readouterr().out)
+    assert int(explained[1]) > 50 and (data / "out/model.safetensors").exists()
+
+
+def test_a_run_that_is_killed_while_it_writes_leaves_the_checkpoint_before(data, monkeypatch, lenient):
+    run(data, monkeypatch)
+    before = {file.name: file.read_bytes() for file in (data / "out").iterdir()}
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LightVLMProcessor, "save_pretrained", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, monkeypatch, means="3 8 12")
+    assert {file.name: file.read_bytes() for file in (data / "out").iterdir()} == before
+
+
+def test_the_defaults_fit_a_checkpoint_of_few_patches(data, monkeypatch, lenient):
+    words = ["--model_path", data / "model", "--output_dir", data / "out", "--data_path", data / "data.json"]
+    monkeypatch.setattr("sys.argv", ["budget.py", *map(str, words), "--image_folder", str(data)])
+    budget.main()
+    found = LightVLM.from_pretrained(data / "out").config.dynamic_budget
+    assert (found["means"], found["minimum"]) == ([8, 12, 16, 24], 2)
+
+
+def test_images_that_the_pruner_learned_from_are_not_encoded_again(data, monkeypatch, lenient):
+    encoded, encode = [], features.encode_shard
+
+    def count(model, batches):
+        shard = encode(model, batches)
+        encoded.append(len(shard["features"]))
+        return shard
+
+    monkeypatch.setattr(features, "encode_shard", count)
+    shared = {"model_path": data / "model", "data_path": data / "data.json", "image_folder": data}
+    shared |= {"features_dir": data / "features"}
+    options = shared | {"output_dir": data / "taught", "max_steps": 1, "max_images": 6, "use_cpu": True}
+    monkeypatch.setattr("sys.argv", ["pruner.py", *(f"--{name}={value}" for name, value in options.items())])
+    pruner.main()
+    assert encoded == [6]
+    run(data, monkeypatch, model_path=data / "taught")
+    assert encoded == [6, 2]
+
+
+def test_a_refusal_is_a_sentence_on_standard_error(data):
+    words = ["--model_path", data / "model", "--output_dir", data / "out", "--data_path", data / "data.json"]
+    command = [sys.executable, budget.__file__, *words, "--image_folder", data, "--max_images", 7]
+    found = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+    assert found.stderr.splitlines()[-1].startswith("budget.py: 7 images: give 8 or more")
 
 
 def test_too_few_images_are_refused(data, monkeypatch):

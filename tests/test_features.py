@@ -2,6 +2,10 @@
 
 import gc
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Thread, local
 
 import pytest
 import torch
@@ -44,6 +48,18 @@ def encoded(monkeypatch):
 
 def turn_of(question):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+
+
+def files(folder):
+    """Of features, in the order of their images."""
+    found = (folder / "features").glob("*/*.safetensors")
+    return sorted(found, key=lambda file: file.stat().st_mtime_ns)
+
+
+def assert_same(first, again):
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one["features"], other["features"]) and torch.equal(one["prior"], other["prior"])
+        assert (one["size"], one["messages"]) == (other["size"], other["messages"])
 
 
 def views(grids, **overrides):
@@ -110,46 +126,147 @@ def test_a_second_run_encodes_nothing_and_an_interrupted_one_goes_on(data, encod
     assert encoded == [2, 2, 1]
     again = features.encode_rows(model, processor, rows, folder=folder / "features")
     assert encoded == [2, 2, 1]
-    for one, other in zip(first, again, strict=True):
-        assert torch.equal(one["features"], other["features"]) and torch.equal(one["prior"], other["prior"])
-    (second,) = (folder / "features").glob("*/00000002*")
-    second.unlink()
-    features.encode_rows(model, processor, rows, folder=folder / "features")
-    assert encoded == [2, 2, 1, 2]
+    assert_same(first, again)
+    files(folder)[1].unlink()
+    assert_same(first, features.encode_rows(model, processor, rows, folder=folder / "features"))
+    assert encoded in ([2, 2, 1, 2], [2, 2, 1, 1])
 
 
-def test_another_encoder_other_images_or_another_way_to_prepare_them_are_encoded_anew(data, encoded):
+def test_a_run_on_some_of_the_images_and_others_in_another_order_encodes_the_others_alone(data, encoded):
+    folder, rows = data
+    model, processor = views(GRIDS)
+    features.encode_rows(model, processor, rows.select([0, 1, 2]), folder=folder / "features")
+    before = sum(encoded)
+    asked = rows.select([4, 2, 1, 0, 2])  # one of them twice
+    found = features.encode_rows(model, processor, asked, folder=folder / "features")
+    layout = lay_out([SIZES[4][::-1]], model.config, "cpu")
+    assert sum(encoded) - before == layout.views[0]
+    assert_same(found, features.encode_rows(model, processor, asked, folder=folder / "others"))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-600] + bytes(500) + data[-100:],
+        lambda data: bytes(len(data)),
+        lambda data: b"",
+    ],
+    ids=["cut off", "zeros inside", "zeros", "empty"],
+)
+def test_a_file_that_was_harmed_is_named_and_encoded_again(data, encoded, harm, caplog):
     folder, rows = data
     model, processor = views(None)
-    names = {features.name_features(model, processor, rows)}
+    before = [*features.encode_rows(model, processor, rows, folder=folder / "features")]
+    before = [{**example, "features": example["features"].clone()} for example in before]
+    harmed, stat = files(folder)[0], files(folder)[0].stat()
+    content = harm(harmed.read_bytes())
+    harmed.unlink()
+    harmed.write_bytes(content)
+    os.utime(harmed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = features.encode_rows(model, processor, rows, folder=folder / "features")
+    assert len(encoded) == 4 and f"{harmed} is harmed" in caplog.text
+    assert_same(before, again)
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(data, monkeypatch):
+    folder, rows = data
+    model, processor = views(None)
+    save = features.save_file
+
+    def kill(shard, file, *args):
+        save(shard, file, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(features, "save_file", kill)
+    with pytest.raises(KeyboardInterrupt):
+        features.encode_rows(model, processor, rows, folder=folder / "features")
+    monkeypatch.setattr(features, "save_file", save)
+    (folder / "features/notes.part").write_text("mine")
+    assert len([*(folder / "features").rglob("*.part")]) == 2
+    features.encode_rows(model, processor, rows.select([4, 3]), folder=folder / "features")
+    assert [*(folder / "features").rglob("*.part")] == [folder / "features/notes.part"]
+
+
+def test_another_run_waits_until_the_images_are_encoded(data, encoded, monkeypatch):
+    folder, rows = data
+    model, processor = views(None)
+    encode, others = features.encode_shard, []
+
+    def start_another(*args):
+        monkeypatch.setattr(features, "encode_shard", encode)
+        other = Thread(target=lambda: others.append(run()))
+        other.start()
+        other.join(timeout=1)
+        assert other.is_alive()
+        return encode(*args)
+
+    def run():
+        return features.encode_rows(model, processor, rows, folder=folder / "features")
+
+    monkeypatch.setattr(features, "encode_shard", start_another)
+    first = run()
+    while not others:
+        time.sleep(0.01)
+    assert encoded == [2, 2, 1]
+    assert_same(first, others[0])
+
+
+def test_an_image_that_cannot_be_read_is_named(data):
+    folder, rows = data
+    model, processor = views(None)
+    content = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"the image '.*3.png' cannot be read \(.*truncated"):
+        features.encode_rows(model, processor, rows, folder=folder / "features")
+
+
+def test_another_encoder_other_images_or_another_way_to_prepare_them_are_encoded_anew(data, encoded, monkeypatch):
+    folder, rows = data
+    model, processor = views(None)
+
+    def count(model, rows=rows):
+        before = sum(encoded)
+        features.encode_rows(model, processor, rows, folder=folder / "features")
+        return sum(encoded) - before
+
+    assert count(model) == 5
+    assert count(model) == 0
     make_image(9).save(folder / "0.png")
-    names.add(features.name_features(model, processor, rows))
-    names.add(features.name_features(model, processor, rows.select([1, 0, 2, 3, 4])))
+    assert count(model) == 1
+    monkeypatch.chdir(folder)
+    image = {"path": "1.png", "bytes": None}
+    assert features.name_image(image) == features.name_image({**image, "path": str(folder / "1.png")})
     processor.image_processor.do_center_crop = False
-    names.add(features.name_features(model, processor, rows))
-    names.add(features.name_features(LightVLM(model.config), processor, rows))
+    assert count(model, rows.select([0, 4])) == 2
+    processor.image_processor.do_center_crop = True
+    assert count(LightVLM(model.config)) == 5
     model.config.prior_layer = 0
-    names.add(features.name_features(model, processor, rows))
-    assert len(names) == 6
+    assert count(model) == 5
 
 
 def test_processes_share_the_files(data, encoded, monkeypatch):
     folder, rows = data
     model, processor = views(None)
 
+    barrier, here = Barrier(2), local()  # threads in place of processes
+
     class Process:
         num_processes = 2
 
+        def __init__(self):
+            self.process_index, self.is_main_process = here.index, here.index == 0
+
         def wait_for_everyone(self):
-            if self.process_index == 0:  # the second process has a turn before the first one reads
-                run(1)
+            barrier.wait()
 
     def run(index):
-        process = Process()
-        process.process_index = index
-        monkeypatch.setattr(features, "PartialState", lambda: process)
+        here.index = index
         return features.encode_rows(model, processor, rows, folder=folder / "features")
 
-    examples = run(0)
-    assert encoded == [2, 1, 2]
-    assert [example["messages"][1]["content"] for example in examples] == ["0", "1", "2", "3", "4"]
+    monkeypatch.setattr(features, "PartialState", Process)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    assert sorted(encoded) == [1, 2, 2]
+    assert [example["messages"][1]["content"] for example in first] == ["0", "1", "2", "3", "4"]
+    assert_same(first, second)

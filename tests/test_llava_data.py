@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -72,6 +73,19 @@ def test_a_row_may_have_several_images(folder):
     rows = load_llava(write(folder, [image_row(["a.png", "b.png"], conversations=[turn, ANSWER])]), folder)
     assert paths(rows) == [[str(folder / "a.png"), str(folder / "b.png")]]
     assert rows[0]["messages"][0]["content"] == "which is red?"
+
+
+@both_modes
+def test_an_image_may_stand_under_images_as_a_name_or_a_list(folder, streaming):
+    rows = [image_row(None, images="a.png"), image_row(None, images=["b.png"]), image_row("a.png", images=["a.png"])]
+    found = [image.tobytes() for row in load_llava(write(folder, rows), folder, streaming) for image in row["images"]]
+    assert found == [make_image(seed).tobytes() for seed in (0, 1, 0)]
+
+
+def test_other_names_of_the_picture_that_is_read_and_facts_about_it_may_stand_beside_it(folder):
+    more = {"file_name": "coco/a.png", "image_url": "https://a.org/1/a.png", "image_id": "17", "image_size": [84, 84]}
+    rows = load_llava(write(folder, [image_row(**more, img="")]), folder)
+    assert paths(rows) == [[str(folder / "a.png")]]
 
 
 @both_modes
@@ -149,6 +163,68 @@ def test_what_was_refused_is_checked_again_once_it_is_mended(folder):
     assert len(load_llava(path, folder)) == 1
 
 
+def test_rows_that_were_left_out_are_back_once_their_images_are_there_and_whole(folder):
+    whole = (folder / "b.png").read_bytes()
+    (folder / "b.png").write_bytes(whole[:20])  # as a download leaves it
+    path = write(folder, [image_row("a.png"), image_row("b.png"), image_row("c.png"), image_row("later/d.png")])
+    assert len(load_llava(path, folder, skip_bad_rows=True)) == 1
+    before = folder.stat().st_mtime_ns
+    (folder / "b.png").write_bytes(whole)  # in place: the folder does not change
+    assert folder.stat().st_mtime_ns == before
+    assert paths(load_llava(path, folder, skip_bad_rows=True)) == [[str(folder / "a.png")], [str(folder / "b.png")]]
+    make_image(2).save(folder / "c.jpg")  # under the other suffix
+    assert len(load_llava(path, folder, skip_bad_rows=True)) == 3
+    (folder / "later").mkdir()
+    make_image(3).save(folder / "later/d.png")
+    assert len(load_llava(path, folder, skip_bad_rows=True)) == 4
+
+
+def test_links_whose_files_come_later_are_looked_at_again(folder, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    (folder / "c.png").symlink_to(disk / "c.png")
+    path = write(folder, [image_row("a.png"), image_row("c.png")])
+    assert len(load_llava(path, folder, skip_bad_rows=True)) == 1
+    make_image(2).save(disk / "c.png")
+    assert len(load_llava(path, folder, skip_bad_rows=True)) == 2
+
+
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+def test_an_image_that_is_gone_in_a_later_run_is_found_before_training(folder, skip_bad_rows):
+    path = write(folder, [image_row("a.png"), image_row("b.png")])
+    assert len(load_llava(path, folder, skip_bad_rows=skip_bad_rows)) == 2
+    (folder / "b.png").unlink()
+    if skip_bad_rows:
+        assert paths(load_llava(path, folder, skip_bad_rows=True)) == [[str(folder / "a.png")]]
+    else:
+        with pytest.raises(ValueError, match="1 with a missing image\n    row 1: '.*b.png' is missing"):
+            load_llava(path, folder)
+
+
+def test_rows_do_not_depend_on_the_folder_that_an_earlier_run_was_started_in(folder, tmp_path_factory, monkeypatch):
+    path = write(folder, [image_row()])
+    monkeypatch.chdir(folder.parent)
+    load_llava(path, folder.name)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert load_llava(path, folder)[0]["images"][0].tobytes() == make_image().tobytes()
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[: len(data) // 2], lambda data: bytes(len(data))])
+def test_a_file_of_rows_that_was_harmed_is_written_again(folder, harm):
+    path = write(folder, [image_row(), TEXT_ROW])
+    written = Path(load_llava(path, folder).cache_files[0]["filename"])
+    data = written.read_bytes()
+    written.unlink()  # the rows above map it
+    written.write_bytes(harm(data))
+    assert [row["id"] for row in load_llava(path, folder)] == ["7", "seven"]
+
+
+def test_what_was_refused_leaves_no_file(folder, cache):
+    before = {*cache.rglob("rows.*")}
+    with pytest.raises(ValueError, match="missing image"):
+        load_llava(write(folder, [image_row("c.png")]), folder)
+    assert {*cache.rglob("rows.*")} == before
+
+
 def test_one_of_several_processes_checks(folder, cache):
     path = write(folder, [image_row()] * 300)
     code = f"""
@@ -209,6 +285,25 @@ BAD_ROWS = {
     "list of images": (image_row(["a.png", 1]), "the image ['a.png', 1] is no path"),
     "mark without image": ({"conversations": [QUESTION, ANSWER]}, "1 <image> in the turns, but 0 under image"),
     "mark without second": (image_row(["a.png", "b.png"]), "1 <image> in the turns, but 2 under image"),
+    "empty image": (image_row(""), "the image [''] is no path"),
+    "no image in a list": (image_row([""]), "the image [''] is no path"),
+    **{
+        key: (TEXT_ROW | {key: value}, f"the picture under {key} would not be read: only image and images are")
+        for key, value in {
+            "image_path": "a.png",
+            "img": "a.png",
+            "file": "a.png",
+            "file_name": "a.png",
+            "filename": "a.png",
+            "picture": "a.png",
+            "photo": "a.png",
+            "Image": "a.png",
+            "image_paths": ["a.png"],
+            "video": "a.mp4",
+        }.items()
+    },
+    "second image": (image_row("a.png", image2="b.png"), "the picture under image2 would not be read"),
+    "two lists": (image_row("a.png", images=["b.png"]), "image and images are not the same: ['a.png'] and ['b.png']"),
     "absolute": (image_row("/etc/a.png"), "the image '/etc/a.png' is not inside the image folder"),
     "parent": (image_row("coco/../../a.png"), "the image 'coco/../../a.png' is not inside the image folder"),
     "folder": (image_row("."), "the image '.' is not inside the image folder"),

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,6 @@ from lightvlm.training import pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
 from PIL import Image
 from tiny import GRIDS, NUM_PATCHES, make_image, make_model, make_processor
-from transformers import TrainingArguments
 from trl import TrlParser
 
 
@@ -285,12 +286,49 @@ def test_the_reward_of_many_views_is_that_of_the_model_with_these_tokens():
         ({"image_tokens": NUM_PATCHES}, "from 1 to 35"),
         ({"image_tokens": 0}, "image_tokens"),
         ({"num_samples": 1}, "take 2 or more"),
-        ({"save_strategy": "steps"}, "save_strategy"),
+        ({"save_strategy": "steps"}, "leave out save_strategy: .* its end alone is saved"),
+        ({"resume_from_checkpoint": True}, "leave out resume_from_checkpoint: .* its end alone is saved"),
+        ({"push_to_hub": True, "save_steps": 7}, "leave out save_steps, push_to_hub"),
+        ({"eval_strategy": "steps"}, "leave out eval_strategy.*: nothing is evaluated"),
+        ({"load_best_model_at_end": True, "eval_strategy": "no"}, "leave out .*load_best_model_at_end"),
+        ({"label_smoothing_factor": 0.1}, "leave out label_smoothing_factor: .* the loss is its own"),
+        ({"gradient_checkpointing": True}, "leave out gradient_checkpointing"),
+        ({"neftune_noise_alpha": 5}, "leave out neftune_noise_alpha"),
+        ({"train_sampling_strategy": "group_by_length"}, "leave out train_sampling_strategy"),
     ],
 )
 def test_impossible_arguments_are_refused(data, monkeypatch, options, reason):
     with pytest.raises(ValueError, match=reason):
         train(data, monkeypatch, **options)
+
+
+def test_the_defaults_run_on_a_checkpoint_of_few_patches(data, monkeypatch):
+    options = {name: data / path for name, path in (("model_path", "model"), ("data_path", "data.json"))}
+    options |= {"image_folder": data, "output_dir": data / "out"}
+    monkeypatch.setattr("sys.argv", ["pruner.py", *(f"--{name}={value}" for name, value in options.items())])
+    pruner.main()
+    assert changed_parts(data, LightVLM.from_pretrained(data / "out"))
+
+
+def test_a_run_that_is_killed_while_it_writes_leaves_the_checkpoint_before(data, monkeypatch):
+    train(data, monkeypatch)
+    before = {file.name: file.read_bytes() for file in (data / "out").iterdir()}
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LightVLMProcessor, "save_pretrained", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, monkeypatch, max_steps=5)
+    assert {file.name: file.read_bytes() for file in (data / "out").iterdir()} == before
+
+
+def test_a_refusal_is_a_sentence_on_standard_error(data):
+    command = [sys.executable, pruner.__file__]
+    command += [f"--{name}={value}" for name, value in settings(data, save_strategy="epoch").items()]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+    assert found.stderr.splitlines()[-1].startswith("pruner.py: leave out save_strategy")
 
 
 def test_rows_without_an_image_are_no_lesson(data, monkeypatch):
@@ -304,7 +342,7 @@ def test_rows_without_an_image_are_no_lesson(data, monkeypatch):
 def test_every_recipe_is_possible(name):
     path = Path(pruner.__file__).parent / "configs" / f"{name}.yaml"
     required = ["--model_path=model", "--data_path=data.json", "--image_folder=.", "--output_dir=out"]
-    parser = TrlParser((pruner.PrunerArguments, TrainingArguments))
+    parser = TrlParser((pruner.PrunerArguments, pruner.PrunerTrainingArguments))
     args, training_args = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", *required])
     pruner.check(args, training_args, LightVLMConfig())
 

@@ -18,12 +18,16 @@ from lightvlm.common.budgets import find_kappa
 from lightvlm.common.turns import pack_turns
 from lightvlm.pruning_lightvlm import pool_important
 from lightvlm.training.features import ImageArguments, encode_rows, lay_out_batch, load_rows, stack_features
-from lightvlm.training.pruner import PolicyGradient, extend_card
+from lightvlm.training.machine import run
+from lightvlm.training.pruner import PolicyGradient, save_checkpoint
 from lightvlm.views_lightvlm import Layout
 from tqdm import tqdm
 from trl import TrlParser
 
 FOLDS = 4  # of the cross-validation that chooses the penalty
+LEAST_EXPLAINED = 0.05  # of the variance, held out: less is no better than the same K for each image
+SWEEP = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 144)
+MEANS = (8, 12, 16, 24, 36, 48, 64, 96, 128, 160, 192)
 
 
 @dataclass
@@ -34,9 +38,12 @@ class BudgetArguments(ImageArguments):
     max_images: list[int] = field(
         default_factory=lambda: [2400], metadata={"help": "take so many rows by chance, of all files or of each"}
     )
-    sweep: list[int] = field(
-        default_factory=lambda: [2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 144],
-        metadata={"help": "the K that are tried, rising; an image that needs more needs all tokens"},
+    sweep: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "the K that are tried, rising; an image that needs more needs all tokens; by default from 2 to "
+            "144, less than the patches"
+        },
     )
     delta: float = field(default=0.1, metadata={"help": "nats by which an answer's token may be less likely"})
     ridge: list[float] = field(
@@ -44,9 +51,12 @@ class BudgetArguments(ImageArguments):
         metadata={"help": "penalties of the regression for each image, of which cross-validation chooses"},
     )
     exponent: float = field(default=1.0, metadata={"help": "of the need in K; smaller ones even budgets out"})
-    means: list[int] = field(
-        default_factory=lambda: [8, 12, 16, 24, 36, 48, 64, 96, 128, 160, 192],
-        metadata={"help": "mean K to calibrate for, rising; any between them can be asked for"},
+    means: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "mean K to calibrate for, rising; any between them can be asked for; by default from 8 to 192, "
+            "less than the patches"
+        },
     )
     batch_size: int = field(default=32, metadata={"help": "images at a time"})
     num_workers: int = field(default=0, metadata={"help": "processes that open images"})
@@ -133,14 +143,28 @@ def choose_penalty(inputs: torch.Tensor, targets: torch.Tensor, penalties: list[
 
 
 def explained_variance(predictions: torch.Tensor, targets: torch.Tensor) -> float:
-    """Share of the variance of targets (rows,) that predictions of them explain; below 0 if their mean is better."""
+    """Share of the variance of targets (rows,) that predictions explain; negative if their mean is better."""
+    variance = targets.var(correction=0)
     left = (predictions - targets).square().mean()
-    return 1 - (left / targets.var(correction=0).clamp_min(1e-12)).item()
+    return (1 - left / variance).item() if variance > 1e-12 else 0.0
+
+
+def check_explained(explained: float, need: torch.Tensor, images: int) -> None:
+    """ValueError where the estimator explains nothing of the tokens (rows,) that images need that it has not seen."""
+    if not explained >= LEAST_EXPLAINED:
+        low, high = int(need.min()), int(need.max())
+        raise ValueError(
+            f"nothing is written: the estimator explains {explained:.0%} of the variance of what held-out images "
+            f"need, {low} to {high} tokens, and must explain {LEAST_EXPLAINED:.0%}: give more than these {images:,} "
+            "images (max_images, data_path), simple and crowded ones, with questions that need few tokens and many."
+        )
 
 
 def main() -> None:
     (args,) = TrlParser(BudgetArguments).parse_args_and_config()
     config = LightVLMConfig.from_pretrained(args.model_path)
+    args.sweep = args.sweep or [budget for budget in SWEEP if budget < config.num_patches]
+    args.means = args.means or [budget for budget in MEANS if budget < config.num_patches]
     check(args, config.num_patches)
     dynamic_budget = {
         "means": args.means,
@@ -176,22 +200,22 @@ def main() -> None:
     pruner.complexity.weight.data.copy_(weights)
     pruner.complexity.bias.data.copy_(bias)
     complexity = pooled[half:] @ weights + bias  # of images that the estimator has not seen
+    explained = explained_variance(complexity, need[half:])
+    check_explained(explained, need[half:].exp().round(), len(examples))
     model.config.dynamic_budget["kappas"] = [
         round(find_kappa(complexity, mean, dynamic_budget), 4) for mean in args.means
     ]
     model.config.dynamic_budget["images"] = len(examples)
 
-    model.to(dtype).save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
     line = (
         f"- dynamic budget: fitted on {half:,} images of {', '.join(dynamic_budget['data'])} (ridge {penalty:g}), "
         f"calibrated on {len(complexity):,} others for means of {args.means[0]} to {args.means[-1]}, delta "
         f"{args.delta}, exponent {args.exponent:g}; held out, it explains "
-        f"{explained_variance(complexity, need[half:]):.0%} of the variance of the logarithm of the tokens they need"
+        f"{explained:.0%} of the variance of the logarithm of the tokens they need"
     )
-    extend_card(args.model_path, args.output_dir, line)
+    save_checkpoint(model.to(dtype), processor, args.model_path, args.output_dir, line)
     print(line.removeprefix("- "))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,21 +1,29 @@
 """Features of a dataset's images, encoded once for all runs and processes, on disk, and mapped into memory."""
 
 import hashlib
+import json
+import logging
 import math
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import datasets
+import PIL.Image
 import torch
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Image, concatenate_datasets
+from filelock import FileLock
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.common.llava_data import load_llava
 from lightvlm.views_lightvlm import Layout, lay_out
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -23,6 +31,8 @@ from tqdm import tqdm
 
 SHARD = 256  # images in a file: 300 MB for CLIP ViT-L/14-336
 BATCH = 16
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,14 +72,23 @@ def load_rows(args: ImageArguments, seed: int) -> Dataset:
     return rows
 
 
-def open_images(rows: list[dict], processor: LightVLMProcessor) -> dict[str, torch.Tensor]:
-    """`pixel_values`, and for images of many views `image_sizes`, of rows that have one image each."""
-    inputs = processor(images=[row["images"][0] for row in rows], return_tensors="pt")
+def open_image(image: dict) -> PIL.Image.Image:
+    """An image of a dataset, decoded; ValueError with its name where it cannot be."""
+    try:
+        return Image().decode_example(image)
+    except Exception as error:  # each format's plugin has errors of its own
+        name = image["path"] or "in bytes"
+        raise ValueError(f"the image {name!r} cannot be read ({error}): mend it, or take its rows out.") from None
+
+
+def open_images(images: list[dict], processor: LightVLMProcessor) -> dict[str, torch.Tensor]:
+    """`pixel_values`, and for images of many views `image_sizes`."""
+    inputs = processor(images=[open_image(image) for image in images], return_tensors="pt")
     return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
 
 
-def name_features(model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, rows: Dataset) -> str:
-    """A name that changes with the encoder, its layers, how images are prepared, and the images' files."""
+def name_encoder(model: LightVLMForConditionalGeneration, processor: LightVLMProcessor) -> str:
+    """A name that changes with the encoder, its layers, and how images are prepared."""
     digest, config = hashlib.sha256(), model.config
     for name, tensor in model.model.vision_tower.state_dict().items():
         digest.update(name.encode())
@@ -81,11 +100,69 @@ def name_features(model: LightVLMForConditionalGeneration, processor: LightVLMPr
         processor.image_processor.to_json_string(),
     )
     digest.update(repr(settings).encode())
-    for images in rows.with_format("arrow")["images"].to_pylist():
-        for image in images:
-            stat = os.stat(image["path"]) if image["bytes"] is None else None
-            digest.update(repr((image["path"], stat.st_size, stat.st_mtime_ns) if stat else image["bytes"]).encode())
     return digest.hexdigest()[:16]
+
+
+def name_image(image: dict) -> str:
+    """A name that changes with an image's place and file."""
+    about = image["bytes"]
+    if about is None:
+        path = os.path.abspath(image["path"])
+        stat = os.stat(path)
+        about = repr((path, stat.st_size, stat.st_mtime_ns)).encode()
+    return hashlib.sha256(about).hexdigest()[:16]
+
+
+def checksum(shard: dict[str, torch.Tensor], names: list[str]) -> str:
+    """Of all that a file holds: the tensors, and the names of the images."""
+    total = zlib.crc32(json.dumps(names).encode())
+    for name in sorted(shard):
+        total = zlib.crc32(shard[name].contiguous().view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
+
+
+def save_shard(shard: dict[str, torch.Tensor], names: list[str], folder: Path) -> None:
+    """Write the features of the named images beside their file, and rename it when it is whole."""
+    file = folder / f"{hashlib.sha256(' '.join(names).encode()).hexdigest()[:16]}.safetensors"
+    unfinished = file.with_suffix(".part")
+    save_file(shard, unfinished, {"images": json.dumps(names), "checksum": checksum(shard, names)})
+    unfinished.rename(file)
+
+
+def read_names(file: Path) -> list[str]:
+    """The names of a file's images; none if it is cut off, or not one of `save_shard`."""
+    try:
+        with safe_open(file, "pt") as shard:
+            return json.loads(shard.metadata()["images"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return []
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file holds what `save_shard` wrote; it is read to its end, a second for each gigabyte or two."""
+    if not (names := read_names(file)):
+        return False
+    with safe_open(file, "pt") as shard:
+        return shard.metadata().get("checksum") == checksum(load_file(file), names)
+
+
+def find_images(folder: Path) -> dict[str, tuple[Path, int]]:
+    """By name of each encoded image its file, and its place in it."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: (file, at) for file in files for at, name in enumerate(read_names(file))}
+
+
+def tidy(folder: Path, wanted: Collection[str]) -> None:
+    """Remove what a run that was killed left unfinished, and harmed files, if images of theirs are wanted."""
+    for unfinished in folder.glob("*.part"):
+        unfinished.unlink()
+    names = {file: read_names(file) for file in folder.glob("*.safetensors")}
+    files = [file for file, known in names.items() if not known or not {*known}.isdisjoint(wanted)]
+    with ThreadPoolExecutor() as pool:
+        whole = [*pool.map(is_whole, files)]
+    for file in (file for file, is_good in zip(files, whole, strict=True) if not is_good):
+        logger.warning(f"{file} is harmed: it is removed, and what is wanted of its images is encoded again.")
+        file.unlink()
 
 
 class EncodedImages(TorchDataset):
@@ -93,12 +170,14 @@ class EncodedImages(TorchDataset):
 
     Args:
         rows: with `messages`.
-        files: of `encode_shard`, with `SHARD` images each.
+        places: of each row's image the file, of `save_shard`, and its place in it.
     """
 
-    def __init__(self, rows: Dataset, files: list[Path]):
+    def __init__(self, rows: Dataset, places: list[tuple[Path, int]]):
         self.conversations = rows.select_columns("messages")
-        self.shards = [load_file(file) for file in files]  # maps the files: nothing is read yet
+        numbers = {file: number for number, file in enumerate(dict.fromkeys(file for file, _ in places))}
+        self.shards = [load_file(file) for file in numbers]  # maps the files: nothing is read yet
+        self.places = torch.tensor([(numbers[file], at) for file, at in places])
         self.columns: dict[str, torch.Tensor] = {}  # what else is known of each image
 
     def __len__(self) -> int:
@@ -107,7 +186,8 @@ class EncodedImages(TorchDataset):
     def __getitem__(self, index: int) -> dict:
         if index >= len(self):
             raise IndexError(f"There are {len(self)} images.")
-        shard, at = self.shards[index // SHARD], index % SHARD
+        number, at = self.places[index].tolist()
+        shard = self.shards[number]
         start, end = int(shard["ends"][at - 1]) if at else 0, int(shard["ends"][at])
         return {
             **self.conversations[index],
@@ -160,6 +240,25 @@ def encode_shard(
     return {**shard, "ends": shard.pop("views").cumsum(dim=0)}
 
 
+def encode_shards(
+    model: LightVLMForConditionalGeneration,
+    processor: LightVLMProcessor,
+    shards: list[dict[str, dict]],
+    num_workers: int,
+    folder: Path,
+) -> None:
+    """Write a file for each group of images by name."""
+    images = [list(shard.values()) for shard in shards]
+    batches = [shard[start : start + BATCH] for shard in images for start in range(0, len(shard), BATCH)]
+    loader = DataLoader(
+        batches, batch_size=None, collate_fn=partial(open_images, processor=processor), num_workers=num_workers
+    )
+    progress = iter(tqdm(loader, "Encoding images", disable=not batches))
+    for shard in shards:
+        encoded = encode_shard(model, islice(progress, math.ceil(len(shard) / BATCH)))
+        save_shard(encoded, list(shard), folder)
+
+
 def encode_rows(
     model: LightVLMForConditionalGeneration,
     processor: LightVLMProcessor,
@@ -173,33 +272,37 @@ def encode_rows(
         model, processor: of the checkpoint.
         rows: of `load_llava`, with one image each.
         num_workers: processes that open images.
-        folder: for the features, in a folder named after encoder and images; by default beside the cache of
-            `datasets`. A run that was interrupted goes on with the first missing file.
+        folder: for the features, in a folder named after the encoder; by default beside the cache of `datasets`. A run
+            reads what others encoded, whichever images and in whatever order; one that was interrupted goes on.
 
     Returns:
         For each row its `messages`, and `features` (views, patches, dim) in bf16, `prior` (views, patches) and `size`
         (height, width) of its image, as the image processor saw it.
+
+    Raises:
+        ValueError: where an image cannot be read.
     """
     state = PartialState()
-    folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE, "lightvlm"), name_features(model, processor, rows))
+    folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE, "lightvlm"), name_encoder(model, processor))
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(rows), SHARD)
-    files = [folder / f"{start:08d}-of-{len(rows):08d}.safetensors" for start in starts]
-    mine = list(zip(starts, files, strict=True))[state.process_index :: state.num_processes]
-    missing = [(start, file) for start, file in mine if not file.exists()]
-    shards = [range(start, min(start + SHARD, len(rows))) for start, _ in missing]
-    batches = [shard[first : first + BATCH] for shard in shards for first in range(0, len(shard), BATCH)]
-    loader = DataLoader(
-        rows, batch_sampler=batches, collate_fn=partial(open_images, processor=processor), num_workers=num_workers
-    )
-    progress = iter(tqdm(loader, "Encoding images", disable=not batches))
-    for shard, (_, file) in zip(shards, missing, strict=True):
-        encoded = encode_shard(model, islice(progress, math.ceil(len(shard) / BATCH)))
-        unfinished = file.with_suffix(".part")
-        save_file(encoded, unfinished)
-        unfinished.rename(file)
-    state.wait_for_everyone()
-    return EncodedImages(rows, files)
+    images = [image for (image,) in rows.with_format("arrow")["images"].to_pylist()]
+    names = [name_image(image) for image in images]
+    by_name = dict(zip(names, images, strict=True))
+    with FileLock(folder / "lock") if state.is_main_process else nullcontext():  # another run waits until all is done
+        if state.is_main_process:
+            tidy(folder, by_name.keys())
+        state.wait_for_everyone()
+        encoded = find_images(folder)
+        missing = [name for name in by_name if name not in encoded]
+        state.wait_for_everyone()  # all have found the same, so they share the rest in the same way
+        shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)]
+        mine = shards[state.process_index :: state.num_processes]
+        encode_shards(
+            model, processor, [{name: by_name[name] for name in shard} for shard in mine], num_workers, folder
+        )
+        state.wait_for_everyone()
+    places = find_images(folder)
+    return EncodedImages(rows, [places[name] for name in names])
 
 
 def stack_features(examples: list[dict], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:

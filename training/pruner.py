@@ -13,7 +13,7 @@ The encoder runs once for each image, and its features are kept on disk: 1.2 MB 
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 
@@ -29,14 +29,26 @@ from lightvlm.training.features import (
     load_rows,
     stack_features,
 )
+from lightvlm.training.machine import RunsHere, run
+from lightvlm.training.saving import folder_written_beside
 from lightvlm.views_lightvlm import Layout
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import is_fsdp_enabled
 from trl import TrlParser
 
 STATIC_TERMS = ("scorer", "row_score", "column_score", "tile_score")
 NEVER = -1e4  # the score of what is no patch, for which the logarithm of a probability has no gradient
 QUESTION_TERM = ("patch_projection", "row_key", "column_key", "question_projection")
+BUDGETS = (16, 36, 64)
+OF_NO_USE = {  # options of TrainingArguments that would be ignored, or fail
+    "nothing is evaluated": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size do_eval "
+    "do_predict prediction_loss_only metric_for_best_model load_best_model_at_end",
+    "a run takes minutes, and its end alone is saved": "save_strategy save_steps save_total_limit save_only_model "
+    "resume_from_checkpoint ignore_data_skip push_to_hub hub_model_id",
+    "all but the score is frozen, and the loss is its own": "label_smoothing_factor gradient_checkpointing "
+    "activation_checkpointing neftune_noise_alpha use_liger_kernel train_sampling_strategy fsdp deepspeed",
+}
 
 
 @dataclass
@@ -46,13 +58,21 @@ class PrunerArguments(ImageArguments):
     max_turns: int | None = field(
         default=None, metadata={"help": "questions about an image in a step, drawn anew each time; all if None"}
     )
-    image_tokens: list[int] = field(
-        default_factory=lambda: [16, 36, 64], metadata={"help": "K is drawn from these for each batch"}
+    image_tokens: list[int] | None = field(
+        default=None,
+        metadata={"help": "K is drawn from these for each batch; 16, 36 and 64, but for those that are all patches"},
     )
     num_samples: int = field(default=4, metadata={"help": "choices of K tokens that are compared for each image"})
     question_aware: bool = field(
         default=False, metadata={"help": "teach the question's term alone, and leave the static score as it is"}
     )
+
+
+@dataclass
+class PrunerTrainingArguments(RunsHere, TrainingArguments):
+    """TrainingArguments, of a run whose end alone is saved."""
+
+    save_strategy: str = field(default="no", metadata={"help": "no: a run takes minutes, and its end alone is saved"})
 
 
 def sample_orders(scores: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -218,14 +238,20 @@ class PrunerCollator:
         }
 
 
-def check(args: PrunerArguments, training_args: TrainingArguments, config: LightVLMConfig) -> None:
+def check(args: PrunerArguments, training_args: PrunerTrainingArguments, config: LightVLMConfig) -> None:
     """ValueError where the arguments ask for the impossible."""
     if not args.image_tokens or not all(1 <= budget < config.num_patches for budget in args.image_tokens):
         raise ValueError(f"image_tokens={args.image_tokens}: give numbers from 1 to {config.num_patches - 1}.")
     if args.num_samples < 2:
         raise ValueError(f"num_samples={args.num_samples}: a sample is compared with others, so take 2 or more.")
-    if training_args.save_strategy != "no":
-        raise ValueError("save_strategy must be no: a run takes minutes, and its end alone is saved.")
+    defaults = {option.name: option.default for option in fields(PrunerTrainingArguments)}
+    for reason, names in OF_NO_USE.items():
+        values = {name: getattr(training_args, name) for name in names.split()}
+        given = [name for name, value in values.items() if value not in (defaults[name], None, False, [])]
+        if given:
+            raise ValueError(f"leave out {', '.join(given)}: {reason}.")
+    if is_fsdp_enabled() or training_args.deepspeed_plugin:
+        raise ValueError("what learns is small: launch with training/accelerate/ddp.yaml, not FSDP or DeepSpeed.")
 
 
 def draw_turns(messages: list[dict], count: int | None) -> list[dict]:
@@ -235,11 +261,21 @@ def draw_turns(messages: list[dict], count: int | None) -> list[dict]:
     return [message for start in chosen for message in messages[start : start + 2]]
 
 
-def extend_card(model_path: str, output_dir: str, line: str) -> None:
+def extend_card(model_path: str, output_dir: str | Path, line: str) -> None:
     """The card of the checkpoint that a run started from, if it has one, with a line about this run."""
     card = Path(model_path, "README.md")
     if card.is_file():
         Path(output_dir, "README.md").write_text(f"{card.read_text().rstrip()}\n{line}\n")
+
+
+def save_checkpoint(
+    model: LightVLMForConditionalGeneration, processor: LightVLMProcessor, model_path: str, output_dir: str, line: str
+) -> None:
+    """Write the folder that is shipped, with a line about this run on the card of where it started from."""
+    with folder_written_beside(output_dir) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        extend_card(model_path, folder, line)
 
 
 def summarize(args: PrunerArguments, state: TrainerState) -> str:
@@ -256,7 +292,7 @@ def summarize(args: PrunerArguments, state: TrainerState) -> str:
 
 
 def main() -> None:
-    parser = TrlParser((PrunerArguments, TrainingArguments))
+    parser = TrlParser((PrunerArguments, PrunerTrainingArguments))
     args, training_args = parser.parse_args_and_config()
     set_seed(training_args.seed)
     training_args.remove_unused_columns = False
@@ -264,6 +300,7 @@ def main() -> None:
 
     processor = LightVLMProcessor.from_pretrained(args.model_path)
     config = LightVLMConfig.from_pretrained(args.model_path)
+    args.image_tokens = args.image_tokens or [budget for budget in BUDGETS if budget < config.num_patches]
     check(args, training_args, config)
     score = "question" if args.question_aware else "positional" if config.score == "cls" else config.score
     model = LightVLMForConditionalGeneration.from_pretrained(args.model_path, score=score, dtype=torch.float32)
@@ -281,12 +318,11 @@ def main() -> None:
     torch.manual_seed(training_args.seed + training_args.process_index)  # each process compares samples of its own
     trainer.train()
     if trainer.is_world_process_zero():
-        model.to(config.dtype or torch.float32).save_pretrained(training_args.output_dir)
-        processor.save_pretrained(training_args.output_dir)
-        extend_card(args.model_path, training_args.output_dir, summarize(args, trainer.state))
+        model.to(config.dtype or torch.float32)
+        save_checkpoint(model, processor, args.model_path, training_args.output_dir, summarize(args, trainer.state))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
