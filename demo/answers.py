@@ -138,7 +138,7 @@ class Answerer:
         A prompt that the decoder has no positions for, which might take minutes, is not answered: that is said.
         """
         if not self.fits(talk, before, choice):
-            return f"more than the model's {self.positions:,} positions", None
+            return f"more than the model's {self.positions} positions", None
         streamer = self.streamer()
         job = self.worker.submit(self.chat, streamer, talk, [*before], choice, **options)
         return "".join(streamer).strip(), job.result()
@@ -162,7 +162,7 @@ class Answerer:
             raise ValueError(f"{MAX_TURNS} questions are as many as are remembered: untick the follow-up.")
         if not self.fits(talk, before, choice):
             raise ValueError(
-                f"Image and questions are more than the model's {self.positions:,} positions: lower K, write less, or "
+                f"Image and questions are more than the model's {self.positions} positions: lower K, write less, or "
                 "untick the follow-up."
             )
         history, streamer, stop, answer = [*before], self.streamer(), Event(), ""
@@ -189,6 +189,6 @@ class Answerer:
         elif kept < patches:
             whole = self.processor.count_tokens(talk.image.size[::-1])
             excuse, time_of_all = self.ask_again(talk, before, Choice(whole), max_new_tokens=1)
-            told = f"all tokens: {time_of_all:.0f} ms" if time_of_all else f"all {whole:,} are {excuse}"
+            told = f"all tokens: {time_of_all:.0f} ms" if time_of_all else f"all {whole} are {excuse}"
             line += f" ({told})"
         yield f"{answer}\n\n*{line}*{table}", picture

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,11 +79,25 @@ def test_commands_have_the_options_that_pages_name(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    texts = [page.read_text() for page in PAGES]
-    texts += ["".join(cell["source"]) for notebook in NOTEBOOKS for cell in code_cells(notebook)]
-    pattern = re.compile(rf"^(?:    | *!)lightvlm {verb} [^|\n]+", flags=re.MULTILINE)
-    commands = [line for text in texts for line in pattern.findall(text.replace("\\\n", " "))]
+    pattern = re.compile(rf"^    lightvlm {verb} [^|\n]+", flags=re.MULTILINE)
+    commands = [line for page in PAGES for line in pattern.findall(page.read_text().replace("\\\n", " "))]
     assert {word for command in commands for word in shlex.split(command) if word.startswith("--")} <= known
+    cells = ["".join(cell["source"]) for notebook in NOTEBOOKS for cell in code_cells(notebook)]
+    for cell in cells:
+        if f'"lightvlm_cli.main", "{verb}"' in cell:
+            assert set(re.findall(r'"(--[\w-]+)"', cell)) <= known
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_run_the_kernels_python_and_end_at_an_error_with_its_cause(notebook):
+    sources = ["".join(cell["source"]) for cell in code_cells(notebook)]
+    assert not [line for source in sources for line in source.splitlines() if line.lstrip().startswith(("!", "%%"))]
+    (helper,) = [source for source in sources if "def run(" in source]
+    names = {"sys": sys, "subprocess": subprocess}
+    exec("def run(" + helper.partition("def run(")[2], names)
+    assert names["run"]("lightvlm_cli.main", "--version").startswith("lightvlm ")
+    with pytest.raises(RuntimeError, match="lightvlm infer: gone.json cannot be read"):
+        names["run"]("lightvlm_cli.main", "infer", "--image", "gone.json", "--prompt", "what?")
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
