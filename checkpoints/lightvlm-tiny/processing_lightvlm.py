@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.utils.versions import require_version
 
@@ -214,6 +215,26 @@ def extend_edges(tiles: Any, grid: tuple[int, int], size: tuple[int, int]) -> An
     return filled.reshape(tiles.shape)
 
 
+def read_texts(messages: list[dict[str, Any]], template: str, where: str = "") -> Iterator[str]:
+    """The texts of a conversation; ValueError with the place of what is neither text nor an image."""
+    for number, message in enumerate(messages):
+        place, content, calls = f"Message {number}{where}", message.get("content"), message.get("tool_calls")
+        if calls and "tool_calls" not in template:
+            raise ValueError(f"{place} has tool calls, which the chat template of this checkpoint does not read.")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        if not isinstance(parts, (list, tuple)) or (content is None and not calls):
+            raise ValueError(f"{place} has the content {content!r:.80}: give a text or a list of parts.")
+        for index, part in enumerate(parts):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                yield part["text"]
+            elif kind != "image" and not (kind == "image_url" and "image_url" in part):
+                raise ValueError(
+                    f'{place}, part {index}, is {part!r:.80}: give {{"type": "text", "text": ...}} or '
+                    '{"type": "image", "image": ...}.'
+                )
+
+
 def check_max_views(max_views: Any) -> int | None:
     """The number of views of a call; ValueError unless it is None or a whole number from 1."""
     if max_views is not None and (type(max_views) is not int or max_views < 1):
@@ -393,19 +414,34 @@ class LightVLMProcessor(ProcessorMixin):
                     "each image, and where a row has more or fewer than one image, a list of images for each row."
                 )
 
-    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in `ProcessorMixin`, but ValueError if a text has an image mark, which would be taken for an image."""
-        if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
-            conversations = [conversation] if isinstance(conversation[0], dict) else conversation
-            contents = [message.get("content") or [] for messages in conversations for message in messages]
-            parts = [part for content in contents for part in ([content] if isinstance(content, str) else content)]
-            texts = [part if isinstance(part, str) else part.get("text") or "" for part in parts]
-            if any(self.image_token in text for text in texts):
-                raise ValueError(
-                    f"A message has {self.image_token} in its text: take it out, and give images as parts of type "
-                    '"image"; or let sanitize_control_tokens=True make it a word like any other.'
-                )
-        return super().apply_chat_template(conversation, *args, **kwargs)
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, chat_template: Any = None, tools: Any = None, documents: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in `ProcessorMixin`, but nothing is left out of the prompt.
+
+        Raises:
+            ValueError: if a part of a message is neither text nor an image, a text has an image mark, which would be
+                taken for an image, or the template refuses a role or reads no tools or documents.
+        """
+        template = f"{chat_template or ''}{self.chat_template}"
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value and name not in template:
+                raise ValueError(f"The chat template of this checkpoint reads no {name}: leave them out.")
+        if isinstance(conversation[0], dict):
+            texts = [*read_texts(conversation, template)]
+        else:
+            batch = [read_texts(talk, template, f" of conversation {row}") for row, talk in enumerate(conversation)]
+            texts = [text for talk in batch for text in talk]
+        counts_marks = kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens")
+        if counts_marks and any(self.image_token in text for text in texts):
+            raise ValueError(
+                f"A message has {self.image_token} in its text: take it out, and give images as parts of type "
+                '"image"; or let sanitize_control_tokens=True make it a word like any other.'
+            )
+        try:
+            return super().apply_chat_template(conversation, chat_template, tools, documents, **kwargs)
+        except TemplateError as error:  # such as of a role that it does not have
+            raise ValueError(f"The chat template cannot be applied: {error}") from error
 
     def prepare_image(self, image: Image.Image, name: str, shrinks: bool = True) -> Image.Image:
         """Upright RGB of an image, resized as the image processor would; ValueError if it is broken or too thin."""
