@@ -17,15 +17,10 @@ import PIL.Image
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
+from lightvlm.common.image_fields import image_names
 
 IMAGE_MARK = "<image>"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
-PICTURE_KEYS = ("image", "images")
-LIKE_A_PICTURES_KEY = re.compile(
-    r"(image|img|picture|photo|pic|video|frame|file|path)s?[ _-]?(path|file|name|url|uri|src|data|bytes|base64|b64)?s?"
-    r"[ _-]?\d*",
-    re.IGNORECASE,
-)
 ROLES = {"human": "user", "gpt": "assistant"}
 FEATURES = Features(
     {
@@ -118,41 +113,11 @@ def find_image(name: str, image_folder: str | Path | None) -> str:
     raise FileNotFoundError(f"{str(path)!r} is missing")
 
 
-def as_list(names: Any) -> Any:
-    """A name as a list of one, and nothing as a list of none."""
-    return [names] if isinstance(names, str) else [] if names is None else names
-
-
-def unread_picture_keys(row: dict) -> list[str]:
-    """Keys of a row that look like a picture's, such as img or file_name, but are not read.
-
-    A key that is empty, or repeats the file name of a picture that is read, does not count.
-    """
-    lists = [as_list(row.get(key)) for key in PICTURE_KEYS]
-    read = {Path(name).name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)}
-    filled = [key for key, value in row.items() if isinstance(value, str | list | dict) and value]
-    unread = [key for key in filled if key not in PICTURE_KEYS and LIKE_A_PICTURES_KEY.fullmatch(key)]
-    return [key for key in unread if not (isinstance(row[key], str) and Path(row[key]).name in read)]
-
-
-def picture_names(row: dict) -> list[str]:
-    """What a row has under `image` or `images`; ValueError where it is no path, or a picture would not be read."""
-    if unread := unread_picture_keys(row):
-        raise ValueError(f"the picture under {', '.join(unread)} would not be read: only image and images are")
-    names, others = (as_list(row.get(key)) for key in PICTURE_KEYS)
-    if names and others and names != others:
-        raise ValueError(f"image and images are not the same: {names!r:.80} and {others!r:.80}")
-    names = names or others
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"the image {names!r:.80} is no path")
-    return names
-
-
 def parse_row(number: int, row: Any) -> dict:
     """One row of the dataset, with the names of its images; ValueError where it is bad."""
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise ValueError(f"{row!r:.80} is no object with a list of conversations")
-    messages, names, row_id = to_messages(row["conversations"]), picture_names(row), row.get("id", number)
+    messages, names, row_id = to_messages(row["conversations"]), image_names(row), row.get("id", number)
     if not isinstance(row_id, int | str):
         raise ValueError(f"the id {row_id!r:.80} is neither a number nor text")
     marks = sum(turn["value"].count(IMAGE_MARK) for turn in row["conversations"])

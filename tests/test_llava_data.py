@@ -282,13 +282,13 @@ BAD_ROWS = {
     "half an emoji": ({"conversations": [TEXT_QUESTION, ANSWER | {"value": "\ud83d"}]}, "surrogates not allowed"),
     "id": (TEXT_ROW | {"id": float("nan")}, "the id nan is neither a number nor text"),
     "image": (image_row(float("nan")), "the image nan is no path"),
-    "list of images": (image_row(["a.png", 1]), "the image ['a.png', 1] is no path"),
+    "list of images": (image_row(["a.png", 1]), "the image 1 is no path"),
     "mark without image": ({"conversations": [QUESTION, ANSWER]}, "1 <image> in the turns, but 0 under image"),
     "mark without second": (image_row(["a.png", "b.png"]), "1 <image> in the turns, but 2 under image"),
-    "empty image": (image_row(""), "the image [''] is no path"),
-    "no image in a list": (image_row([""]), "the image [''] is no path"),
+    "empty image": (image_row(""), "the image '' is no path"),
+    "no image in a list": (image_row([""]), "the image '' is no path"),
     **{
-        key: (TEXT_ROW | {key: value}, f"the picture under {key} would not be read: only image and images are")
+        key: (TEXT_ROW | {key: value}, f"'{key}' looks like a picture that is not read: call it image or images")
         for key, value in {
             "image_path": "a.png",
             "img": "a.png",
@@ -302,8 +302,8 @@ BAD_ROWS = {
             "video": "a.mp4",
         }.items()
     },
-    "second image": (image_row("a.png", image2="b.png"), "the picture under image2 would not be read"),
-    "two lists": (image_row("a.png", images=["b.png"]), "image and images are not the same: ['a.png'] and ['b.png']"),
+    "second image": (image_row("a.png", image2="b.png"), "'image2' looks like a picture that is not read"),
+    "two lists": (image_row("a.png", images=["b.png"]), "image and images differ"),
     "absolute": (image_row("/etc/a.png"), "the image '/etc/a.png' is not inside the image folder"),
     "parent": (image_row("coco/../../a.png"), "the image 'coco/../../a.png' is not inside the image folder"),
     "folder": (image_row("."), "the image '.' is not inside the image folder"),
