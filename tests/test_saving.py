@@ -126,7 +126,7 @@ def test_a_kill_while_the_end_is_written_leaves_the_model_of_an_earlier_run(data
             LightVLMProcessor, "save_pretrained", lambda _, folder: Path(folder).name == "checkpoint-4" or kill()
         )
         with pytest.raises(Killed):
-            train(data, monkeypatch, max_steps=4, seed=1, lora_r=2)
+            train(data, monkeypatch, max_steps=4, seed=1)
     assert all((run / name).read_bytes() == content for name, content in before.items())
 
 

@@ -58,9 +58,7 @@ class DecoderTrainingArguments(RunsHere, TrainingArguments):
 def check(training_args: DecoderTrainingArguments) -> None:
     """ValueError for what would be ignored, or leave folders that nothing loads."""
     if training_args.save_strategy != "no" or training_args.resume_from_checkpoint:
-        raise ValueError(
-            "a run takes minutes, and its end alone is saved: leave save_strategy at no, don't resume"
-        )
+        raise ValueError("a run takes minutes, and its end alone is saved: leave save_strategy at no, don't resume")
 
 
 @torch.no_grad()
