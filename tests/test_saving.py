@@ -123,10 +123,10 @@ def test_a_kill_while_the_end_is_written_leaves_the_model_of_an_earlier_run(data
     before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
     with monkeypatch.context() as patch:
         patch.setattr(
-            LightVLMProcessor, "save_pretrained", lambda _, folder: Path(folder).name == "checkpoint-4" or kill()
+            LightVLMProcessor, "save_pretrained", lambda _, folder: Path(folder).name == "gathered" or kill()
         )
         with pytest.raises(Killed):
-            train(data, monkeypatch, max_steps=4, seed=1, lora_r=2)
+            train(data, monkeypatch, max_steps=4, seed=1)
     assert all((run / name).read_bytes() == content for name, content in before.items())
 
 
