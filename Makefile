@@ -81,7 +81,7 @@ $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 SPEED := $(BIN)/lightvlm bench --preset phi2-clip-l-336
 MACHINE ?= cpu
 SPEED_RESULTS = evaluation/results/speed_$(MACHINE)_$(shell date +%F)
-SPEED_PAGE := $(BIN)/python -m lightvlm.evaluation.speed_report evaluation/results > evaluation/results/speed.md
+SPEED_PAGE := $(BIN)/python -m lightvlm.benchmark.speed_report evaluation/results > evaluation/results/speed.md
 
 bench: .venv/ready
 	$(SPEED) --dtype bfloat16 --batch-sizes 1 --methods published,lightvlm,dynamic,compiled --repetitions 7 \

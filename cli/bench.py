@@ -140,10 +140,10 @@ def begin_report(args: argparse.Namespace, device: str) -> dict:
 def time_training(args: argparse.Namespace, device: str) -> None:
     """Time training steps, print a table for each batch size, and write the report."""
     import torch
-    from lightvlm.common.files import write_json
-    from lightvlm.evaluation.presets import preset_config
-    from lightvlm.evaluation.speed_report import describe
-    from lightvlm.evaluation.training_speed import measure_training, table
+    from lightvlm.benchmark.presets import preset_config
+    from lightvlm.benchmark.speed_report import describe
+    from lightvlm.benchmark.training_speed import measure_training, table
+    from lightvlm.data.files import write_json
 
     config = preset_config(args.preset, args.layers)
     report = begin_report(args, device) | {"dtype": args.dtype or "bfloat16", "results": []}
@@ -174,12 +174,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError('--train needs the trainer: pip install "lightvlm[train]"')
 
     import torch
-    from lightvlm.common.checkpoint import choose_device, load
-    from lightvlm.common.files import write_json
-    from lightvlm.common.inference import int8_config
-    from lightvlm.evaluation.presets import image_processor, preset_config, random_model
-    from lightvlm.evaluation.speed import measure
-    from lightvlm.evaluation.speed_report import describe, growth_plot, plot, table
+    from lightvlm.benchmark.presets import image_processor, preset_config, random_model
+    from lightvlm.benchmark.speed import measure
+    from lightvlm.benchmark.speed_report import describe, growth_plot, plot, table
+    from lightvlm.data.files import write_json
+    from lightvlm.inference.checkpoint import choose_device, load
+    from lightvlm.inference.compilation import int8_config
 
     device = choose_device(args.device)
     for path in (args.output, args.plot, args.growth):

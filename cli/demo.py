@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('the demo needs gradio: pip install "lightvlm[demo]"')
 
-    from lightvlm.common.checkpoint import load
     from lightvlm.demo.app import launch
+    from lightvlm.inference.checkpoint import load
 
     launch(*load(args.model_path, **loading(args)), args.host, args.port, share=args.share)

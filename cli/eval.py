@@ -96,18 +96,18 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
     from accelerate import PartialState
-    from lightvlm.common.checkpoint import check_question_aware, load
-    from lightvlm.common.files import write_json
-    from lightvlm.common.fingerprint import fingerprint
-    from lightvlm.common.llava_data import load_llava
+    from lightvlm.data.files import write_json
+    from lightvlm.data.llava import load_llava
     from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
+    from lightvlm.inference.checkpoint import check_question_aware, load
+    from lightvlm.inference.fingerprint import fingerprint
 
     try:
         from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, Questions, accuracy, choose_settings, table
-        from lightvlm.evaluation.answer_log import AnswerLog, on_main
         from lightvlm.evaluation.benchmarks import BENCHMARKS, load_benchmark
         from lightvlm.evaluation.metrics import ExactMatch
         from lightvlm.evaluation.plot import plot
+        from lightvlm.inference.answer_log import AnswerLog, on_main
     except ModuleNotFoundError as error:
         raise ValueError(f"measuring needs {error.name}: pip install 'lightvlm[eval]'") from None
 

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lightvlm.common.checkpoint import load
-    from lightvlm.common.export import export_image_tokens
+    from lightvlm.inference.checkpoint import load
+    from lightvlm.inference.export import export_image_tokens
 
     model, _ = load(args.model_path, args.dtype, device="cpu")
     budget = args.num_image_tokens or model.config.num_image_tokens

@@ -133,9 +133,9 @@ def run(args: argparse.Namespace) -> None:
     if args.top_p and not args.temperature:
         raise ValueError("--top-p needs sampling: give --temperature too, such as 1")
 
-    from lightvlm.common.checkpoint import check_question_aware, load
-    from lightvlm.evaluation.answer_log import on_main
-    from lightvlm.evaluation.many import expand_images, open_named
+    from lightvlm.inference.answer_log import on_main
+    from lightvlm.inference.checkpoint import check_question_aware, load
+    from lightvlm.inference.many import expand_images, open_named
     from transformers import set_seed
 
     claim_device(args)
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
 
 def decisive(args: argparse.Namespace, model) -> dict:
     """What answers depend on, besides the questions and K, which stand beside each answer."""
-    from lightvlm.common.fingerprint import fingerprint
+    from lightvlm.inference.fingerprint import fingerprint
 
     options = {"max_views": args.max_views, "question_aware": args.question_aware, **generation(args)}
     options |= {"seed": args.seed} if options["do_sample"] else {}
@@ -166,9 +166,9 @@ def decisive(args: argparse.Namespace, model) -> dict:
 
 def write_answers(args: argparse.Namespace, model, processor, names: list[str]) -> None:
     """Answer everything into the output file; ValueError, at the end, with what could not be answered."""
-    from lightvlm.evaluation.answer_log import AnswerLog, on_main
-    from lightvlm.evaluation.asks import Ask, read_asks
-    from lightvlm.evaluation.many import answer_all
+    from lightvlm.inference.answer_log import AnswerLog, on_main
+    from lightvlm.inference.asks import Ask, read_asks
+    from lightvlm.inference.many import answer_all
 
     if args.input:
         asks, refused = on_main(read_asks, args.input, args.image_folder)

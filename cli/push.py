@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> None:
     import tempfile
 
     from huggingface_hub import HfApi
-    from lightvlm.common.checkpoint import load
     from lightvlm.hub.card import check_measured, read_results
     from lightvlm.hub.push import (
         check_files,
@@ -69,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         upload,
         write_folder,
     )
+    from lightvlm.inference.checkpoint import load
 
     api, checkpoint = HfApi(), Path(args.model_path)
     if args.repo_id:

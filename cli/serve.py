@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_serve_available():
         raise ValueError('serving needs fastapi, uvicorn, openai and pydantic: pip install "lightvlm[serve]"')
 
-    from lightvlm.common.checkpoint import load
+    from lightvlm.inference.checkpoint import load
     from lightvlm.serving.connections import Server
     from lightvlm.serving.server import Limits, build_app
     from transformers.utils import logging

@@ -55,11 +55,11 @@ def name_outputs(names: list[str], output: Path | None) -> list[Path]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lightvlm.common.checkpoint import check_question_aware, load
-    from lightvlm.common.files import written_beside
-    from lightvlm.common.llava_data import attempt
+    from lightvlm.data.files import written_beside
+    from lightvlm.data.llava import attempt
     from lightvlm.demo.pictures import draw_kept
-    from lightvlm.evaluation.many import expand_images, open_named
+    from lightvlm.inference.checkpoint import check_question_aware, load
+    from lightvlm.inference.many import expand_images, open_named
 
     names = expand_images(args.image)
     outputs = name_outputs(names, args.output)

@@ -1,1 +1,1 @@
-"""Accuracy and speed, measured."""
+"""Accuracy, measured."""

@@ -14,10 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
-from lightvlm.common.fingerprint import hash_files
-from lightvlm.common.views import upright_size
-from lightvlm.evaluation.answer_log import AnswerLog
-from lightvlm.evaluation.answers import tokenize
+from lightvlm.data.views import upright_size
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import (
@@ -32,6 +29,9 @@ from lightvlm.evaluation.selectors import (
     prune_in_language_model,
     spend_quotas,
 )
+from lightvlm.inference.answer_log import AnswerLog
+from lightvlm.inference.answers import tokenize
+from lightvlm.inference.fingerprint import hash_files
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.pruning_lightvlm import log_prior
 from lightvlm.views_lightvlm import Layout, encoded_tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features
-from lightvlm.common.llava_data import FEATURES, attempt, find_image, report
+from lightvlm.data.llava import FEATURES, attempt, find_image, report
 from lightvlm.evaluation.metrics import POPE, AnswerMetric, ExactMatch, ScienceQA, TextVQAAccuracy, VQAAccuracy
 
 SHORT = "\nAnswer the question using a single word or phrase."

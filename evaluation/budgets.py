@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.common.budgets import find_kappa
-from lightvlm.common.checkpoint import SHIPPED, load
-from lightvlm.common.files import write_json, written_beside
-from lightvlm.common.llava_data import load_llava
-from lightvlm.common.turns import mask_blocks, pack_turns
+from lightvlm.data.files import write_json, written_beside
+from lightvlm.data.llava import load_llava
+from lightvlm.data.turns import mask_blocks, pack_turns
 from lightvlm.evaluation.markdown import markdown_table
+from lightvlm.inference.checkpoint import SHIPPED, load
 from lightvlm.pruning_lightvlm import allot_budgets
+from lightvlm.training.budget import find_kappa
 from matplotlib.figure import Figure
 from tqdm import tqdm
 

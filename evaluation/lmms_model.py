@@ -5,8 +5,8 @@ lmms-eval --model lightvlm --model_args pretrained=FOLDER,num_image_tokens=64 --
 
 import torch
 from accelerate import Accelerator
-from lightvlm.common.checkpoint import check_question_aware, load
-from lightvlm.evaluation.answers import answer, batches
+from lightvlm.inference.answers import answer, batches
+from lightvlm.inference.checkpoint import check_question_aware, load
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest

@@ -3,7 +3,7 @@
 import itertools
 from pathlib import Path
 
-from lightvlm.common.files import written_beside
+from lightvlm.data.files import written_beside
 from lightvlm.evaluation.accuracy import is_dynamic
 from matplotlib import colormaps
 from matplotlib.figure import Figure

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.checkpoint import check_finite, check_weights, read_weights
+from lightvlm.inference.checkpoint import check_finite, check_weights, read_weights
 from lightvlm.modeling_lightvlm import ENCODERS
 from lightvlm.processing import CHAT_TEMPLATE
 from transformers import (

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 from lightvlm import LightVLMConfig
-from lightvlm.common.fingerprint import fingerprint
+from lightvlm.inference.fingerprint import fingerprint
 
 TEMPLATE = Path(__file__).with_name("card.md")
 MEASURED = {"data": str, "selector": str, "num_image_tokens": (int, str), "total": int}

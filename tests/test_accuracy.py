@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightvlm.common.llava_data import load_llava
+from lightvlm.data.llava import load_llava
 from lightvlm.evaluation.accuracy import (
     MAX_NEW_TOKENS,
     Batch,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from lightvlm.evaluation.answer_log import AnswerLog
+from lightvlm.inference.answer_log import AnswerLog
 
 ABOUT = {"weights_sha256": "a" * 64, "temperature": 0.0, "encoder_keep": {1: 0.5}}
 
@@ -138,7 +138,7 @@ def test_what_other_processes_wrote_joins_the_file_once(path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from lightvlm.evaluation.answer_log import AnswerLog
+from lightvlm.inference.answer_log import AnswerLog
 with AnswerLog(Path(sys.argv[1]), {"weights": "a"}) as log:
     log.add({"row": 0})
     print("writing", flush=True)

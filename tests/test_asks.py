@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from lightvlm.evaluation.asks import read_asks
+from lightvlm.inference.asks import read_asks
 from tiny import make_image
 
 QUESTION = {"image": "0.png", "question": "what?"}

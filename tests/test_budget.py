@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.data import features
 from lightvlm.pruning_lightvlm import allot_budgets, pool_important
-from lightvlm.training import budget, features, pruner
+from lightvlm.training import budget, pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from lightvlm.common.checkpoint import SHIPPED, load
 from lightvlm.evaluation import budgets
+from lightvlm.inference.checkpoint import SHIPPED, load
 from lightvlm.training.prepare_easy_vqa import llava_row
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from lightvlm import LightVLM
-from lightvlm.common.checkpoint import SHIPPED, load
-from lightvlm.common.llava_data import load_llava
+from lightvlm.data.llava import load_llava
 from lightvlm.evaluation.accuracy import Questions, accuracy
 from lightvlm.evaluation.metrics import ExactMatch
+from lightvlm.inference.checkpoint import SHIPPED, load
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from huggingface_hub.utils import tqdm as hub_bar
 from launch import launch
-from lightvlm.common.checkpoint import SHIPPED, load
-from lightvlm.common.fingerprint import fingerprint
+from lightvlm.benchmark.presets import PRESETS
 from lightvlm.evaluation.accuracy import Batch
-from lightvlm.evaluation.presets import PRESETS
 from lightvlm.evaluation.selectors import SELECTORS
 from lightvlm.hub.card import is_own
 from lightvlm.hub.card import read_results as read_results_of_card
+from lightvlm.inference.checkpoint import SHIPPED, load
+from lightvlm.inference.fingerprint import fingerprint
 from lightvlm_cli.main import VERBS, main
 from lightvlm_cli.options import SHIPPED as DEFAULT
 from lightvlm_cli.quiet import silence_libraries

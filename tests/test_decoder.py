@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
-from lightvlm.common.turns import mask_blocks
-from lightvlm.common.views import parse_grids
+from lightvlm.data.turns import mask_blocks
+from lightvlm.data.views import parse_grids
 from lightvlm.training import decoder
 from lightvlm.training.prepare_easy_vqa import llava_row
 from PIL import Image

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from gradio_client import Client, handle_file
-from lightvlm.common.checkpoint import SHIPPED
 from lightvlm.demo.answers import MAX_QUESTION, MAX_TURNS, Answerer, Choice, Conversation, TimedStreamer
 from lightvlm.demo.app import DYNAMIC, EXAMPLES, FIXED, ask, build, from_address, introduce, launch, show, slider
+from lightvlm.inference.checkpoint import SHIPPED
 from lightvlm_cli.main import main
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
@@ -313,7 +313,7 @@ def test_examples_are_there_and_small():
 
 def test_the_command_serves_this_machine_alone_unless_told_otherwise(url, monkeypatch, capsys):
     served = {}
-    monkeypatch.setattr("lightvlm.common.checkpoint.load", lambda path, **options: ("model", "processor"))
+    monkeypatch.setattr("lightvlm.inference.checkpoint.load", lambda path, **options: ("model", "processor"))
     monkeypatch.setattr(
         "lightvlm.demo.app.launch", lambda model, processor, host, port, share: served.update(host=host, share=share)
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from lightvlm import LightVLMModel
-from lightvlm.common.turns import mask_blocks, pack_turns
+from lightvlm.data.turns import mask_blocks, pack_turns
 from lightvlm.training.collator import LightVLMCollator
 from tiny import (
     IMAGES,

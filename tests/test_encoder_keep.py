@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMConfig
-from lightvlm.common.inference import compile_for_inference
+from lightvlm.inference.compilation import compile_for_inference
 from lightvlm.modeling_lightvlm import attention_to_patches
 from tiny import GRIDS, NUM_PATCHES, TEXT, make_config, make_dynamic, make_image, make_model, make_processor
 

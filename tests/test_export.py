@@ -3,7 +3,7 @@
 import onnx
 import pytest
 import torch
-from lightvlm.common.export import export_image_tokens
+from lightvlm.inference.export import export_image_tokens
 from lightvlm_cli.main import main
 from tiny import GRIDS, NUM_PATCHES, make_image, make_model, make_processor
 

@@ -10,8 +10,8 @@ from threading import Barrier, Thread, local
 import pytest
 import torch
 from lightvlm import LightVLM
-from lightvlm.common.llava_data import load_llava
-from lightvlm.training import features
+from lightvlm.data import features
+from lightvlm.data.llava import load_llava
 from lightvlm.training.prepare_easy_vqa import llava_row
 from lightvlm.views_lightvlm import lay_out
 from tiny import GRIDS, make_image, make_model, make_processor

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from lightvlm.common.files import write_json, written_beside
+from lightvlm.data.files import write_json, written_beside
 
 
 def names(folder):
@@ -33,7 +33,7 @@ def test_a_kill_leaves_the_earlier_file_and_the_next_call_tidies_up(tmp_path):
     path.write_text("good")
     code = (
         "import os, signal, sys\n"
-        "from lightvlm.common.files import written_beside\n"
+        "from lightvlm.data.files import written_beside\n"
         "with written_beside(sys.argv[1]) as file:\n"
         "    file.write_text('ba')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

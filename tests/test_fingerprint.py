@@ -5,8 +5,8 @@ import json
 import shutil
 
 import pytest
-from lightvlm.common.checkpoint import SHIPPED
-from lightvlm.common.fingerprint import fingerprint, hash_files
+from lightvlm.inference.checkpoint import SHIPPED
+from lightvlm.inference.fingerprint import fingerprint, hash_files
 
 
 def sha256(data):

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.checkpoint import load
 from lightvlm.hub.build import build_from_llava, build_from_parts, compose
+from lightvlm.inference.checkpoint import load
 from lightvlm_cli.main import main
 from safetensors.torch import save_file
 from saved import HUB_FILES, edit_json, edit_weights, save_parts

@@ -1,7 +1,7 @@
 """Every picture that a row names is read, or the row is refused."""
 
 import pytest
-from lightvlm.common.image_fields import image_names
+from lightvlm.data.image_fields import image_names
 
 
 @pytest.mark.parametrize(

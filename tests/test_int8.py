@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.common.checkpoint import SHIPPED
-from lightvlm.common.inference import FULL_PRECISION, int8_config
+from lightvlm.inference.checkpoint import SHIPPED
+from lightvlm.inference.compilation import FULL_PRECISION, int8_config
 from lightvlm_cli.main import main
 from PIL import Image
 from tiny import make_image, make_model, make_processor

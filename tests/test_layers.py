@@ -1,4 +1,4 @@
-"""Each folder imports from those below it; `common` holds what two of one layer share, and no test imports a test."""
+"""Each folder imports from those below it, and no test imports a test."""
 
 import ast
 from pathlib import Path
@@ -7,13 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"modeling_lightvlm", "processing"}
+SHARED = MODEL | {"data_loading", "inference"}
 BELOW = {
     "modeling_lightvlm": {"processing"},  # whose classes lightvlm/__init__.py registers
     "processing": set(),
-    "common": MODEL,
-    **dict.fromkeys(["training", "hub_upload", "demo", "serving"], MODEL | {"common"}),
-    "evaluation": MODEL | {"common", "training"},  # which it measures
-    "cli": MODEL | {"common", "training", "evaluation", "hub_upload", "demo", "serving"},
+    "data_loading": MODEL,
+    "inference": MODEL | {"data_loading"},
+    **dict.fromkeys(["training", "hub_upload", "demo", "serving"], SHARED),
+    "evaluation": SHARED | {"training"},
+    "benchmark": SHARED | {"training", "evaluation"},  # it measures both
+    "cli": SHARED | {"training", "evaluation", "benchmark", "hub_upload", "demo", "serving"},
 }
 PACKAGES = [path for path in (ROOT / "src/lightvlm").iterdir() if path.is_dir()]
 FOLDERS = {f"lightvlm.{path.name}": path.resolve().name for path in PACKAGES} | {"lightvlm_cli": "cli"}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightvlm.evaluation.answers import answer, batches, cut, generation_options, stop_strings
+from lightvlm.inference.answers import answer, batches, cut, generation_options, stop_strings
 from tiny import make_dynamic, make_image, make_model, make_processor
 
 SHORT = {"max_new_tokens": 6}

@@ -11,7 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from launch import launch
 from lightvlm import LightVLM, LightVLMModel
-from lightvlm.evaluation import many
+from lightvlm.inference import many
 from lightvlm_cli.main import main
 from PIL import Image
 from tiny import GRIDS, make_dynamic, make_image, make_processor

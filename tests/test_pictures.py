@@ -7,8 +7,8 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from lightvlm.common.checkpoint import SHIPPED
 from lightvlm.demo.pictures import as_seen, draw_kept, picture_kept, picture_views, write_count
+from lightvlm.inference.checkpoint import SHIPPED
 from lightvlm_cli.main import main
 from PIL import Image
 from tiny import GRIDS, make_image, make_model, make_processor

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from lightvlm.evaluation import budgets, speed_report
+from lightvlm.benchmark import speed_report
+from lightvlm.evaluation import budgets
 from lightvlm.evaluation.plot import plot
 from matplotlib.figure import Figure
 

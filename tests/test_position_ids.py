@@ -3,8 +3,8 @@
 import pytest
 import torch
 from lightvlm import LightVLMModel
-from lightvlm.common.inference import compile_for_inference
 from lightvlm.compaction_lightvlm import Compaction, count_dropped
+from lightvlm.inference.compilation import compile_for_inference
 from tiny import IMAGES, NUM_PATCHES, TEXT, make_config, make_dynamic, make_image, make_processor, mixed_batch
 from transformers import DynamicCache
 

@@ -6,7 +6,7 @@ from collections import Counter
 import easy_vqa
 import numpy as np
 import pytest
-from lightvlm.common.llava_data import load_llava
+from lightvlm.data.llava import load_llava
 from lightvlm.training.prepare_easy_vqa import PALETTE, SHAPES, caption, color_name, foreground, shape_name
 from PIL import Image, ImageDraw
 

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from lightvlm.common.llava_data import load_llava
+from lightvlm.data.llava import load_llava
 from lightvlm.training.prepare_easy_vqa import PALETTE, SHAPES
 from lightvlm.training.prepare_mosaics import (
     IMAGE_SIZE,

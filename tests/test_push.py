@@ -11,12 +11,12 @@ import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi
 from lightvlm import LightVLM
-from lightvlm.common.checkpoint import SHIPPED
-from lightvlm.common.fingerprint import fingerprint
-from lightvlm.common.inference import int8_config
 from lightvlm.hub import push
 from lightvlm.hub.build import save
 from lightvlm.hub.push import upload, write_folder
+from lightvlm.inference.checkpoint import SHIPPED
+from lightvlm.inference.compilation import int8_config
+from lightvlm.inference.fingerprint import fingerprint
 from lightvlm_cli.main import main
 from saved import CARD, HUB_FILES, row
 from tiny import CALIBRATION, make_image, make_model, make_processor

@@ -5,11 +5,11 @@ from itertools import islice
 
 import pytest
 import torch
-from lightvlm.common.llava_data import load_llava
-from lightvlm.training import rows as rows_module
+from lightvlm.data import readable_rows as rows_module
+from lightvlm.data.llava import load_llava
+from lightvlm.data.readable_rows import ReadableRows, begin_readable
 from lightvlm.training.collator import StepStream
 from lightvlm.training.prepare_easy_vqa import llava_row
-from lightvlm.training.rows import ReadableRows, begin_readable
 from sft_run import log_trainers, make_data, train
 from tiny import make_image
 from torch.utils.data import DataLoader

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.common.checkpoint import load
+from lightvlm.inference.checkpoint import load
 from lightvlm.training import saving, sft
 from lightvlm.training.saving import find_checkpoint, find_missing, folder_written_beside
 from lightvlm_cli.main import main

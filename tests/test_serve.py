@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
-from lightvlm.common.checkpoint import SHIPPED, load
+from lightvlm.inference.checkpoint import SHIPPED, load
 from lightvlm.serving.connections import Server
 from lightvlm.serving.server import DEFAULTS, KEPT, PREPARED, Limits, build_app
 from lightvlm_cli.main import main

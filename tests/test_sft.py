@@ -15,8 +15,8 @@ from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from datasets import concatenate_datasets
 from launch import launch
 from lightvlm import LightVLM
-from lightvlm.common.llava_data import load_llava
-from lightvlm.common.turns import mask_blocks
+from lightvlm.data.llava import load_llava
+from lightvlm.data.turns import mask_blocks
 from lightvlm.training import sft
 from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream, group_rows, measure_rows
 from lightvlm.training.prepare_easy_vqa import llava_row

@@ -10,10 +10,9 @@ from itertools import count
 
 import pytest
 import torch
-from lightvlm.common.inference import encode_and_rank
-from lightvlm.evaluation import speed
-from lightvlm.evaluation.presets import PRESETS, image_processor, preset_config, random_model
-from lightvlm.evaluation.speed import (
+from lightvlm.benchmark import speed
+from lightvlm.benchmark.presets import PRESETS, image_processor, preset_config, random_model
+from lightvlm.benchmark.speed import (
     ENCODER,
     PREFILL,
     PREPROCESSING,
@@ -32,6 +31,7 @@ from lightvlm.evaluation.speed import (
     summarise,
     watched,
 )
+from lightvlm.inference.compilation import encode_and_rank
 from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from tiny import NUM_PATCHES, make_image, make_model, make_processor, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from lightvlm.evaluation.speed import ENCODER, PREFILL, SCORING, SELECTION, STAGES, TTFT, compare, summarise
-from lightvlm.evaluation.speed_report import describe, growth_plot, headline, page, plot, summary, table
+from lightvlm.benchmark.speed import ENCODER, PREFILL, SCORING, SELECTION, STAGES, TTFT, compare, summarise
+from lightvlm.benchmark.speed_report import describe, growth_plot, headline, page, plot, summary, table
 
 MEASUREMENTS = Path(__file__).parents[1] / "docs" / "measurements.md"
 RESULTS = MEASUREMENTS.parents[1] / "evaluation" / "results"

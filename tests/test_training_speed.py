@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lightvlm.evaluation import training_speed
-from lightvlm.evaluation.training_speed import FULL, LORA, make_batch, make_trainer, measure_training, run_step
+from lightvlm.benchmark import training_speed
+from lightvlm.benchmark.training_speed import FULL, LORA, make_batch, make_trainer, measure_training, run_step
 from tiny import NUM_PATCHES, make_config
 
 

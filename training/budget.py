@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.budgets import find_kappa
-from lightvlm.common.turns import pack_turns
-from lightvlm.pruning_lightvlm import pool_important
-from lightvlm.training.features import ImageArguments, encode_rows, lay_out_batch, load_rows, stack_features
+from lightvlm.data.features import ImageArguments, encode_rows, lay_out_batch, load_rows, stack_features
+from lightvlm.data.turns import pack_turns
+from lightvlm.pruning_lightvlm import allot_budgets, pool_important
 from lightvlm.training.machine import run
 from lightvlm.training.pruner import PolicyGradient, save_checkpoint
 from lightvlm.views_lightvlm import Layout
@@ -28,6 +27,18 @@ FOLDS = 4  # of the cross-validation that chooses the penalty
 LEAST_EXPLAINED = 0.05  # of the variance, held out: less is no better than the same K for each image
 SWEEP = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 144)
 MEANS = (8, 12, 16, 24, 36, 48, 64, 96, 128, 160, 192)
+
+
+def find_kappa(complexity: torch.Tensor, mean: int, dynamic_budget: dict) -> float:
+    """The kappa that gives these images a mean budget, by bisection; their complexity is (images,)."""
+    low, high = -20.0, 20.0  # of its logarithm
+    means = torch.full_like(complexity, mean)
+    for _ in range(60):
+        kappa = torch.tensor((low + high) / 2).exp().item()
+        flat = dynamic_budget | {"kappas": [kappa] * len(dynamic_budget["means"])}
+        too_few = allot_budgets(complexity, means, flat).float().mean() < mean
+        low, high = ((low + high) / 2, high) if too_few else (low, (low + high) / 2)
+    return kappa
 
 
 @dataclass

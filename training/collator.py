@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from lightvlm import LightVLMProcessor
-from lightvlm.common.turns import IGNORED, pack_turns
-from lightvlm.training.rows import ReadableRows, read_or_replace, read_row, undecoded
+from lightvlm.data.readable_rows import ReadableRows, read_or_replace, read_row, undecoded
+from lightvlm.data.turns import IGNORED, pack_turns
 from PIL import Image
 from torch.nn.functional import pad
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling

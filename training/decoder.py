@@ -13,9 +13,7 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.turns import IGNORED, mask_blocks, pack_turns
-from lightvlm.common.views import cut_views, parse_grids
-from lightvlm.training.features import (
+from lightvlm.data.features import (
     EncodedImages,
     ImageArguments,
     encode_rows,
@@ -23,6 +21,8 @@ from lightvlm.training.features import (
     load_rows,
     stack_features,
 )
+from lightvlm.data.turns import IGNORED, mask_blocks, pack_turns
+from lightvlm.data.views import cut_views, parse_grids
 from lightvlm.training.machine import RunsHere, run
 from lightvlm.training.pruner import draw_turns, extend_card
 from lightvlm.training.saving import folder_written_beside

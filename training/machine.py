@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from lightvlm.common.checkpoint import FLOAT32_ONLY
+from lightvlm.inference.checkpoint import FLOAT32_ONLY
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 
 logger = logging.get_logger(__name__)

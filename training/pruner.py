@@ -19,9 +19,7 @@ from statistics import fmean
 
 import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.turns import mask_blocks, pack_turns
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures
-from lightvlm.training.features import (
+from lightvlm.data.features import (
     ImageArguments,
     SplitTurns,
     encode_rows,
@@ -29,6 +27,8 @@ from lightvlm.training.features import (
     load_rows,
     stack_features,
 )
+from lightvlm.data.turns import mask_blocks, pack_turns
+from lightvlm.modeling_lightvlm import LightVLMImageFeatures
 from lightvlm.training.machine import RunsHere, run
 from lightvlm.training.saving import folder_written_beside
 from lightvlm.views_lightvlm import Layout

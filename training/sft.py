@@ -20,12 +20,12 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from huggingface_hub import ModelCard, ModelCardData
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.inference import int8_config, nf4_config
-from lightvlm.common.llava_data import load_llava
-from lightvlm.common.turns import mask_blocks
+from lightvlm.data.llava import load_llava
+from lightvlm.data.readable_rows import ReadableRows, begin_readable
+from lightvlm.data.turns import mask_blocks
+from lightvlm.inference.compilation import int8_config, nf4_config
 from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream, group_rows, measure_rows
 from lightvlm.training.machine import RunsHere, run
-from lightvlm.training.rows import ReadableRows, begin_readable
 from lightvlm.training.saving import UNFINISHED, find_checkpoint, folder_written_beside, put_in_place
 from peft import LoraConfig, PeftModel
 from torch import nn

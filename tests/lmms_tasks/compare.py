@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from lightvlm.common.checkpoint import SHIPPED, load
-from lightvlm.common.llava_data import load_llava
+from lightvlm.data.llava import load_llava
 from lightvlm.evaluation.accuracy import Batch, Questions
+from lightvlm.inference.checkpoint import SHIPPED, load
 from lightvlm_cli.options import budget_list
 
 HERE = Path(__file__).parent

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightvlm.common.image_fields import image_names
-from lightvlm.common.llava_data import IMAGE_MARK, attempt, find_image, read_rows
+from lightvlm.data.image_fields import image_names
+from lightvlm.data.llava import IMAGE_MARK, attempt, find_image, read_rows
 
 QUESTION_KEYS = ("question", "prompt", "text")
 TURN_KEYS = ("conversations", "messages", "prompt")

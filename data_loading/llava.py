@@ -17,7 +17,7 @@ import PIL.Image
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
-from lightvlm.common.image_fields import image_names
+from lightvlm.data.image_fields import image_names
 
 IMAGE_MARK = "<image>"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")

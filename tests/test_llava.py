@@ -11,8 +11,8 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from lightvlm.common import llava_data
-from lightvlm.common.llava_data import load_llava, read_list, to_messages
+from lightvlm.data import llava as llava_data
+from lightvlm.data.llava import load_llava, read_list, to_messages
 from tiny import make_image, make_model, make_processor
 from trl import SFTConfig, SFTTrainer
 
@@ -228,7 +228,7 @@ def test_what_was_refused_leaves_no_file(folder, cache):
 def test_one_of_several_processes_checks(folder, cache):
     path = write(folder, [image_row()] * 300)
     code = f"""
-from lightvlm.common import llava_data
+from lightvlm.data import llava as llava_data
 check = llava_data.check_rows
 llava_data.check_rows = lambda *args: print("checked") or check(*args)
 print(len(llava_data.load_llava({str(path)!r}, {str(folder)!r})))

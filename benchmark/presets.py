@@ -2,7 +2,7 @@
 
 import torch
 from lightvlm import LightVLM, LightVLMConfig
-from lightvlm.common.views import cut_views
+from lightvlm.data.views import cut_views
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, SiglipImageProcessorPil, set_seed
 
 # Sizes are those of the checkpoints' config.json: openai/clip-vit-large-patch14-336, google/siglip-so400m-patch14-384,

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
-from lightvlm.common.checkpoint import SHIPPED
+from lightvlm.benchmark.presets import random_model
+from lightvlm.benchmark.speed import peak_memory_bytes, reset_peak_memory, summarise
 from lightvlm.evaluation.markdown import markdown_table
-from lightvlm.evaluation.presets import random_model
-from lightvlm.evaluation.speed import peak_memory_bytes, reset_peak_memory, summarise
+from lightvlm.inference.checkpoint import SHIPPED
 from lightvlm.training.collator import LightVLMCollator
 from lightvlm.training.sft import LightVLMArguments, LightVLMTrainer, freeze_all_but, make_lora_config
 from tqdm import tqdm
@@ -111,7 +111,7 @@ def measure_training(
 
     Yields:
         `batch_size` and `rows`, one for each method and K: `method`, `num_image_tokens`, the fields of
-        `lightvlm.evaluation.speed.summarise`, `images_per_second`, `tokens_per_second`, and `share`, the step's time
+        `lightvlm.benchmark.speed.summarise`, `images_per_second`, `tokens_per_second`, and `share`, the step's time
         over that with all patches.
     """
     every = sorted({config.num_patches, *budgets}, reverse=True)

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
-from lightvlm.common.llava_data import attempt
+from lightvlm.data.llava import attempt
 
 # Line separators of Unicode, at which Python's splitlines splits, and what UTF-8 lacks: escaped, as JSON allows.
 ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")

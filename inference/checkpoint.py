@@ -35,8 +35,8 @@ def load(
     """
     import torch
     from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
-    from lightvlm.common.adapter import find_base, merge_adapter
-    from lightvlm.common.inference import int8_config
+    from lightvlm.inference.adapter import find_base, merge_adapter
+    from lightvlm.inference.compilation import int8_config
     from transformers import AutoConfig
 
     device = choose_device(device)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.common.fingerprint import hash_files
-from lightvlm.common.llava_data import attempt
-from lightvlm.common.views import upright_size
-from lightvlm.evaluation.answer_log import AnswerLog, on_main
-from lightvlm.evaluation.answers import answer, check_budget, default_new_tokens, generation_options
-from lightvlm.evaluation.asks import Ask, is_url
+from lightvlm.data.llava import attempt
+from lightvlm.data.views import upright_size
+from lightvlm.inference.answer_log import AnswerLog, on_main
+from lightvlm.inference.answers import answer, check_budget, default_new_tokens, generation_options
+from lightvlm.inference.asks import Ask, is_url
+from lightvlm.inference.fingerprint import hash_files
 from lightvlm.processing.processing_lightvlm import open_images
 from PIL import Image
 from tqdm import tqdm

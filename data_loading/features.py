@@ -21,7 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset, Image, concatenate_datasets
 from filelock import FileLock
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.common.llava_data import load_llava
+from lightvlm.data.llava import load_llava
 from lightvlm.views_lightvlm import Layout, lay_out
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file

@@ -1,6 +1,6 @@
 """Tables and pictures of what `speed.py` measured.
 
-python -m lightvlm.evaluation.speed_report evaluation/results > evaluation/results/speed.md
+python -m lightvlm.benchmark.speed_report evaluation/results > evaluation/results/speed.md
 """
 
 import json
@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from lightvlm.common.files import written_beside
-from lightvlm.evaluation.markdown import markdown_table
-from lightvlm.evaluation.speed import (
+from lightvlm.benchmark.speed import (
     COMPILED,
     DYNAMIC,
     ENCODER,
@@ -24,9 +22,11 @@ from lightvlm.evaluation.speed import (
     STAGES,
     TTFT,
 )
+from lightvlm.data.files import written_beside
+from lightvlm.evaluation.markdown import markdown_table
 
 INTRODUCTION = """\
-Written by `python -m lightvlm.evaluation.speed_report evaluation/results`, from the raw results beside it. All rows of
+Written by `python -m lightvlm.benchmark.speed_report evaluation/results`, from the raw results beside it. All rows of
 a file took turns within each repetition, on the same weights. "Llava" is transformers' own class with all tokens, and
 "output_attentions", or "as published", the same pruned by the attention matrices that the encoder returns; "dynamic"
 has its tokens on average. "×" is the speed-up over Llava in the first row of the same batch, "ceiling" what the

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from lightvlm import LightVLM
-from lightvlm.common.files import written_beside
-from lightvlm.common.inference import encode_and_rank
+from lightvlm.data.files import written_beside
+from lightvlm.inference.compilation import encode_and_rank
 from torch import nn
 
 PIXELS, TOKENS, KEPT = "pixel_values", "image_tokens", "kept_indices"

@@ -1,0 +1,1 @@
+"""Benchmarks: what inference and training cost, in time, positions and FLOPs."""

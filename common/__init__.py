@@ -1,1 +1,0 @@
-"""What training, evaluation, servers and the command line share: checkpoints, LLaVA data, packed turns, inference."""

@@ -1,0 +1,1 @@
+"""Data: LLaVA's rows, the pictures that they name, packed turns, encoded images, files on disk."""
