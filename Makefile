@@ -131,7 +131,7 @@ test-zero3: .venv/ready
 	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/pytest tests/test_sft.py -k zero3
 
 # The files that travel to the Hub are typed in full.
-TYPED := configuration_lightvlm.py compaction_lightvlm.py views_lightvlm.py pruning_lightvlm.py modeling_lightvlm.py processing/processing_lightvlm.py
+TYPED := $(notdir $(wildcard modeling_lightvlm/*_lightvlm.py processing/*_lightvlm.py))
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -139,7 +139,7 @@ lint: .venv/ready
 
 # The checkpoint's copies of the files that travel with it.
 sync:
-	cp modeling_lightvlm/*_lightvlm.py processing/processing_lightvlm.py processing/chat_template.jinja \
+	cp modeling_lightvlm/*_lightvlm.py processing/*_lightvlm.py processing/chat_template.jinja \
 		checkpoints/lightvlm-tiny/
 
 # A checkpoint like the shipped one, whose card has what was run for it; a folder of build/ for each stage. For a GPU.

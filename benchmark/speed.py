@@ -20,8 +20,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from lightvlm import LightVLM, modeling_lightvlm
+from lightvlm.images_lightvlm import shrink, to_rgb
 from lightvlm.inference.compilation import compile_for_inference
-from lightvlm.processing.processing_lightvlm import shrink, to_rgb
 from lightvlm.views_lightvlm import encoded_tokens, token_rows
 from PIL import Image
 from torch import nn

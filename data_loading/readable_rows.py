@@ -6,7 +6,7 @@ from itertools import chain, islice
 
 import torch
 from datasets import Dataset, Image, IterableDataset
-from lightvlm.processing.processing_lightvlm import MAX_ASPECT_RATIO
+from lightvlm.images_lightvlm import MAX_ASPECT_RATIO
 from transformers.utils import logging
 
 TRIES = 32  # so many unreadable rows one after another are no accident: a disk is gone

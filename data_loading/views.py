@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lightvlm.processing.processing_lightvlm import turn_upright
+from lightvlm.images_lightvlm import turn_upright
 from PIL import Image
 from transformers import LlavaNextImageProcessorPil
 

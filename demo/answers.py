@@ -13,7 +13,7 @@ from threading import Event
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.demo.pictures import draw_kept
-from lightvlm.processing.processing_lightvlm import open_image, reading
+from lightvlm.images_lightvlm import open_image, reading
 from PIL import Image
 from transformers import TextIteratorStreamer
 

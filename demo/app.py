@@ -133,7 +133,7 @@ def build(answerer: Answerer) -> gr.Blocks:
     config, patches = answerer.model.config, answerer.processor.num_patches
     means = (config.dynamic_budget or {}).get("means", [])
     is_dynamic = config.num_image_tokens == "dynamic"
-    grids = map(answerer.processor.tile_grid, answerer.processor.grid_pinpoints)
+    grids = map(answerer.processor.grids.tiles, answerer.processor.grid_pinpoints)
     most_views = 1 + max((rows * columns for rows, columns in grids), default=0)
     default = (DYNAMIC, config.mean_image_tokens) if is_dynamic else (FIXED, config.num_image_tokens)
     with gr.Blocks(title="LightVLM", analytics_enabled=False, delete_cache=(3600, 86400)) as page:

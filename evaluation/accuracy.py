@@ -100,7 +100,7 @@ class Questions:
 
     def have_one_view(self) -> bool:
         """Whether no image has several."""
-        return all(self.processor.tile_grid(size) == (0, 0) for size in self.sizes)
+        return all(self.processor.grids.tiles(size) == (0, 0) for size in self.sizes)
 
     def count_tokens(self, config: LightVLMConfig) -> tuple[int, int]:
         """The largest K of the image that has the fewest patches with features, and that all images keep all with."""

@@ -5,10 +5,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm import CHAT_TEMPLATE, LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.inference.checkpoint import check_finite, check_weights, read_weights
 from lightvlm.modeling_lightvlm import ENCODERS
-from lightvlm.processing import CHAT_TEMPLATE
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,

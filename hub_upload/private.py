@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from lightvlm.processing.processing_lightvlm import reading
+from lightvlm.images_lightvlm import reading
 from PIL import Image
 
 PICTURES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".gif": "GIF"}

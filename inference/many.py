@@ -11,11 +11,11 @@ import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.data.llava import attempt
 from lightvlm.data.views import upright_size
+from lightvlm.images_lightvlm import open_images
 from lightvlm.inference.answer_log import AnswerLog, on_main
 from lightvlm.inference.answers import answer, check_budget, default_new_tokens, generation_options
 from lightvlm.inference.asks import Ask, is_url
 from lightvlm.inference.fingerprint import hash_files
-from lightvlm.processing.processing_lightvlm import open_images
 from PIL import Image
 from tqdm import tqdm
 
@@ -101,7 +101,7 @@ def text_lengths(asks: list[Ask], processor: LightVLMProcessor) -> list[int]:
 
 def count_views(image: str, processor: LightVLMProcessor) -> int:
     """Tiles that an image is cut into."""
-    rows, columns = processor.tile_grid(upright_size(image))
+    rows, columns = processor.grids.tiles(upright_size(image))
     return rows * columns
 
 

@@ -10,6 +10,8 @@ require_version("transformers>=5.18", "LightVLM's code needs it: pip install --u
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PreTrainedConfig
 
+from .grids_lightvlm import Grids
+
 
 @strict
 class LightVLMConfig(LlavaConfig):
@@ -149,16 +151,15 @@ class LightVLMConfig(LlavaConfig):
         return min(self.encoder_counts.values(), default=self.num_patches)
 
     @property
+    def grids(self) -> Grids:
+        """How large images are cut into views."""
+        view, pinpoints = self.vision_config.image_size, self.image_grid_pinpoints or []
+        return Grids(pinpoints, view, self.patches_per_side, self.image_newline)
+
+    @property
     def max_image_tokens(self) -> int:
         """Tokens, before pruning, of the largest image that `image_grid_pinpoints` allow."""
-        view, side = self.vision_config.image_size, self.patches_per_side
-        grids = [(height // view, width // view) for height, width in self.image_grid_pinpoints or []]
-        tiles = [
-            rows * side * (columns * side + self.image_newline)
-            for rows, columns in grids
-            if self.image_newline or rows * columns > 1
-        ]
-        return self.num_patches + max(tiles, default=0)
+        return self.grids.max_tokens
 
     def check_length(self, length: int, new_tokens: int) -> None:
         """ValueError if a prompt of so many tokens and so many new ones are more than the language model reads."""

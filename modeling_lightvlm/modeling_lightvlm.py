@@ -25,8 +25,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPAttention
-from transformers.models.siglip.modeling_siglip import SiglipAttention
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
@@ -41,13 +39,8 @@ from .compaction_lightvlm import (
     restore_prompt,
 )
 from .configuration_lightvlm import LightVLMConfig
-from .pruning_lightvlm import (
-    ZERO_MODULES,
-    TokenPruner,
-    cls_attention,
-    probe_attention,
-    received_attention,
-)
+from .encoding_lightvlm import ENCODERS, WholeCLIPAttention, WholeSiglipAttention, encode_patches
+from .pruning_lightvlm import ZERO_MODULES, TokenPruner
 from .views_lightvlm import Layout, encoded_tokens, lay_out
 
 logger = logging.get_logger(__name__)
@@ -58,7 +51,6 @@ NEEDS_IDS = (
 
 Budgets = int | list[int] | Tensor
 Means = list[int] | Tensor
-ENCODERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # and how each selects its features
 IMAGE_INPUTS = (
     "pixel_values",
     "num_image_tokens",
@@ -86,102 +78,6 @@ class LightVLMImageFeatures(BaseModelOutputWithPooling):
     pooler_output: list[Tensor] | None = None  # type: ignore[assignment]  # LLaVA returns a list too
     kept_indices: list[Tensor] | None = None
     lengths: list[int] | None = None
-
-
-class WholeCLIPAttention(CLIPAttention):
-    """As its base class. vLLM fuses and shards what a class's own source calls; the prior needs it whole."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
-
-
-class WholeSiglipAttention(SiglipAttention):
-    """As `WholeCLIPAttention`."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
-
-
-def encode_patches(
-    tower: Any,
-    pixel_values: Tensor,
-    feature_layers: int | list[int],
-    prior_layer: int,
-    keep: dict[int, int] | None = None,
-    in_picture: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run a CLIP or SigLIP encoder up to the last layer that features and prior need.
-
-    Args:
-        tower: `CLIPVisionModel` or `SiglipVisionModel`.
-        pixel_values: (batch, channels, height, width).
-        feature_layers: index or indices into the encoder's hidden states, of which 0 is the embeddings.
-        prior_layer: index of the layer whose attention is the prior; a SigLIP pooling head takes precedence.
-        keep: how many patches go on from a layer, by its index; those with the least attention in it are dropped.
-        in_picture: (batch, patches), False at the padding of tiles, which is dropped first.
-
-    Returns:
-        Features (batch, patches, dim), those of several layers concatenated, and the prior (batch, patches). Of a
-        dropped patch the features are zero and the prior is -1.
-    """
-    is_clip = tower.config.model_type == "clip_vision_model"
-    layers = tower.encoder.layers
-    wanted = [feature_layers] if isinstance(feature_layers, int) else feature_layers
-    wanted = [index % (len(layers) + 1) for index in wanted]
-    attending = max(wanted) if not is_clip and tower.use_head else prior_layer % len(layers)
-
-    states, places = hidden_states_at(tower, pixel_values, {*wanted, attending}, keep or {}, in_picture)
-    prior = attention_to_patches(tower, attending, states[attending])
-    features = [states[index][:, 1:] if is_clip else states[index] for index in wanted]
-    if keep:
-        last = places[max(places)]
-        rows, columns = (side // tower.config.patch_size for side in pixel_values.shape[-2:])
-        is_left = torch.zeros(len(last), rows * columns, dtype=torch.bool, device=last.device).scatter(1, last, True)
-        prior = is_left.float().scatter(1, places[attending], prior).where(is_left, -1.0)
-        features = [
-            each.new_zeros(*is_left.shape, each.shape[-1]).scatter(1, at[..., None].expand_as(each), each)
-            * is_left[..., None]
-            for each, at in zip(features, (places[index] for index in wanted), strict=True)
-        ]
-    return (features[0] if len(features) == 1 else torch.cat(features, dim=-1)), prior
-
-
-def attention_to_patches(tower: Any, index: int, state: Tensor) -> Tensor:
-    """How much attention patches, (batch, patches), have in a layer with this input, or from SigLIP's pooling head."""
-    if tower.config.model_type == "clip_vision_model":
-        return cls_attention(tower.encoder.layers[index], state)
-    if tower.use_head:
-        return probe_attention(tower.head, tower.post_layernorm(state))
-    return received_attention(tower.encoder.layers[index], state)
-
-
-def hidden_states_at(
-    tower: Any, pixel_values: Tensor, indices: set[int], keep: dict[int, int], in_picture: Tensor | None = None
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The encoder's hidden states at these indices alone: all of them would be most of the memory that images take.
-
-    Also which patches each of them has, (batch, patches left), in raster order, if `keep` drops any.
-    """
-    state, others = tower.embeddings(pixel_values), 0
-    if tower.config.model_type == "clip_vision_model":
-        state, others = tower.pre_layrnorm(state), 1  # [CLS] stays
-    at = torch.arange(state.shape[1] - others, device=state.device).expand(len(state), -1)
-    states, places = {}, {}
-    layers = tower.encoder.layers
-    for index in range(max(indices) + 1):
-        if index in keep and index < len(layers):
-            count = min(keep[index], at.shape[1])
-            attention = attention_to_patches(tower, index, state)
-            if in_picture is not None:
-                attention = attention.masked_fill(~in_picture.to(at.device).gather(1, at), -1.0)
-            left = attention.topk(count).indices.sort().values
-            patches = state[:, others:].gather(1, left[..., None].expand(-1, -1, state.shape[-1]))
-            state, at = torch.cat([state[:, :others], patches], dim=1), at.gather(1, left)
-        if index in indices:
-            states[index], places[index] = state, at  # the input of this layer
-        if index < max(indices):
-            state = layers[index](state, None)
-    return states, places
 
 
 def refuse_cached_images(input_ids: Tensor, image_token_id: int, num_placeholders: int | None) -> None:

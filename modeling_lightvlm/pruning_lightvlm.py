@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipMultiheadAttentionPoolingHead
 
 from .configuration_lightvlm import LightVLMConfig
 from .views_lightvlm import Layout
@@ -18,63 +16,6 @@ NOTHING_NEW = 1e-6  # a distance within float32's rounding error; such patches a
 CANDIDATES = 2048  # all patches of a view; of nine views, the first 64 patches chosen are the same as from all
 BLOCK = 1024  # candidates compared with all others at a time, which bounds the memory
 QUESTION_RANK = 32  # so that the pruner of a 7B model stays below a million parameters
-
-
-def cls_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
-    """How much the [CLS] token of a CLIP encoder layer attends to each patch, averaged over the heads.
-
-    One row of the layer's attention matrix, computed from the layer's input: exact, and without eager attention.
-
-    Args:
-        layer: a `CLIPEncoderLayer`.
-        hidden_states: the layer's input, (batch, 1 + patches, dim), [CLS] first.
-
-    Returns:
-        (batch, patches) in float32; a row sums to one minus [CLS]'s attention to itself.
-    """
-    attention = layer.self_attn
-    states = layer.layer_norm1(hidden_states)
-    query = attention.q_proj(states[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1, d]
-    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + N, d]
-    # Keys times query, because query times keys, a product with one row, is several times slower on CPUs.
-    similarity = (keys @ query.transpose(2, 3)).squeeze(-1)  # [B, H, 1 + N]
-    return (similarity * attention.scale).float().softmax(dim=-1).mean(dim=1)[:, 1:]
-
-
-def probe_attention(head: SiglipMultiheadAttentionPoolingHead, hidden_states: Tensor) -> Tensor:
-    """How much the probe of SigLIP's pooling head attends to each patch, averaged over the heads.
-
-    SigLIP has no [CLS] token; the probe pools its patches instead (Zhai et al. 2023).
-
-    Args:
-        head: a `SiglipMultiheadAttentionPoolingHead`.
-        hidden_states: normalised patches, (batch, patches, dim).
-
-    Returns:
-        (batch, patches) in float32; a row sums to one.
-    """
-    probe = head.probe.expand(len(hidden_states), -1, -1)
-    return head.attention(probe, hidden_states, hidden_states)[1][:, 0].float()
-
-
-def received_attention(layer: SiglipEncoderLayer, hidden_states: Tensor) -> Tensor:
-    """How much attention each patch receives in a SigLIP encoder layer, averaged over heads and queries.
-
-    Used if a SigLIP checkpoint has no pooling head. Computes the full attention matrix of one layer.
-
-    Args:
-        layer: a `SiglipEncoderLayer`.
-        hidden_states: the layer's input, (batch, patches, dim).
-
-    Returns:
-        (batch, patches) in float32; a row sums to one.
-    """
-    attention = layer.self_attn
-    states = layer.layer_norm1(hidden_states)
-    queries = attention.q_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, N, d]
-    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, N, d]
-    weights = (queries @ keys.transpose(2, 3) * attention.scale).float().softmax(dim=-1)  # [B, H, N, N]
-    return weights.mean(dim=(1, 2))
 
 
 def log_prior(prior: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from math import isqrt
 
 import torch
 from torch import Tensor, nn
-from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from .configuration_lightvlm import LightVLMConfig
 
@@ -100,25 +98,13 @@ class Layout:
         return Layout(source, is_patch, is_tile, rows, columns, [len(tokens)], [sum(self.views)])
 
 
-def tile_grid(size: tuple[int, int], config: LightVLMConfig) -> tuple[int, int]:
-    """Return rows and columns of the tiles that an image of this size is cut into; (0, 0) is the thumbnail alone."""
-    height, width = select_best_resolution(size, config.image_grid_pinpoints or [])
-    view = config.vision_config.image_size
-    rows, columns = height // view, width // view
-    return (rows, columns) if config.image_newline or rows * columns > 1 else (0, 0)
-
-
-def num_views(size: tuple[int, int], config: LightVLMConfig) -> int:
-    """The thumbnail and the tiles of an image of this size."""
-    rows, columns = tile_grid(size, config)
-    return 1 + rows * columns
-
-
 def joined_tiles(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
-    """The indices, (rows, columns), of the patches that the joined tiles of an image have, without padding."""
-    side, (rows, columns) = config.patches_per_side, tile_grid(size, config)
+    """Return the indices, (rows, columns), of the patches that the joined tiles of an image have, without padding."""
+    side, (rows, columns) = config.patches_per_side, config.grids.tiles(size)
     tiles = torch.arange(rows * columns * side**2).view(rows, columns, side, side) + config.num_patches
-    return unpad_image(tiles.transpose(1, 2).reshape(1, rows * side, columns * side), size)[0]
+    top, left = config.grids.padding(size)
+    joined = tiles.transpose(1, 2).reshape(rows * side, columns * side)
+    return joined[top : rows * side - top, left : columns * side - left]
 
 
 def encoded_tokens(size: tuple[int, int], config: LightVLMConfig, max_views: int | None = None) -> int:
@@ -127,7 +113,7 @@ def encoded_tokens(size: tuple[int, int], config: LightVLMConfig, max_views: int
     Of each view those in the picture, at most as many as `encoder_keep` leaves. The image decides which tiles
     `max_views` encodes, so that the tiles with the fewest patches count.
     """
-    left, views = config.encoded_patches, num_views(size, config)
+    left, views = config.encoded_patches, config.grids.count_views(size)
     if views == 1:
         return left
     tiles = (joined_tiles(size, config) // config.num_patches).flatten().bincount(minlength=views)[1:]
@@ -140,7 +126,7 @@ def token_rows(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
     side = config.patches_per_side
     source = torch.arange(config.num_patches)
     tokens = torch.stack([source, torch.zeros_like(source), source // side, source % side]).double()
-    if num_views(size, config) == 1:
+    if config.grids.count_views(size) == 1:
         return tokens
     joined = joined_tiles(size, config)
     height, width = joined.shape
@@ -156,7 +142,7 @@ def lay_out(sizes: Iterable[tuple[int, int]], config: LightVLMConfig, device: to
     """The layout of images of these sizes, whose views follow each other: thumbnail, then tiles in raster order."""
     sizes = list(sizes)
     images = [token_rows(size, config) for size in sizes]
-    lengths, views = [image.shape[1] for image in images], [num_views(size, config) for size in sizes]
+    lengths, views = [image.shape[1] for image in images], [config.grids.count_views(size) for size in sizes]
     for index, image in enumerate(images):
         image[0, image[0] >= 0] += sum(views[:index]) * config.num_patches
     padded = torch.stack([nn.functional.pad(each, (0, max(lengths) - each.shape[1]), value=-1) for each in images])

@@ -25,7 +25,7 @@ from uuid import uuid4
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from lightvlm.processing.processing_lightvlm import reading
+from lightvlm.images_lightvlm import reading
 from lightvlm.serving.answers import FAILED, Call, State, error_body, tidy, tidy_stream
 from PIL import Image
 from pydantic import (

@@ -17,7 +17,11 @@ from transformers import (
 HUB_FILES = {
     "chat_template.jinja",
     "config.json",
+    "compaction_lightvlm.py",
     "configuration_lightvlm.py",
+    "encoding_lightvlm.py",
+    "grids_lightvlm.py",
+    "images_lightvlm.py",
     "generation_config.json",
     "model.safetensors",
     "modeling_lightvlm.py",

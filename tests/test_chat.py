@@ -159,7 +159,7 @@ def test_the_processor_and_its_code_come_from_the_revision_token_and_cache_of_th
     for model, processor, _ in (pinned, pinned_code):
         assert model.startswith("transformers_modules.me.toy.")
         assert processor == model.replace("modeling", "processing")
-    assert package[:2] == newest[:2] == ["lightvlm.modeling_lightvlm", "lightvlm.processing.processing_lightvlm"]
+    assert package[:2] == newest[:2] == ["lightvlm.modeling_lightvlm", "lightvlm.processing_lightvlm"]
     assert pinned[2] == package[2] == files["chat_template.jinja"].decode()
     assert pinned_code[2] == newest[2] == template
     assert not list((tmp_path / "home").rglob("chat_template.jinja"))

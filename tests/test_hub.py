@@ -456,7 +456,7 @@ print(type(pipeline("image-text-to-text", model=sys.argv[1]).model).__module__)
 def test_with_the_package_no_remote_code_is_needed(hub_folder):
     modules = run_fresh(WITH_THE_PACKAGE, hub_folder).split()
     assert modules == ["lightvlm.modeling_lightvlm"] * 3 + [
-        "lightvlm.processing.processing_lightvlm",
+        "lightvlm.processing_lightvlm",
         "lightvlm.modeling_lightvlm",
     ]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightvlm import LightVLMProcessor
-from lightvlm.processing.processing_lightvlm import shrink, to_rgb
+from lightvlm.images_lightvlm import shrink, to_rgb
 from PIL import Image
 from tiny import make_image, make_processor
 from transformers import LlavaImageProcessorPil

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.hub.build import build_from_llava
-from lightvlm.views_lightvlm import lay_out, num_views, token_rows
+from lightvlm.views_lightvlm import lay_out, token_rows
 from PIL import Image
 from tiny import (
     GRIDS,
@@ -88,7 +88,7 @@ def test_processor_and_model_count_the_same_tokens(grids, newline):
 
 def test_an_image_that_fits_one_tile_is_one_view():
     config = make_config(image_grid_pinpoints=GRIDS)
-    assert [num_views(size, config) for size in [(84, 84), (40, 60), (168, 168), (250, 250), (84, 250)]] == [
+    assert [config.grids.count_views(size) for size in [(84, 84), (40, 60), (168, 168), (250, 250), (84, 250)]] == [
         1,
         1,
         5,
@@ -465,7 +465,7 @@ def test_a_new_newline_token_is_of_llava_nexts_scale():
 def test_the_padding_of_tiles_goes_on_with_the_edges_of_the_picture(size, tensors):
     """Black bars are answered as black; a LLaVA-NeXT checkpoint, which has newlines, learned with them."""
     image, ours = make_image(0, size), make_processor(pinpoints=GRIDS)
-    grid = ours.tile_grid(size[::-1])
+    grid = ours.grids.tiles(size[::-1])
     padded = make_processor(pinpoints=GRIDS, image_newline=True)(images=image, text="<image>", return_tensors=tensors)
     filled = ours(images=image, text="<image>", return_tensors=tensors)
     pictures = []

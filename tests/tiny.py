@@ -2,8 +2,7 @@
 
 import numpy as np
 import torch
-from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.processing import CHAT_TEMPLATE
+from lightvlm import CHAT_TEMPLATE, LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.training.init_decoder import train_tokenizer
 from PIL import Image
 from transformers import (

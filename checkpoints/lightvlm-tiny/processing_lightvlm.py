@@ -1,43 +1,25 @@
 """Processor of LightVLM: decides each image's budget and writes that many placeholders into the prompt."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BytesIO
-from itertools import count
-from math import ceil, isqrt
-from pathlib import Path
+from math import isqrt
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers.utils.versions import require_version
 
 # As in `configuration_lightvlm.py`: a processor can be loaded without it.
 require_version("transformers>=5.18", "LightVLM's code needs it: pip install --upgrade transformers")
 
-from transformers import (
-    CLIPImageProcessorPil,
-    LlavaNextProcessor,
-    PreTrainedConfig,
-    ProcessorMixin,
-    SiglipImageProcessorPil,
-    image_utils,
-)
-from transformers.image_processing_utils import select_best_resolution
-from transformers.image_transforms import to_channel_dimension_format
-from transformers.image_utils import (
-    ImageInput,
-    infer_channel_dimension_format,
-    is_valid_image,
-    load_image,
-    make_flat_list_of_images,
-)
+from transformers import PreTrainedConfig, ProcessorMixin
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
+from .grids_lightvlm import Grids
+from .images_lightvlm import MAX_ASPECT_RATIO, extend_edges, open_images, reading, shrink, to_image, to_rgb
+
 HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-MAX_ASPECT_RATIO = 100  # a thinner image would be resized to gigabytes before the center crop
 
 
 class LightVLMImagesKwargs(ImagesKwargs, total=False):
@@ -53,166 +35,6 @@ class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
 
     images_kwargs: LightVLMImagesKwargs  # type: ignore[misc]
     _defaults = {}  # type: ignore[misc]  # transformers 5.19 raises without it
-
-
-@contextmanager
-def reading(name: Any) -> Iterator[None]:
-    """Turn every error of reading an image into a ValueError: each of Pillow's formats raises errors of its own."""
-    try:
-        yield
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its message has an address in memory
-            reason = "its format is unknown"
-        raise ValueError(f"{name} cannot be read as an image: {reason:.200}") from error
-
-
-def open_image(file: Any, name: str | None = None) -> Image.Image:
-    """Decode the image of a path or file object; ValueError with path or `name` if it is broken or not an image."""
-    with reading(name or file):
-        image = Image.open(file)
-        image.load()
-    return image
-
-
-def fetch_image(url: str) -> Image.Image:
-    """Download and decode an image; ValueError, with the URL, if it is none or there is none, as the status tells."""
-    with reading(url):
-        client = image_utils.httpx  # type: ignore[attr-defined]  # that of load_image, httpx or its successor
-        response = client.get(url, timeout=60, follow_redirects=True)
-        if not response.is_success:
-            raise ValueError(f"status {response.status_code} {response.reason_phrase}")
-    return open_image(BytesIO(response.content), url)
-
-
-def open_images(images: Any, numbers: Iterator[int] | None = None) -> Any:
-    """Open what is a path, URL, base64, bytes, file or row of `datasets` in a (nested) list of images.
-
-    Raises:
-        ValueError: with path or number, counted from 0, if an image is broken, or is neither one of these nor a PIL
-            image nor an array of one image (2D or 3D) or of several (4D).
-    """
-    numbers = numbers or count()
-    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
-        return [open_images(image, numbers) for image in images]
-    image, name = images, f"Image {next(numbers)}"
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, (bytes, bytearray)):
-        image = BytesIO(image)
-    if hasattr(image, "read"):
-        return open_image(image, name)
-    if isinstance(image, Path) or (isinstance(image, str) and os.path.isfile(image)):
-        return open_image(image)
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return fetch_image(image)
-    if isinstance(image, str):
-        with reading(name):
-            return load_image(image)
-    if not is_valid_image(image):
-        raise ValueError(
-            f"{name} is {image!r:.80}: give a PIL image, an array, a path, a URL, bytes or a file object."
-        )
-    if isinstance(image, Image.Image):
-        return image
-    image = image[..., None] if image.ndim == 2 else image
-    if image.ndim != 3 or 0 in image.shape or not {image.shape[0], image.shape[2]} & {1, 3, 4}:
-        raise ValueError(f"{name} has the shape {(*images.shape,)}: give (height, width, 3) or (3, height, width).")
-    return image
-
-
-def to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Scale pixels to 8 bits: booleans and 16-bit integers by the range of their type, others by their brightest one.
-
-    Raises:
-        ValueError: if they are negative, as after normalization, not finite, or floats just beyond 1 or 255, as after
-            interpolation.
-    """
-    kind, brightest = pixels.dtype.kind, float(pixels.max())
-    if pixels.dtype == np.uint8:
-        return pixels
-    white = 1 if brightest <= 1 and kind in "bf" else 255 if brightest <= 255 else 65535
-    white = 65535 if kind == "u" and pixels.itemsize == 2 else white
-    is_beyond = kind == "f" and (1 < brightest < 3 or 255 < brightest < 3 * 255)
-    if is_beyond or not (pixels.min() >= 0 and brightest <= 65535):
-        raise ValueError(
-            f"its values are from {pixels.min():.3g} to {brightest:.3g}; give floats from 0 to 1, or integers from 0 "
-            "to 255, not normalized"
-        )
-    return (pixels.clip(0, white) * (255 / white)).round().astype(np.uint8)
-
-
-def to_image(image: Any, name: str, layout: str | None = None) -> Image.Image:
-    """Convert an array or tensor, channels first or last as `layout`, or where there are 1, 3 or 4, tells."""
-    if isinstance(image, Image.Image):
-        return image
-    if hasattr(image, "detach"):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    with reading(name):
-        layout = layout or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
-        pixels = to_bytes(np.asarray(to_channel_dimension_format(image, "channels_last", layout)))
-        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def turn_upright(image: Image.Image) -> Image.Image:
-    """Rotate an image as its EXIF says; an image with broken EXIF is returned as it is."""
-    try:
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return image if upright else ImageOps.exif_transpose(image)  # copies even upright images
-    except Exception:  # of as many types as in `reading`; the pixels are decoded, so the EXIF is broken
-        return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB of an image of any mode: EXIF-rotated, 16-bit, transparent (on white), palette, grey, CMYK."""
-    image.load()
-    image = turn_upright(image)
-    if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(to_bytes(np.asarray(image)))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def shrink(image: Image.Image, image_processor: Any) -> Image.Image:
-    """Resize an image as its image processor would, which copies the whole photograph several times before that.
-
-    Image processors other than CLIP's and SigLIP's with Pillow might pad or crop first: for them it is not resized.
-    """
-    size, resample = image_processor.size, image_processor.resample
-    resizes_first = type(image_processor) in (CLIPImageProcessorPil, SiglipImageProcessorPil)
-    if not resizes_first or not image_processor.do_resize or not isinstance(resample, int):
-        return image
-    if size.get("height") and size.get("width"):
-        return image.resize((size["width"], size["height"]), resample)
-    if size.get("shortest_edge") and not size.get("longest_edge"):
-        short = min(image.size)
-        return image.resize([side * size["shortest_edge"] // short for side in image.size], resample)
-    return image
-
-
-def extend_edges(tiles: Any, grid: tuple[int, int], size: tuple[int, int]) -> Any:
-    """Fill the padding of an image's tiles with the pixels at the picture's edges.
-
-    An encoder sees black bars as something black, and patches that are partly a bar belong to the picture.
-
-    Args:
-        tiles: (rows x columns, channels, side, side), an array or tensor, padded as by LLaVA-NeXT's image processor.
-        grid: rows and columns of tiles.
-        size: (height, width) of the image.
-    """
-    side, sources = tiles.shape[-1], []
-    scale = min(views * side / length for views, length in zip(grid, size, strict=True))
-    for views, length in zip(grid, size, strict=True):
-        inside = min(ceil(round(length * scale, 6)), views * side)
-        start = (views * side - inside) // 2
-        sources.append(np.arange(views * side).clip(start, start + inside - 1).reshape(views, side))
-    rows, columns = sources[0][:, None, None, :, None], sources[1][None, :, None, None, :]
-    channels = np.arange(tiles.shape[1])[:, None, None]
-    filled = tiles[rows // side * grid[1] + columns // side, channels, rows % side, columns % side]
-    return filled.reshape(tiles.shape)
 
 
 def read_texts(messages: list[dict[str, Any]], template: str, where: str = "") -> Iterator[str]:
@@ -333,24 +155,15 @@ class LightVLMProcessor(ProcessorMixin):
         """The sizes that images are fitted to; none if each image is one view."""
         return getattr(self.image_processor, "image_grid_pinpoints", None) or []
 
-    def tile_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows and columns of the tiles of an image of this (height, width); (0, 0) if it is one view."""
-        if not self.grid_pinpoints:
-            return 0, 0
-        view = (self.image_processor.crop_size or self.image_processor.size)["height"]
-        height, width = select_best_resolution(size, self.grid_pinpoints)
-        rows, columns = height // view, width // view
-        return (rows, columns) if self.image_newline or rows * columns > 1 else (0, 0)
+    @property
+    def grids(self) -> Grids:
+        """How large images are cut into views."""
+        view = (self.image_processor.crop_size or self.image_processor.size)["height"] if self.grid_pinpoints else 0
+        return Grids(self.grid_pinpoints, view, isqrt(self.num_patches), self.image_newline)
 
     def count_tokens(self, size: tuple[int, int]) -> int:
-        """Tokens, before pruning, of an image of this (height, width) in pixels."""
-        rows, columns = self.tile_grid(size)
-        if rows == 0:
-            return self.num_patches
-        side = isqrt(self.num_patches)
-        unpadded: Any = LlavaNextProcessor._get_unpadded_features  # it needs nothing of its instance
-        patches, newlines = unpadded(self, *size, side, side, rows, columns)
-        return int(self.num_patches + patches + newlines * self.image_newline)
+        """Return the tokens, before pruning, of an image of this (height, width) in pixels."""
+        return self.grids.count_tokens(size)
 
     def largest_budget(self, size: tuple[int, int], max_views: int | None) -> int:
         """The largest K of an image of this (height, width): all its tokens, or with `max_views` those of a view."""
@@ -359,7 +172,7 @@ class LightVLMProcessor(ProcessorMixin):
     @property
     def max_image_tokens(self) -> int:
         """The largest K: the tokens of an image of the largest grid."""
-        return max([self.num_patches, *(self.count_tokens((height, width)) for height, width in self.grid_pinpoints)])
+        return self.grids.max_tokens
 
     def resolve_budgets(
         self, num_image_tokens: int | str | list[int | str] | None, num_images: int
@@ -491,7 +304,7 @@ class LightVLMProcessor(ProcessorMixin):
         If all images are one view, the inputs become those of images without views.
         """
         sizes = [(int(height), int(width)) for height, width in processed["image_sizes"]]
-        grids, pixels = [self.tile_grid(size) for size in sizes], processed["pixel_values"]
+        grids, pixels = [self.grids.tiles(size) for size in sizes], processed["pixel_values"]
         tiles = max(rows * columns for rows, columns in grids)
         views = slice(1 + tiles) if tiles else 0
         for image, grid, size in zip(pixels, grids, sizes, strict=True):

@@ -1,0 +1,1 @@
+../../modeling_lightvlm/encoding_lightvlm.py

@@ -1,0 +1,1 @@
+../../modeling_lightvlm/grids_lightvlm.py
