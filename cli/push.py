@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         folder, name = Path(work, "folder"), args.repo_id or str(args.dry_run)
         write_folder(model, processor, checkpoint, folder, name, results, dict(args.hub_datasets))
         del model
-        print(f"Now runs, without tokens: {describe_code(folder)}", file=sys.stderr, flush=True)
+        print(f"Now runs, without tokens: {describe_code(folder)}", flush=True)
         check_folder(folder, name)
         if args.dry_run:
             folder.rename(args.dry_run)

@@ -307,9 +307,9 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
 
         Arguments as in `get_image_features`.
         """
-        count, limits = len(budgets), [self.config.encoded_patches] * len(budgets)
-        if self.config.encoded_patches == self.config.num_patches:
+        if not self.config.encoder_keep or self.config.encoded_patches == self.config.num_patches:
             return budgets
+        count, limits = len(budgets), [self.config.encoded_patches] * len(budgets)
         if image_sizes is not None:
             sizes = torch.as_tensor(image_sizes).tolist()
             views = [None] * count if max_views is None else torch.as_tensor(max_views).tolist()
