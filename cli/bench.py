@@ -177,6 +177,7 @@ def run(args: argparse.Namespace) -> None:
     from lightvlm.benchmark.presets import image_processor, preset_config, random_model
     from lightvlm.benchmark.speed import measure
     from lightvlm.benchmark.speed_report import describe, growth_plot, plot, table
+    from lightvlm.budgets_lightvlm import Budgets
     from lightvlm.data.files import write_json
     from lightvlm.inference.checkpoint import choose_device, load
     from lightvlm.inference.compilation import int8_config
@@ -206,7 +207,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--views: {args.model_path} sees one view of an image.")
     if args.max_views and not args.views:
         raise ValueError("--max-views needs --views.")
-    model.model.resolve_budgets(args.num_image_tokens, len(args.num_image_tokens))
+    for budget in args.num_image_tokens:
+        Budgets.of(model.config, budget, None, [model.config.max_image_tokens])
     model.set_attn_implementation(args.attn_implementation)
     compared = args.methods or ["published", "lightvlm", *(["dynamic"] if model.config.dynamic_budget else [])]
     if "dynamic" in compared and not model.config.dynamic_budget:

@@ -84,7 +84,7 @@ def generation(args: argparse.Namespace) -> dict:
 def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None, args: argparse.Namespace) -> dict:
     """One answer, with the tokens kept and the language model's prefill time (median of 5 after a warm-up)."""
     import torch
-    from lightvlm.modeling_lightvlm import prompt_length
+    from lightvlm.chat_lightvlm import prompt_length
 
     budget = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]

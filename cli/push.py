@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run and args.dry_run.exists():
         raise ValueError(f"--dry-run: {args.dry_run} exists already, name a new folder")
 
-    import sys
     import tempfile
 
     from huggingface_hub import HfApi

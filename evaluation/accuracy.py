@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
+from lightvlm.budgets_lightvlm import Budgets
 from lightvlm.data.views import upright_size
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.evaluation.metrics import AnswerMetric
@@ -32,8 +33,7 @@ from lightvlm.evaluation.selectors import (
 from lightvlm.inference.answer_log import AnswerLog
 from lightvlm.inference.answers import tokenize
 from lightvlm.inference.fingerprint import hash_files
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures
-from lightvlm.pruning_lightvlm import log_prior
+from lightvlm.pruning_lightvlm import LightVLMImageFeatures, log_prior
 from lightvlm.views_lightvlm import Layout, encoded_tokens
 from torch.nn import functional
 from tqdm import tqdm
@@ -231,8 +231,8 @@ class Batch:
         if isinstance(budget, str):
             (largest,), means = self.questions.processor.resolve_budgets(budget, 1)
             budgets = [min(largest, length) for length in self.lengths]
-            budgets = backbone.limit_to_encoded(budgets, means, self.sizes)
-            kept = backbone.pruner(self.features, self.prior, budgets, means=means, layout=self.layout)
+            asked = Budgets(budgets, means * len(budgets)).limited_to_encoded(self.model.config, self.sizes)
+            kept = backbone.pruner(self.features, self.prior, asked.limits, means=means, layout=self.layout)
             return backbone.keep(self.features, kept, self.layout)
         if self.layout is not None and name not in ("all", *OF_VIEWS):
             raise ValueError(f"{name} is not for images of many views: choose among {', '.join(OF_VIEWS)}.")

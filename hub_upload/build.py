@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from lightvlm import CHAT_TEMPLATE, LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.encoding_lightvlm import ENCODERS
 from lightvlm.inference.checkpoint import check_finite, check_weights, read_weights
-from lightvlm.modeling_lightvlm import ENCODERS
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,

@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from PIL import Image
 
 

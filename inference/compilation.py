@@ -2,7 +2,7 @@
 
 import torch
 from lightvlm import LightVLM, LightVLMModel
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from hub_server import TOKEN, HubServer
 from lightvlm import LightVLM
-from lightvlm.modeling_lightvlm import prompt_length
+from lightvlm.chat_lightvlm import prompt_length
 from tiny import make_dynamic, make_image, make_model, make_processor
 from transformers import GenerationConfig
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from lightvlm import LightVLM, LightVLMConfig
+from lightvlm.budgets_lightvlm import Budgets
+from lightvlm.encoding_lightvlm import attention_to_patches
 from lightvlm.inference.compilation import compile_for_inference
-from lightvlm.modeling_lightvlm import attention_to_patches
 from tiny import GRIDS, NUM_PATCHES, TEXT, make_config, make_dynamic, make_image, make_model, make_processor
 
 IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]
@@ -117,6 +118,11 @@ def refused(model, inputs):
     return True
 
 
+def most(model, limits, sizes, max_views=None):
+    """The largest K that dynamic budgets may have."""
+    return Budgets(limits, [1] * len(limits)).limited_to_encoded(model.config, sizes, max_views).limits
+
+
 @pytest.mark.parametrize("newline", [False, True])
 @pytest.mark.parametrize("keep", [{1: 0.5}, {0: 0.75, 1: 0.25}])
 @torch.no_grad()
@@ -127,7 +133,7 @@ def test_no_kept_token_is_without_features_however_many_views_are_encoded(keep, 
         for max_views in (None, *range(1, 11)):
             image = {"images": make_image(0, size), "max_views": max_views, "return_tensors": "pt"}
             sizes = processor.image_processor(make_image(0, size), return_tensors="pt")["image_sizes"]
-            (limit,) = model.model.limit_to_encoded([360], [360], sizes, None if max_views is None else [max_views])
+            (limit,) = most(model, [360], sizes, None if max_views is None else [max_views])
             whole = min(limit, processor.largest_budget(size[::-1], max_views))
             found = model.get_image_features(**processor(**image, num_image_tokens=whole))
             assert (len(found.kept_indices[0]), count_empty(found)) == (whole, [0])
@@ -141,7 +147,7 @@ def test_of_a_tile_the_padding_is_dropped_first():
     inputs = processor(images=make_image(0, (250, 100)), num_image_tokens=72, return_tensors="pt")
     layout = model.model.lay_out(inputs["pixel_values"], inputs["image_sizes"])
     left = torch.tensor([int(view.sum()) for view in layout.in_picture(36)]).clamp_max(18)
-    assert model.model.limit_to_encoded([360], [360], inputs["image_sizes"]) == [int(left.sum())]
+    assert most(model, [360], inputs["image_sizes"]) == [int(left.sum())]
     features = model.get_image_features(**inputs | {"num_image_tokens": [int(left.sum())]})
     views = layout.source[0, features.kept_indices[0]] // 36
     assert views.bincount().tolist() == left.tolist() and layout.is_patch[0, features.kept_indices[0]].all()
@@ -159,7 +165,7 @@ def test_images_of_unlike_size_in_a_batch_and_dynamic_budgets_keep_what_has_feat
         found = model.get_image_features(**inputs)
         assert count_empty(found) == [0, 0, 0]
         if budget == "dynamic:8":
-            limits = model.model.limit_to_encoded([36] * 3, [8] * 3, inputs["image_sizes"], inputs.get("max_views"))
+            limits = most(model, [36] * 3, inputs["image_sizes"], inputs.get("max_views"))
             assert [len(kept) for kept in found.kept_indices] == [min(36, limit) for limit in limits]
     inputs = processor(images=images, num_image_tokens=["dynamic:8", 19, 9], max_views=max_views, return_tensors="pt")
     assert refused(model, inputs)  # nor is the K of another image than the dynamic one reduced without a word

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 from accelerate import cpu_offload
+from lightvlm.encoding_lightvlm import encode_patches
 from lightvlm.inference.compilation import compile_for_inference
-from lightvlm.modeling_lightvlm import encode_patches
 from lightvlm.pruning_lightvlm import select_topk
 from tiny import IMAGES, NUM_PATCHES, TEXT, as_llava, make_image, make_model, make_processor, text_config
 from torch._dynamo.testing import CompileCounter

@@ -11,7 +11,7 @@ import torch
 from launch import launch
 from lightvlm import LightVLM, LightVLMConfig, LightVLMProcessor
 from lightvlm.data.turns import mask_blocks, pack_turns
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from lightvlm.training import pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
 from PIL import Image

@@ -5,15 +5,9 @@ from collections import Counter
 import pytest
 import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner, pruning_lightvlm
+from lightvlm.encoding_lightvlm import cls_attention, probe_attention, received_attention
 from lightvlm.evaluation.selectors import select_determinantal, select_k_center  # rivals, held to the same tests
-from lightvlm.pruning_lightvlm import (
-    cls_attention,
-    cosine_similarity,
-    probe_attention,
-    received_attention,
-    select_density_peaks,
-    select_topk,
-)
+from lightvlm.pruning_lightvlm import cosine_similarity, select_density_peaks, select_topk
 from tiny import make_config, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, SiglipVisionConfig, SiglipVisionModel

@@ -19,7 +19,7 @@ from lightvlm.evaluation.selectors import (
     share_equally,
     spend_quotas,
 )
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from tiny import make_model, make_processor, text_config
 
 
@@ -73,7 +73,7 @@ def test_chosen_patches_become_the_tokens_that_the_model_itself_makes(selector):
             parameter.normal_()
         pixels = torch.randn(2, 3, 84, 84)
         features, prior = model.model.encode(pixels)
-        expected = model.model.prune(features, prior, [9, 9]).pooler_output
+        expected = model.model.prune(features, prior, None, [9, 9]).pooler_output
         scores = model.model.pruner.score(features, prior)
         weights = mixing_weights(selector, scores, features, 9)
         tokens = project(model.model, weights @ features, weights)

@@ -28,7 +28,7 @@ from lightvlm.data.features import (
     stack_features,
 )
 from lightvlm.data.turns import mask_blocks, pack_turns
-from lightvlm.modeling_lightvlm import LightVLMImageFeatures
+from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from lightvlm.training.machine import RunsHere, run
 from lightvlm.training.saving import folder_written_beside
 from lightvlm.views_lightvlm import Layout

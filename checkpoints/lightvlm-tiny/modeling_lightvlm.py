@@ -10,98 +10,28 @@ Kept tokens stay in raster order and their position ids are consecutive: to the 
 shorter. With every patch kept and an untrained pruner the logits are those of `LlavaForConditionalGeneration`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.generation.configuration_utils import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .compaction_lightvlm import (
-    Compaction,
-    Record,
-    compact,
-    count_dropped,
-    count_positions,
-    follow_cache,
-    mark_surplus,
-    restore_prompt,
-)
+from .budgets_lightvlm import Budgets, Counts
+from .chat_lightvlm import Chat
+from .compaction_lightvlm import Record, compact, count_dropped, follow_cache, mark_surplus
 from .configuration_lightvlm import LightVLMConfig
 from .encoding_lightvlm import ENCODERS, WholeCLIPAttention, WholeSiglipAttention, encode_patches
-from .pruning_lightvlm import ZERO_MODULES, TokenPruner
-from .views_lightvlm import Layout, encoded_tokens, lay_out
+from .generation_lightvlm import NEEDS_IDS, PrunedGeneration, refuse_cached_images
+from .pruning_lightvlm import ZERO_MODULES, LightVLMImageFeatures, TokenPruner
+from .views_lightvlm import Layout, lay_out
 
 logger = logging.get_logger(__name__)
-
-NEEDS_IDS = (
-    "Dynamic budgets and original position ids need input_ids: inputs_embeds do not tell where placeholders are."
-)
-
-Budgets = int | list[int] | Tensor
-Means = list[int] | Tensor
-IMAGE_INPUTS = (
-    "pixel_values",
-    "num_image_tokens",
-    "mean_image_tokens",
-    "question_ids",
-    "image_sizes",
-    "max_views",
-)
-HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-@dataclass
-class LightVLMImageFeatures(BaseModelOutputWithPooling):
-    """Image tokens, ready for the language model.
-
-    Args:
-        pooler_output (`list[torch.Tensor]`): (K, hidden) of each image.
-        last_hidden_state (`torch.Tensor`): (images, patches, dim), the features that the pruner chose from; with many
-            views (images, tokens, dim), as in `Layout`.
-        hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, if requested, from a second run.
-        kept_indices (`list[torch.Tensor]`): (K,) of each image, the indices of the kept patches, in raster order.
-        lengths (`list[int]`): tokens of each image before pruning; None if each image is one view.
-    """
-
-    pooler_output: list[Tensor] | None = None  # type: ignore[assignment]  # LLaVA returns a list too
-    kept_indices: list[Tensor] | None = None
-    lengths: list[int] | None = None
-
-
-def refuse_cached_images(input_ids: Tensor, image_token_id: int, num_placeholders: int | None) -> None:
-    """ValueError if images come with a KV cache, and the positions after it have no, or other, placeholders."""
-    count = int((input_ids == image_token_id).sum())
-    if count == 0 or num_placeholders not in (None, count):
-        raise ValueError(
-            f"The positions that are not in past_key_values yet have {count} image placeholders. The images of the "
-            "others are in the cache: leave out their pixel_values, num_image_tokens and mean_image_tokens, and give "
-            "those of new images alone."
-        )
-
-
-def infer_attention_mask(input_ids: Tensor, settings: GenerationConfig, pad: int | None) -> Tensor:
-    """The mask, (batch, length), that `generate` infers if none is given: 0 at padding, unless it also ends texts."""
-    pad = settings.pad_token_id if pad is None else pad
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
-
-
-def prompt_length(inputs: Any) -> int:
-    """Tokens of one prompt of the processor, of dynamic budgets as many as are left on average."""
-    pairs = zip(inputs.get("num_image_tokens", ()), inputs.get("mean_image_tokens", ()), strict=False)
-    return inputs["input_ids"].shape[1] - sum(max(0, int(largest - mean)) for largest, mean in pairs if mean)
 
 
 class LightVLMPreTrainedModel(LlavaPreTrainedModel):
@@ -151,36 +81,6 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)  # LLaVA's post_init came before it
         self.post_init()
 
-    def default_budgets(
-        self, num_image_tokens: Budgets | None, mean_image_tokens: Means | None, num_images: int
-    ) -> tuple[Budgets | None, Means | None]:
-        """K of each image and their means: as given, or, with neither, those of a configuration that is "dynamic"."""
-        if num_image_tokens is not None or self.config.num_image_tokens != "dynamic":
-            return num_image_tokens, mean_image_tokens
-        mean = self.config.mean_image_tokens
-        largest = self.config.max_image_tokens
-        return [largest] * num_images, [mean] * num_images  # type: ignore[list-item]  # no None by now
-
-    def resolve_budgets(
-        self, num_image_tokens: Budgets | None, num_images: int, lengths: list[int] | None = None
-    ) -> list[int]:
-        """K of each image, of a dynamic one the largest: as given, one number for all, or the configuration's.
-
-        `lengths` are the tokens of images of many views; an image that has fewer than K keeps them all.
-        """
-        largest = self.config.max_image_tokens
-        if num_image_tokens is None:
-            default = self.config.num_image_tokens
-            num_image_tokens = default if isinstance(default, int) else largest
-        if isinstance(num_image_tokens, Tensor):
-            num_image_tokens = num_image_tokens.tolist()
-        budgets = [num_image_tokens] * num_images if isinstance(num_image_tokens, int) else list(num_image_tokens)
-        if len(budgets) != num_images:
-            raise ValueError(f"num_image_tokens has {len(budgets)} numbers, but there are {num_images} images.")
-        if not all(1 <= budget <= largest for budget in budgets):
-            raise ValueError(f"num_image_tokens={budgets}: give numbers from 1 to {largest}.")
-        return [*map(min, budgets, lengths or [self.config.num_patches] * num_images)]
-
     def lay_out(self, pixel_values: Tensor, image_sizes: Any) -> Layout | None:
         """Which tokens the views of all images have; None if each image is one view.
 
@@ -216,8 +116,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        num_image_tokens: Budgets | None = None,
-        mean_image_tokens: Means | None = None,
+        num_image_tokens: Counts | None = None,
+        mean_image_tokens: Counts | None = None,
         question_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
         max_views: Tensor | None = None,
@@ -250,29 +150,26 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
                 'vLLM places an image\'s tokens before it has seen it: "dynamic" keeps all of them there.'
             )
             mean_image_tokens = None
-        num_image_tokens, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
         layout = self.lay_out(pixel_values, image_sizes)
-        budgets = self.resolve_budgets(num_image_tokens, len(pixel_values), layout.lengths if layout else None)
-        budgets = self.limit_to_encoded(budgets, means, image_sizes, max_views)
-        if layout is not None:
-            pixel_values = layout.cut(pixel_values)
-        if means is None and layout is None:
-            outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids)
-        elif layout is None or max_views is None:
-            in_picture = None if layout is None else layout.in_picture(self.config.num_patches)
-            features, prior = self.encode(pixel_values, vision_feature_layer, in_picture)
-            outputs = self.prune(features, prior, budgets, question_ids, means, layout)
+        lengths = layout.lengths if layout else [self.config.num_patches] * len(pixel_values)
+        asked = Budgets.of(self.config, num_image_tokens, mean_image_tokens, lengths)
+        budgets = asked.limited_to_encoded(self.config, image_sizes, max_views)
+        if layout is None and budgets.means is None:
+            outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets.limits, question_ids)
         else:
-            if max(budgets) > self.config.num_patches:
+            encoded = self.encode_views(pixel_values, vision_feature_layer, layout, max_views, question_ids)
+            if max_views is not None and max(budgets.limits) > self.config.num_patches:
                 raise ValueError(
-                    f"num_image_tokens={max(budgets)}: with max_views give up to {self.config.num_patches}."
+                    f"num_image_tokens={max(budgets.limits)}: with max_views give up to {self.config.num_patches}."
                 )
-            seen = self.encode_some(pixel_values, vision_feature_layer, layout, max_views, question_ids)
-            outputs = self.prune(*seen[:2], budgets, question_ids, means, seen[2])
+            outputs = self.prune(*encoded, budgets.limits, question_ids, budgets.means)
+        outputs.num_image_tokens = asked.limits
         names = ("output_hidden_states", "output_attentions")
-        asked = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
-        if any(asked.values()):  # the pruner needs neither, so the layers run again
-            whole = self.vision_tower(pixel_values, return_dict=True, **asked)
+        wanted = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
+        if any(wanted.values()):
+            logger.warning_once("output_hidden_states and output_attentions run the vision encoder once more.")
+            views = pixel_values if layout is None else layout.cut(pixel_values)
+            whole = self.vision_tower(views, return_dict=True, **wanted)
             outputs.hidden_states, outputs.attentions = whole.hidden_states, whole.attentions
         return outputs
 
@@ -284,7 +181,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         question_ids: Tensor | None,
     ) -> LightVLMImageFeatures:
         """`encode` and `prune` with static budgets of images of one view: no step waits for the device."""
-        return self.prune(*self.encode(pixel_values, vision_feature_layer), budgets, question_ids)
+        return self.prune(*self.encode(pixel_values, vision_feature_layer), None, budgets, question_ids)
 
     def encode(
         self,
@@ -300,27 +197,21 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         settings = (layers, self.config.prior_layer, self.config.encoder_counts)
         return encode_patches(tower, pixel_values, *settings, in_picture)
 
-    def limit_to_encoded(
-        self, budgets: list[int], means: Means | None = None, image_sizes: Any = None, max_views: Any = None
-    ) -> list[int]:
-        """Budgets of at most the patches that are sure to have features; ValueError if a K that is no mean is larger.
-
-        Arguments as in `get_image_features`.
-        """
-        if not self.config.encoder_keep or self.config.encoded_patches == self.config.num_patches:
-            return budgets
-        count, limits = len(budgets), [self.config.encoded_patches] * len(budgets)
-        if image_sizes is not None:
-            sizes = torch.as_tensor(image_sizes).tolist()
-            views = [None] * count if max_views is None else torch.as_tensor(max_views).tolist()
-            limits = [encoded_tokens((*size,), self.config, most) for size, most in zip(sizes, views, strict=True)]
-        is_fixed = [True] * count if means is None else (torch.as_tensor(means).expand(count) == 0).tolist()
-        if any(fixed and budget > limit for fixed, budget, limit in zip(is_fixed, budgets, limits, strict=True)):
-            raise ValueError(
-                f"num_image_tokens={budgets}: encoder_keep={self.config.encoder_keep} leaves {limits} patches of "
-                "these images, so give no larger numbers."
-            )
-        return [*map(min, budgets, limits)]
+    def encode_views(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None,
+        layout: Layout | None,
+        max_views: Tensor | None,
+        question_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Layout | None]:
+        """`encode` of all views, or of `max_views` of each image, and the layout of these."""
+        if layout is None:
+            return *self.encode(pixel_values, vision_feature_layer), None
+        views, in_picture = layout.cut(pixel_values), layout.in_picture(self.config.num_patches)
+        if max_views is None:
+            return *self.encode(views, vision_feature_layer, in_picture), layout
+        return self.encode_some(views, vision_feature_layer, layout, max_views, question_ids)
 
     def encode_some(
         self,
@@ -349,23 +240,22 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         self,
         features: Tensor,
         prior: Tensor,
+        layout: Layout | None,
         budgets: list[int],
         question_ids: Tensor | None = None,
-        mean_image_tokens: Means | None = None,
-        layout: Layout | None = None,
+        means: list[int] | None = None,
     ) -> LightVLMImageFeatures:
         """Keep and project K patches of each image.
 
         Args:
-            features, prior: as `encode` returns them.
-            budgets: K of each image, the largest if it is dynamic.
-            question_ids, mean_image_tokens: as in `get_image_features`; means also as (1,) for all images.
-            layout: of the images whose views were encoded; None if each image is one view.
+            features, prior, layout: as `encode_views` returns them.
+            budgets, means: as in `Budgets`.
+            question_ids: as in `get_image_features`.
         """
         if layout is not None:
             features, prior = layout.gather(features), layout.gather(prior)
         questions = None if question_ids is None else self.embed_questions(question_ids)
-        kept = self.pruner(features, prior, budgets, questions, mean_image_tokens, layout)
+        kept = self.pruner(features, prior, budgets, questions, means, layout)
         return self.keep(features, kept, layout)
 
     def keep(self, features: Tensor, kept: list[Tensor], layout: Layout | None = None) -> LightVLMImageFeatures:
@@ -403,8 +293,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         *,
-        num_image_tokens: Budgets | None = None,
-        mean_image_tokens: Means | None = None,
+        num_image_tokens: Counts | None = None,
+        mean_image_tokens: Counts | None = None,
         question_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
         max_views: Tensor | None = None,
@@ -431,9 +321,11 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         elif pixel_values is None:
             return super().forward(**inputs)
         else:
-            asked = {"question_ids": question_ids, "image_sizes": image_sizes, "max_views": max_views}
-            asked |= {"vision_feature_layer": inputs.pop("vision_feature_layer", None)}
-            features, written = self.encode_prompt(pixel_values, num_image_tokens, mean_image_tokens, **asked)
+            asked: dict[str, Any] = {"num_image_tokens": num_image_tokens, "mean_image_tokens": mean_image_tokens}
+            asked |= {"question_ids": question_ids, "image_sizes": image_sizes, "max_views": max_views}
+            layer = inputs.pop("vision_feature_layer", None)
+            features = self.get_image_features(pixel_values, layer, return_dict=True, **asked)
+            written = features.num_image_tokens
         inputs["mm_encoder_outputs"] = {"image": features}
         has_surplus = written != [len(tokens) for tokens in features.pooler_output]
         if not has_surplus and not self.moves_positions(features):
@@ -441,15 +333,6 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         if input_ids is None:
             raise ValueError(NEEDS_IDS)
         return self.forward_short(inputs, written) if has_surplus else self.forward_moved(inputs)
-
-    def encode_prompt(
-        self, pixel_values: Tensor, num_image_tokens: Budgets | None, mean_image_tokens: Means | None, **options: Any
-    ) -> tuple[LightVLMImageFeatures, list[int]]:
-        """`get_image_features`, and how many placeholders each image has in the prompt."""
-        budgets, means = self.default_budgets(num_image_tokens, mean_image_tokens, len(pixel_values))
-        options |= {"num_image_tokens": budgets, "mean_image_tokens": means, "return_dict": True}
-        features = self.get_image_features(pixel_values, **options)
-        return features, self.resolve_budgets(budgets, len(pixel_values), features.lengths)
 
     def moves_positions(self, features: LightVLMImageFeatures | BaseModelOutputWithPooling | None) -> bool:
         """Whether these images' tokens, and what follows them, have other positions than they are counted."""
@@ -507,10 +390,10 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         return super().forward(**inputs)
 
 
-class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditionalGeneration):
+class LightVLMForConditionalGeneration(  # type: ignore[misc]  # a more precise config
+    Chat, PrunedGeneration, LightVLMPreTrainedModel, LlavaForConditionalGeneration
+):
     """LightVLM with its language model head; also known as `LightVLM`."""
-
-    _hub_options: dict[str, Any] = {}  # the options of `from_pretrained` that locate the files
 
     def __init__(self, config: LightVLMConfig) -> None:
         super(LlavaForConditionalGeneration, self).__init__(config)  # LLaVA's own would build a second backbone
@@ -533,8 +416,8 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        num_image_tokens: Budgets | None = None,
-        mean_image_tokens: Means | None = None,
+        num_image_tokens: Counts | None = None,
+        mean_image_tokens: Counts | None = None,
         question_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
         max_views: Tensor | None = None,
@@ -562,210 +445,6 @@ class LightVLMForConditionalGeneration(LightVLMPreTrainedModel, LlavaForConditio
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """As `GenerationMixin.generate`, and on the short prompt if budgets are dynamic.
-
-        Returned sequences begin with the prompt as it was given, and lengths are counted with it. Streamers, logits
-        processors and stopping criteria see the short prompt. `<image>` is never generated: it would be read as an
-        image in the next call. A returned KV cache continues with the returned sequences and what is appended to them;
-        it remembers which placeholders were dropped.
-
-        Raises:
-            ValueError: if images are given that are in `past_key_values` already.
-        """
-        run: Callable[..., Any] = super().generate  # type: ignore[misc]  # its protocol for self is not PreTrainedModel
-        settings = generation_config or self.generation_config
-        suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
-        kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
-        prompt, past = kwargs.pop("input_ids", inputs), kwargs.get("past_key_values")
-        is_special, record = self.prepare_budgets(prompt, kwargs), Record.of(past)
-        if prompt is None or not is_special and record.is_plain:
-            output = run(prompt, generation_config, *args, **kwargs)
-            for cache in (past, getattr(output, "past_key_values", None)):
-                Record().write(cache)  # it may hold an earlier call's: static caches are used again
-            return output
-        input_ids, kwargs, record = self.prepare_prompt(prompt, record, settings, kwargs)
-        for name in ("max_length", "min_length"):
-            if total := kwargs.get(name) or getattr(settings, name):
-                kwargs[name] = max(0, total - prompt.shape[1] + input_ids.shape[1])
-        output = run(input_ids, generation_config, *args, **kwargs)
-        return restore_prompt(output, prompt, input_ids.shape[1], record, past)
-
-    def prepare_budgets(self, prompt: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        """Complete or refuse the budgets among the arguments of `generate`.
-
-        Returns whether budgets are dynamic, or positions other than those that `generate` counts.
-        """
-        images, encoded = kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs") or {}
-        if images is None:
-            kwargs.pop("mean_image_tokens", None)
-            return self.model.moves_positions(encoded.get("image"))
-        given = kwargs.get("num_image_tokens"), kwargs.get("mean_image_tokens")
-        budgets, means = self.model.default_budgets(*given, len(images))
-        is_special = means is not None or self.config.position_ids == "original"
-        if prompt is None and is_special:
-            raise ValueError(NEEDS_IDS)
-        record = Record.of(kwargs.get("past_key_values"))
-        if prompt is not None and record.cached:
-            layout = self.model.lay_out(images, kwargs.get("image_sizes"))
-            count = sum(self.model.resolve_budgets(budgets, len(images), layout.lengths if layout else None))
-            refuse_cached_images(prompt[:, record.whole_length :], self.config.image_token_id, count)
-        kwargs |= {"num_image_tokens": budgets, "mean_image_tokens": means}
-        return is_special
-
-    def prepare_prompt(
-        self, prompt: Tensor, record: Record, settings: GenerationConfig, given: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any], Record]:
-        """Ids without surplus placeholders, the other arguments of `generate` for them, and the cache's new record.
-
-        Args:
-            prompt: (batch, length), of which the first positions may be in the cache already.
-            record: what the cache remembers of these.
-            settings: the generation configuration.
-            given: arguments of `generate`; images among them are encoded here, because positions depend on them.
-        """
-        kwargs, cached, start = {**given}, record.cached, record.whole_length
-        mask, positions = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
-        if mask is None:
-            mask = infer_attention_mask(prompt, settings, kwargs.get("pad_token_id"))
-        if mask.shape != prompt.shape:
-            raise ValueError(
-                f"attention_mask has the shape {(*mask.shape,)} and input_ids {(*prompt.shape,)}: give `generate` the "
-                "whole sequence, with what is in past_key_values."
-            )
-        features, written, kept = self.take_features(kwargs)
-        is_image, input_ids, positions = prompt == self.config.image_token_id, prompt, None if start else positions
-        if written != kept:
-            is_surplus = mark_surplus(is_image[:, start:], written, kept)
-            later = Compaction.without(is_surplus | (mask[:, start:] == 0))
-            record = record.followed_by(later)
-            positions = None if positions is None else later.shorten(positions - is_surplus.cumsum(dim=1), 0)
-        if record.compaction is not None:
-            pads = (kwargs.get("pad_token_id"), settings.pad_token_id, self.config.text_config.pad_token_id, 0)
-            fill = next(token for token in pads if token is not None)
-            input_ids, mask = record.compaction.shorten(prompt, fill), record.compaction.shorten(mask, 0)
-        dropped = self.model.count_dropped(input_ids[:, cached:], features)
-        if positions is None and (dropped is not None or record.shift is not None):
-            positions = record.add_shift(count_positions(mask))
-        if dropped is not None:  # positions of what is cached are not read
-            positions, record = positions + pad(dropped[:, :-1], (cached, 0)), record.moved_by(dropped[:, -1:])
-        more = {} if positions is None else {"position_ids": positions}
-        return input_ids, {**kwargs, **more, "attention_mask": mask}, record
-
-    def take_features(self, kwargs: dict[str, Any]) -> tuple[Any, list[int], list[int]]:
-        """Encoded images among the arguments of `generate`, or those that it encodes, their placeholders and tokens.
-
-        Left in the arguments are the tokens alone: their positions are known then.
-        """
-        images, written = (kwargs.get("mm_encoder_outputs") or {}).get("image"), None
-        if kwargs.get("pixel_values") is not None:
-            asked = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
-            images, written = self.model.encode_prompt(**asked)
-        if images is None:
-            return None, [], []
-        kept = [len(tokens) for tokens in images.pooler_output]
-        kwargs["mm_encoder_outputs"] = {"image": LightVLMImageFeatures(pooler_output=images.pooler_output)}
-        return images, written or kept, kept
-
-    @torch.no_grad()
-    def chat(
-        self,
-        image: Any,
-        question: str,
-        history: list[dict[str, Any]] | None = None,
-        num_image_tokens: int | str | list[int | str] | None = None,
-        max_views: int | None = None,
-        question_aware: bool = False,
-        streamer: BaseStreamer | None = None,
-        processor: Any = None,
-        **generate_kwargs: Any,
-    ) -> str:
-        """Answer a question about an image.
-
-        Args:
-            image: a `PIL.Image`, a path or a URL, or a list of them; None for a question about an earlier image.
-            question: the user's words.
-            history: messages so far. The question and its answer are appended once the answer is complete.
-            num_image_tokens: K, "dynamic" or "dynamic:64", or a list with one for each image of the conversation; the
-                default's if None.
-            max_views: of a large image, how many views are encoded; all if None.
-            question_aware: whether the kept tokens depend on the question, for a pruner with `score="question"`.
-            streamer: a transformers streamer that receives the answer while it is generated.
-            processor: a `LightVLMProcessor`; by default the one saved beside the weights.
-            generate_kwargs: for `generate`; by default 256 new tokens, or the generation configuration's number.
-
-        Raises:
-            ValueError: if there is no processor beside the weights, it refuses the image or K, the language model has
-                fewer positions than prompt and answer need, or more than one answer is requested.
-        """
-        if generate_kwargs.get("return_dict_in_generate") or generate_kwargs.get("num_return_sequences", 1) > 1:
-            raise ValueError("chat returns one answer, as text: call generate for more.")
-        if processor is None:
-            processor = self.processor_beside_weights()
-            if num_image_tokens is None:  # the processor's own default is that of its file, not of this configuration
-                default, mean = self.config.num_image_tokens, self.config.mean_image_tokens
-                num_image_tokens = f"dynamic:{mean}" if default == "dynamic" else default
-        images = [] if image is None else image if isinstance(image, list) else [image]
-        content = [{"type": "image", "image": each} for each in images]
-        asked = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-        options = {} if num_image_tokens is None else {"num_image_tokens": num_image_tokens}
-        if max_views is not None:
-            options["max_views"] = max_views
-        if question_aware:
-            options["question"] = question
-        inputs = processor.apply_chat_template(
-            [*(history or []), asked],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=options,
-        ).to(self.device)
-        length = prompt_length(inputs)
-        if not generate_kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
-            room = self.config.text_config.max_position_embeddings - length
-            generate_kwargs["max_new_tokens"] = max(1, min(self.generation_config.max_new_tokens or 256, room))
-        self.config.check_length(length, generate_kwargs.get("max_new_tokens") or 1)
-        output = self.generate(**inputs, streamer=streamer, **generate_kwargs)
-        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        if history is not None:
-            history += [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        return answer
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; `chat` takes its processor from the same revision and place."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        return loaded
-
-    def processor_beside_weights(self) -> Any:
-        """The processor of the folder or repository that this model was loaded from, loaded once."""
-        if not hasattr(self, "_processor"):
-            place = self.config.name_or_path
-            if not place:
-                raise ValueError("This model was not loaded from a checkpoint: give chat a processor.")
-            source: Any = AutoProcessor
-            module = type(self).__module__
-            if module.startswith("transformers_modules."):
-                # Only the commit in this module's name was trusted with running code: no other commit's may run.
-                code = {"code_revision": module.split(".")[-2], **self._hub_options}
-                source = get_class_from_dynamic_module("processing_lightvlm.LightVLMProcessor", place, **code)
-            self._processor = source.from_pretrained(
-                place, config=self.config, trust_remote_code=False, **self._hub_options
-            )
-            if type(self._processor).__name__ != "LightVLMProcessor":
-                raise ValueError("The processor beside the weights is not LightVLM's: `lightvlm build` makes one.")
-        return self._processor
 
 
 # llava-hf checkpoints, LLaVA-NeXT's too, of the old and the new key layout, load into these classes.

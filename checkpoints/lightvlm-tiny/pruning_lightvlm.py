@@ -4,10 +4,12 @@ The computations are pure functions on tensors of shape (batch, tokens, dim), se
 (Bolya et al. 2023). Kept indices are always in raster order: row by row from the top left, as in the encoder.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_lightvlm import LightVLMConfig
 from .views_lightvlm import Layout
@@ -154,6 +156,27 @@ def embed_places(embedding: nn.Module, places: Tensor) -> Tensor:
 def only_row(embedding: nn.Module, device: torch.device) -> Tensor:
     """The row, (1, dim), of an embedding that has one."""
     return embedding(torch.zeros(1, dtype=torch.long, device=device))
+
+
+@dataclass
+class LightVLMImageFeatures(BaseModelOutputWithPooling):
+    """Image tokens, ready for the language model.
+
+    Args:
+        pooler_output (`list[torch.Tensor]`): (K, hidden) of each image.
+        last_hidden_state (`torch.Tensor`): (images, patches, dim), the features that the pruner chose from; with many
+            views (images, tokens, dim), as in `Layout`.
+        hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, if requested, from a second run.
+        kept_indices (`list[torch.Tensor]`): (K,) of each image, the indices of the kept patches, in raster order.
+        lengths (`list[int]`): tokens of each image before pruning; None if each image is one view.
+        num_image_tokens (`list[int]`): placeholders of each image in the prompt that its K was asked for with; those
+            that a dynamic budget does not use are dropped.
+    """
+
+    pooler_output: list[Tensor] | None = None  # type: ignore[assignment]  # LLaVA returns a list too
+    kept_indices: list[Tensor] | None = None
+    lengths: list[int] | None = None
+    num_image_tokens: list[int] | None = None
 
 
 class TokenPruner(nn.Module):

@@ -1,0 +1,1 @@
+../../modeling_lightvlm/budgets_lightvlm.py

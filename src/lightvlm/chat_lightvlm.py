@@ -1,0 +1,1 @@
+../../modeling_lightvlm/chat_lightvlm.py

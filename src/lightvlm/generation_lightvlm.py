@@ -1,0 +1,1 @@
+../../modeling_lightvlm/generation_lightvlm.py
