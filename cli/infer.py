@@ -32,9 +32,7 @@ examples:
 import argparse
 import itertools
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 from lightvlm_cli.options import (
@@ -82,44 +80,26 @@ def generation(args: argparse.Namespace) -> dict:
 
 
 def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None, args: argparse.Namespace) -> dict:
-    """One answer, with the tokens kept and the language model's prefill time (median of 5 after a warm-up)."""
+    """Return one answer, and how many tokens of the image it was given from."""
     import torch
-    from lightvlm.chat_lightvlm import prompt_length
+    from lightvlm.inference.answers import clean, encode, tokenize
 
     budget = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
-    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    text = processor.apply_chat_template(clean(messages, processor.image_token), add_generation_prompt=True)
     options = {"num_image_tokens": budget, "max_views": args.max_views}
-    options |= {"question": prompt} if args.question_aware else {}
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=options,
-    ).to(model.device)
-    model.config.check_length(prompt_length(inputs), args.max_new_tokens)
     with torch.no_grad():
-        output = model.generate(**inputs, **generation(args))
-        images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-        features = model.get_image_features(**images)
-        kept, prefill = len(features.kept_indices[0]), inputs["input_ids"]
-        start = prefill[0].tolist().index(processor.image_token_id)
-        surplus = int(inputs["num_image_tokens"][0]) - kept
-        prefill = torch.cat([prefill[:, :start], prefill[:, start + surplus :]], dim=1)
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            logits = model(prefill, mm_encoder_outputs={"image": features}, logits_to_keep=1).logits
-            logits.argmax().item()  # waits for a GPU
-            times.append(1000 * (time.perf_counter() - start))
-    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        features = encode(model, processor, [image], [prompt] if args.question_aware else None, **options)
+        kept = len(features.pooler_output[0])
+        inputs = tokenize([text], [kept], processor).to(model.device)
+        start = inputs["input_ids"].shape[1]
+        model.config.check_length(start, args.max_new_tokens)
+        output = model.generate(**inputs, mm_encoder_outputs={"image": features}, **generation(args))
     return {
-        "answer": answer.strip(),
+        "answer": processor.decode(output[0, start:], skip_special_tokens=True).strip(),
         "budget": budget,
         "num_image_tokens": kept,
         "num_patches": features.lengths[0] if features.lengths else processor.num_patches,
-        "prefill_ms": round(statistics.median(times[1:]), 1),
     }
 
 
@@ -224,5 +204,5 @@ def table(results: list[dict]) -> str:
             budget = result["budget"]
             kept += f" ({budget})" if isinstance(budget, str) else ""
             kept += f", K = {budget}" if isinstance(budget, int) and budget > result["num_image_tokens"] else ""
-            lines.append(f"  {kept:>18}   prefill {result['prefill_ms']:7.1f} ms   {result['answer']}")
+            lines.append(f"  {kept:>18}   {result['answer']}")
     return "\n".join(lines)
