@@ -14,7 +14,7 @@ from lightvlm.benchmark.speed_report import headline
 from lightvlm.data.files import written_beside
 from lightvlm.evaluation.markdown import markdown_table
 
-BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"^(<!-- table: ([\w-]+) -->)$.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 EPYC = "speed_epyc-zen4_2026-11-25"
 FILES = ("flat_2x2", "photo_2x2", "flat_3x3", "photo_3x3")
 SELECTORS = {
@@ -291,7 +291,12 @@ def fill(text: str, folder: Path) -> str:
     Args:
         text: of the page; `<!-- table: NAME -->` and `<!-- end -->` stand around each table, NAME a key of `TABLES`.
         folder: of the results, evaluation/results.
+
+    Raises:
+        ValueError: if no table has that name.
     """
+    if unknown := {name for _, name, _ in BLOCK.findall(text)} - {*TABLES}:
+        raise ValueError(f"No table is called {', '.join(sorted(unknown))}: take one of {', '.join(TABLES)}.")
     return BLOCK.sub(lambda found: "\n\n".join([found[1], TABLES[found[2]](folder), found[3]]), text)
 
 
