@@ -9,7 +9,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
 .PHONY: run test test-fast sync test-install test-lowest test-newest test-lmms test-vllm test-zero3 lint checkpoint
-.PHONY: notebooks eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu
+.PHONY: notebooks eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu tables
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -77,7 +77,11 @@ $(EVALS): eval-%: $(DATA)/mosaics_test_photo_3x3.json
 		--selectors $(SELECTORS) \
 		--output evaluation/results/mosaics_$*.json --plot evaluation/results/mosaics_$*.png
 
-# The speed table of docs/measurements.md. Nothing else should run meanwhile: for an hour or two on a CPU, for minutes on a GPU.
+# The tables of README.md and docs/, from the JSON in evaluation/results.
+tables: .venv/ready
+	$(BIN)/python -m lightvlm.benchmark.tables
+
+# The speed tables of docs/research. Nothing else should run meanwhile: for an hour or two on a CPU, for minutes on a GPU.
 SPEED := $(BIN)/lightvlm bench --preset phi2-clip-l-336
 MACHINE ?= cpu
 SPEED_RESULTS = evaluation/results/speed_$(MACHINE)_$(shell date +%F)

@@ -127,7 +127,7 @@ def gains(result: dict) -> list[list[str]]:
 
 
 def headline(reports: list[dict]) -> str:
-    """Markdown: what LightVLM gains over LLaVA, of reports of `lightvlm bench`, for docs/measurements.md.
+    """Markdown: what LightVLM gains over LLaVA, of reports of `lightvlm bench`, for docs/research.
 
     A line for each batch size and K of each report, whole models first, except reports on several images in a prompt,
     and batches that LLaVA has no memory for.

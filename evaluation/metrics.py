@@ -2,8 +2,8 @@
 
     VQAAccuracy().compute(predictions=["2"], references=[["two"] * 9 + ["3"]])  # {"accuracy": 1.0}
 
-All of them take the generated texts as predictions and return proportions. docs/papers.md says what differs from the
-authors' own code.
+All of them take the generated texts as predictions and return proportions. docs/research/papers.md says what differs
+from the authors' own code.
 """
 
 import re

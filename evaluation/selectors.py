@@ -3,7 +3,7 @@
 A way is a matrix of weights, (batch, K, patches): how much of each patch is in each image token. Choosing patches is a
 matrix of zeros and ones, pooling takes means, merging adds means to chosen patches. Two ways need more than weights:
 `downsample` encodes a smaller image, and `prune_in_language_model` drops tokens inside the language model. How each
-differs from its authors' code is in docs/papers.md.
+differs from its authors' code is in docs/research/papers.md.
 """
 
 import math

@@ -1,45 +1,34 @@
-"""What README and docs/ say can be followed: links, commands, Python, and figures as they were measured."""
+"""What README and docs/ say can be followed: links, paths, names, commands, Python, and figures as measured."""
 
 import json
 import re
-import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from lightvlm.benchmark.tables import BLOCK, TABLES, fill, find_pages
 from lightvlm_cli.main import VERBS, main
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "evaluation" / "results"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = find_pages(ROOT)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MEASUREMENTS = (ROOT / "docs" / "measurements.md").read_text()
-SELECTORS = {
-    "learned score with the question, density peaks": "diverse+question",
-    "learned score with the question, top-K": "topk+question",
-    "**learned score, density peaks** (`diverse`, the default)": "diverse",
-    "learned score, weighted k-center": "k-center",
-    "learned score, determinantal kernel": "determinantal",
-    "learned score, top-K (`topk`)": "topk",
-    "FastV: inside the language model, after two of four layers": "fastv",
-    "[CLS] attention, density peaks": "diverse+cls",
-    "max-min diversity (DivPrune)": "max-min",
-    "importance, duplicates removed (VisPruner)": "dedup+cls",
-    "[CLS] attention, top-K (FasterVLM)": "topk+cls",
-    "dominant + contextual merge (VisionZip)": "merge+cls",
-    "uniform grid": "uniform",
-    "random patches": "random",
-    "smaller image": "downsample",
-    "average pooling": "pool",
+FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"src", "data", "build"}
+LONGEST = {"README.md": 700, "docs/research/results.md": 600}
+ANSWERS = {  # what the Python of pages prints about a red rectangle
+    "README.md": ["rectangle", "red", "red"],
+    "docs/user/quickstart.md": ["red"],
+    "docs/operator/export.md": [],
 }
-BUDGETS = {
-    "the same K for each image": "static",
-    "**dynamic**": "dynamic",
-    "outliers of [CLS] attention (interquartile rule)": "outliers of attention",
-    "entropy of [CLS] attention": "entropy of attention",
-    "effective rank of the features": "effective rank",
-}
+GONE = r" of (?:commit \w+|the same commit)"  # what follows a script that only a commit has
+
+
+def name_of(page: Path) -> str:
+    """The path of a page in the clone."""
+    return page.relative_to(ROOT).as_posix()
 
 
 def code_cells(notebook: Path) -> list[dict]:
@@ -53,25 +42,83 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def row(label: str) -> list[str]:
-    """The cells beside a label in a table of docs/measurements.md."""
-    (line,) = re.findall(rf"^\| {re.escape(label)} \|(.+)\|$", MEASUREMENTS, flags=re.MULTILINE)
-    return [cell.strip() for cell in line.split("|")]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def find_links(page: Path) -> list[str]:
+    """The links and pictures of a page, without those to other hosts."""
     links = re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', page.read_text())
-    for link in ("".join(pair) for pair in links):
-        if not link.startswith("http"):
-            name, _, anchor = link.partition("#")
-            target = page.parent / name if name else page
-            assert target.exists(), link
-            assert not anchor or anchor in anchors(target), link
+    return [link for link in map("".join, links) if not link.startswith("http")]
 
 
-def test_a_newcomer_reads_readme_in_minutes():
-    assert len((ROOT / "README.md").read_text().split()) <= 1200
+def target(page: Path, link: str) -> Path:
+    """The file that a link of a page leads to."""
+    name = link.partition("#")[0]
+    return (page.parent / name).resolve() if name else page
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=name_of)
+def test_links_lead_somewhere(page):
+    for link in find_links(page):
+        assert target(page, link).exists(), link
+        anchor = link.partition("#")[2]
+        assert not anchor or anchor in anchors(target(page, link)), link
+
+
+def test_every_page_is_reached_from_the_index():
+    reached, new = set(), {DOCS / "README.md"}
+    while new:
+        reached |= new
+        new = {target(page, link) for page in new for link in find_links(page) if ".md" in link} - reached
+    assert {*DOCS.rglob("*.md")} <= reached
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pages_are_short(page):
+    assert len(page.read_text().split()) <= LONGEST.get(name_of(page), 1500)
+
+
+def test_the_glossary_has_at_most_twenty_terms():
+    heads, _, *terms = [line for line in (DOCS / "glossary.md").read_text().splitlines() if line.startswith("|")]
+    assert heads == "| term | meaning |" and len(terms) <= 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pages_use_plain_words(page):
+    words = ("room", "stranger", "rival", "founding claim", "licence", "colour", "centre", "artefact", "normalise")
+    assert not [word for word in words if re.search(rf"\b{word}(?:s|d)?\b", page.read_text(), flags=re.IGNORECASE)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_that_pages_name_exist(page):
+    text = page.read_text().replace("\n", " ")
+    for path, gone in re.findall(rf"`([\w.-]+/[\w./-]+\.\w+)`({GONE})?", text):
+        if path.partition("/")[0] in FOLDERS and not gone:
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_names_that_pages_name_are_in_the_code(page):
+    text = page.read_text().replace("\n", " ")
+    for name, path in re.findall(r"`(\w+)` of `(\w+/\w+\.py)`", text):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{name} of {path}"
+    for module in re.findall(r"`(?:python -m )?(lightvlm(?:\.\w+)+)`", text):
+        assert find_spec(module), module
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+
+
+def test_pages_that_the_code_names_exist():
+    sources = [*ROOT.glob("*/*.py"), *ROOT.glob(".github/**/*.*"), ROOT / "Makefile", ROOT / "hub_upload" / "card.md"]
+    for source in sources:
+        for page in re.findall(r"(?<![\w/])docs/[\w/-]+\.md", source.read_text()):
+            assert (ROOT / page).exists(), f"{source}: {page}"
+
+
+def test_targets_of_make_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        for words in re.findall(r"(?:`|^    )make ([^`\n#]+)", page.read_text(), flags=re.MULTILINE):
+            named = {word for word in words.split() if re.fullmatch(r"[a-z][\w-]*", word)}
+            assert named <= targets, f"{page}: {named - targets}"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -79,9 +126,9 @@ def test_commands_have_the_options_that_pages_name(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    pattern = re.compile(rf"^    lightvlm {verb} [^|\n]+", flags=re.MULTILINE)
+    pattern = re.compile(rf"^    lightvlm {verb} [^|\n]+|`lightvlm {verb} [^`|]+`", flags=re.MULTILINE)
     commands = [line for page in PAGES for line in pattern.findall(page.read_text().replace("\\\n", " "))]
-    assert {word for command in commands for word in shlex.split(command) if word.startswith("--")} <= known
+    assert {option for command in commands for option in re.findall(r"(?<=\s)--[\w-]+", command)} <= known
     cells = ["".join(cell["source"]) for notebook in NOTEBOOKS for cell in code_cells(notebook)]
     for cell in cells:
         if f'"lightvlm_cli.main", "{verb}"' in cell:
@@ -110,49 +157,50 @@ def test_notebooks_show_what_their_cells_printed(notebook):
     assert str(ROOT) not in notebook.read_text()
 
 
-def test_readmes_python_runs(monkeypatch, tmp_path):
+def python_of(page: Path) -> list[str]:
+    """The Python of a page, block by block."""
+    return re.findall(r"```python\n(.+?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def red_shape(tmp_path):
+    """The top left of an example: a red rectangle."""
+    path = tmp_path / "red.png"
+    with Image.open(ROOT / "demo" / "examples" / "flat_3x3_10.jpg") as image:
+        image.crop((0, 0, image.width // 3, image.height // 3)).resize((336, 336)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("page", "answers"), ANSWERS.items(), ids=ANSWERS)
+def test_python_runs_and_answers_what_the_picture_shows(page, answers, monkeypatch, tmp_path, capsys, red_shape):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    blocks = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 3
+    blocks = [block for block in python_of(ROOT / page) if "onnxruntime" not in block]
+    assert blocks
+    capsys.readouterr()
     for block in blocks:
-        image = ROOT / "demo" / "examples" / "flat_3x3_10.jpg"
-        exec(block.replace("data/easy-vqa/images/test/0.png", str(image)), {})
+        exec(block.replace("data/easy-vqa/images/test/0.png", str(red_shape)), {})
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == answers
 
 
 def test_an_exported_graph_answers_as_it_is_shown(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("checkpoints", "demo"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    page = (ROOT / "docs" / "serving.md").read_text()
-    command, block = (
-        re.search(r"^    lightvlm (export .+)$", page, re.M)[1],
-        re.search(r"```python\n(import onnx.+?)```", page, re.S)[1],
-    )
+    page = DOCS / "operator" / "export.md"
+    command = re.search(r"^    lightvlm (export .+)$", page.read_text(), flags=re.MULTILINE)[1]
+    (block,) = [block for block in python_of(page) if "onnxruntime" in block]
     assert main(command.split()) == 0
     capsys.readouterr()
     exec(block, {})
     assert capsys.readouterr().out.strip() == "red"
 
 
-@pytest.mark.parametrize("label", SELECTORS)
-def test_accuracies_are_those_of_the_results(label):
-    expected = []
-    for ground in ("flat", "photo"):
-        results = json.loads((RESULTS / f"mosaics_{ground}_3x3.json").read_text())["results"]
-        accuracy = {(result["selector"], result["num_image_tokens"]): result["accuracy"] for result in results}
-        expected += [f"{100 * accuracy[SELECTORS[label], count]:.1f}" for count in (64, 36, 16)]
-    assert row(label) == expected
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_are_those_of_the_results(page):
+    assert page.read_text() == fill(page.read_text(), ROOT / "evaluation" / "results")
 
 
-@pytest.mark.parametrize("label", BUDGETS)
-def test_accuracies_of_budgets_are_those_of_the_results(label):
-    results = json.loads((RESULTS / "budgets.json").read_text())["results"]
-    expected = []
-    for mean in (64, 36, 16):
-        (result,) = [entry for entry in results if entry["budget"] == BUDGETS[label] and entry["mean"] == mean]
-        gain = ""
-        if label != "the same K for each image":
-            gain = f" ({100 * result['difference']:+.2f} ± {100 * result['margin']:.2f})"
-        expected.append(f"{100 * result['accuracy']:.2f}{gain}")
-    assert row(label) == expected
+def test_every_table_of_the_results_stands_on_one_page():
+    shown = [name for page in PAGES for _, name, _ in BLOCK.findall(page.read_text())]
+    assert sorted(shown) == sorted(TABLES)
