@@ -82,7 +82,7 @@ def generation(args: argparse.Namespace) -> dict:
 def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None, args: argparse.Namespace) -> dict:
     """Return one answer, and how many tokens of the image it was given from."""
     import torch
-    from lightvlm.inference.answers import clean, encode, tokenize
+    from lightvlm.inference.answers import clean, count_positions, encode, tokenize
 
     budget = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
@@ -93,7 +93,7 @@ def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None
         kept = len(features.pooler_output[0])
         inputs = tokenize([text], [kept], processor).to(model.device)
         start = inputs["input_ids"].shape[1]
-        model.config.check_length(start, args.max_new_tokens)
+        model.config.check_length(count_positions(model, inputs, features), args.max_new_tokens)
         output = model.generate(**inputs, mm_encoder_outputs={"image": features}, **generation(args))
     return {
         "answer": processor.decode(output[0, start:], skip_special_tokens=True).strip(),

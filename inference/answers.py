@@ -129,6 +129,13 @@ def tokenize(prompts: list[str], budgets: list[int], processor: LightVLMProcesso
     return tokenizer(texts, add_special_tokens=not begun, **options)
 
 
+def count_positions(model: LightVLM, inputs: dict[str, torch.Tensor], features: LightVLMImageFeatures | None) -> int:
+    """Return the positions of the longest prompt, with dropped tokens if position ids are original."""
+    dropped = None if features is None else model.model.count_dropped(inputs["input_ids"], features)
+    lengths = inputs["attention_mask"].sum(dim=1)
+    return int((lengths if dropped is None else lengths + dropped[:, -1]).max())
+
+
 @torch.no_grad()
 def answer(
     model: LightVLM,
@@ -169,7 +176,7 @@ def answer(
     encoded = {"mm_encoder_outputs": {"image": features}} if features else {}
     stops = stop_strings(wanted)
     stopping = {"stop_strings": stops, "tokenizer": processor.tokenizer} if stops else {}
-    model.config.check_length(int(inputs["attention_mask"].sum(dim=1).max()), 1)
+    model.config.check_length(count_positions(model, inputs, features), 1)
     options = generation_options(wanted, default_new_tokens(model))
     output = model.generate(**inputs, **encoded, **options, **stopping)
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -69,6 +69,25 @@ def load(
     return model, processor
 
 
+def load_to_train(model_path: str, new: str = "$^", **options: Any):
+    """Return the model of a checkpoint for training.
+
+    Args:
+        model_path: folder or Hub name.
+        new: a regular expression for weights that training adds, and the checkpoint may lack.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: if other weights are missing, left over or of another shape, or some are not finite.
+    """
+    from lightvlm import LightVLMForConditionalGeneration
+
+    model, report = read_weights(LightVLMForConditionalGeneration, model_path, **options)
+    check_weights(report, model_path, "train a whole checkpoint, such as `lightvlm build` makes.", new)
+    check_finite(model, model_path)
+    return model
+
+
 def read_weights(auto: Any, model_path: str, **options: Any) -> tuple[Any, dict]:
     """Return the model and what `check_weights` reads, without the table that transformers prints of it."""
     logger = logging.getLogger("transformers.modeling_utils")

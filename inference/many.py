@@ -127,6 +127,8 @@ def to_conversation(
     budgets = [*map(min, budgets, largest)]
     ask.kept = None if any(means) else budgets
     expected = sum(min(mean or budget, budget) for mean, budget in zip(means, budgets, strict=True))
+    if model.config.position_ids == "original":  # and so positions are those of all tokens
+        expected = sum(processor.count_tokens((image.height, image.width)) for image in images)
     (length,) = text_lengths([ask], processor)
     new_tokens = generation_options(wanted, default_new_tokens(model))["max_new_tokens"]
     model.config.check_length(length - len(images) + expected, new_tokens)

@@ -127,3 +127,9 @@ def row(data="a", selector="diverse", budget=4, accuracy=0.5, total=8, **more):
     low, high = max(0, accuracy - 0.1), min(1, accuracy + 0.1)
     values = {"total": total, "accuracy": accuracy, "low": low, "high": high, **more}
     return {"data": data, "selector": selector, "num_image_tokens": budget, "command": f"eval {data}", **values}
+
+
+def lose_weights(folder, part: str) -> None:
+    """Take the weights with a part of a name out of a checkpoint of one file."""
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if part not in name}, folder / "model.safetensors")

@@ -13,6 +13,7 @@ from lightvlm.data import features
 from lightvlm.pruning_lightvlm import allot_budgets, pool_important
 from lightvlm.training import budget, pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
+from saved import lose_weights
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 
 CALIBRATION = {"means": [2, 8, 20], "kappas": [1.0] * 3, "exponent": 1.0, "minimum": 1, "maximum": NUM_PATCHES}
@@ -235,3 +236,9 @@ def test_too_few_images_are_refused(data, monkeypatch):
 def test_impossible_arguments_are_refused(data, monkeypatch, options, message):
     with pytest.raises(ValueError, match=message):
         run(data, monkeypatch, **options)
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_trained(data, monkeypatch):
+    lose_weights(data / "model", "lm_head.weight")
+    with pytest.raises(ValueError, match="1 missing .lm_head.weight"):
+        run(data, monkeypatch)

@@ -184,13 +184,22 @@ def test_a_dynamic_budget_counts_as_its_mean():
     )
     text = len(processor.tokenizer(prompt)["input_ids"]) - 1
     inputs = processor(images=[make_image()], text=prompt, num_image_tokens="dynamic:8", return_tensors="pt")
-    assert prompt_length(inputs) == text + 8
-    assert (
-        prompt_length(processor(images=[make_image()], text=prompt, num_image_tokens=9, return_tensors="pt"))
-        == text + 9
-    )
+    assert prompt_length(inputs, model.config) == text + 8
+    fixed = processor(images=[make_image()], text=prompt, num_image_tokens=9, return_tensors="pt")
+    assert prompt_length(fixed, model.config) == text + 9
     model.config.text_config.max_position_embeddings = text + 8 + 4
     options = {"num_image_tokens": "dynamic:8", "processor": processor}
     assert isinstance(model.chat(make_image(), "", max_new_tokens=4, **options), str)
     with pytest.raises(ValueError, match="1 more than the model reads"):
         model.chat(make_image(), "", max_new_tokens=5, **options)
+
+
+def test_with_original_positions_a_prompt_has_those_of_all_patches():
+    """Two images of 36 patches are as far apart as they were, however few are kept."""
+    model, processor = make_dynamic(position_ids="original"), make_processor()
+    model.config.text_config.max_position_embeddings = 70
+    for budget in (4, "dynamic:4"):
+        with pytest.raises(ValueError, match="more than the model reads"):
+            model.chat([make_image(), make_image(1)], "what?", processor=processor, num_image_tokens=budget)
+    model.config.position_ids = "consecutive"
+    model.chat([make_image(), make_image(1)], "what?", processor=processor, num_image_tokens=4)

@@ -7,7 +7,9 @@ from lightvlm import LightVLM
 from lightvlm.data.llava import load_llava
 from lightvlm.evaluation.accuracy import Questions, accuracy
 from lightvlm.evaluation.metrics import ExactMatch
-from lightvlm.inference.checkpoint import SHIPPED, load
+from lightvlm.inference.checkpoint import SHIPPED, load, load_to_train
+from saved import lose_weights
+from tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,20 +20,30 @@ def test_it_is_small_and_all_safetensors():
     assert {file.suffix for file in files} == {".jpg", ".json", ".jinja", ".md", ".py", ".safetensors"}
 
 
+def test_its_code_is_this_code():
+    sources = [*ROOT.glob("modeling_lightvlm/*_lightvlm.py"), *ROOT.glob("processing/*_lightvlm.py")]
+    sources.append(ROOT / "processing" / "chat_template.jinja")
+    code = {file.name: file.read_text() for file in SHIPPED.iterdir() if file.suffix in (".py", ".jinja")}
+    assert code == {source.name: source.read_text() for source in sources}, "make sync"
+
+
+def test_code_that_travels_is_short():
+    lengths = {file.name: len(file.read_text().splitlines()) for file in SHIPPED.glob("*.py")}
+    assert lengths.pop("modeling_lightvlm.py") <= 500 and max(lengths.values()) <= 400, lengths
+
+
 @pytest.mark.parametrize(
-    "source",
-    [
-        "modeling_lightvlm/configuration_lightvlm.py",
-        "modeling_lightvlm/modeling_lightvlm.py",
-        "modeling_lightvlm/pruning_lightvlm.py",
-        "modeling_lightvlm/views_lightvlm.py",
-        "processing/processing_lightvlm.py",
-        "processing/chat_template.jinja",
-    ],
+    ("lost", "new", "is_trained"),
+    [("lm_head.weight", "$^", False), ("pruner.scorer", r"pruner\.row", False), ("pruner.row", r"pruner\.row", True)],
 )
-def test_its_code_is_this_code(source):
-    shipped = SHIPPED / Path(source).name
-    assert shipped.read_text() == (ROOT / source).read_text(), "make sync"
+def test_nothing_is_trained_of_a_checkpoint_that_lacks_weights(tmp_path, lost, new, is_trained):
+    make_model().save_pretrained(tmp_path)
+    lose_weights(tmp_path, lost)
+    if is_trained:
+        assert load_to_train(str(tmp_path), new).config.num_image_tokens == 9
+        return
+    with pytest.raises(ValueError, match=f"missing .*{lost}"):
+        load_to_train(str(tmp_path), new)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from lightvlm.data.views import parse_grids
 from lightvlm.training import decoder
 from lightvlm.training.prepare_easy_vqa import llava_row
 from PIL import Image
+from saved import lose_weights
 from tiny import GRIDS, NUM_PATCHES, make_image, make_model, make_processor
 from trl import TrlParser
 
@@ -119,3 +120,9 @@ def test_the_recipe_is_possible():
 def test_what_would_leave_nothing_that_loads_or_be_ignored_is_refused(data, monkeypatch, options):
     with pytest.raises(ValueError, match="its end alone is saved"):
         train(data, monkeypatch, **options)
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_trained(data, monkeypatch):
+    lose_weights(data / "model", "lm_head.weight")
+    with pytest.raises(ValueError, match="1 missing .lm_head.weight"):
+        train(data, monkeypatch)

@@ -15,6 +15,7 @@ from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from lightvlm.training import pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
 from PIL import Image
+from saved import lose_weights
 from tiny import GRIDS, NUM_PATCHES, make_image, make_model, make_processor
 from trl import TrlParser
 
@@ -353,3 +354,9 @@ def test_two_processes_teach_one_scorer(data):
     launch("ddp", Path(pruner.__file__), [part for name, value in options.items() for part in (f"--{name}", value)])
     changed = changed_parts(data, LightVLM.from_pretrained(data / "out"))
     assert changed and all(".scorer." in name or "_score." in name for name in changed)
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_trained(data, monkeypatch):
+    lose_weights(data / "model", "lm_head.weight")
+    with pytest.raises(ValueError, match="1 missing .lm_head.weight"):
+        train(data, monkeypatch)

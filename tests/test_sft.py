@@ -22,6 +22,7 @@ from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, 
 from lightvlm.training.prepare_easy_vqa import llava_row
 from peft import PeftModel
 from PIL import Image
+from saved import lose_weights
 from sft_run import command, log_trainers, make_data, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import GRIDS, NUM_PATCHES, make_dynamic, make_image, make_model, make_processor
@@ -749,3 +750,9 @@ def test_two_processes_have_the_losses_gradients_and_k_of_one_which_resumes_them
 def test_accelerate_reads_its_configurations(name):
     config = load_config_from_file(str(TRAINING / "accelerate" / f"{name}.yaml"))
     assert config.mixed_precision == "bf16" and config.num_processes == 8
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_trained(data, monkeypatch):
+    lose_weights(data / "model", "lm_head.weight")
+    with pytest.raises(ValueError, match="1 missing .lm_head.weight"):
+        train(data, monkeypatch, max_steps=1)

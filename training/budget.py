@@ -16,6 +16,7 @@ import torch
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.data.features import ImageArguments, encode_rows, lay_out_batch, load_rows, stack_features
 from lightvlm.data.turns import pack_turns
+from lightvlm.inference.checkpoint import load_to_train
 from lightvlm.pruning_lightvlm import allot_budgets, pool_important
 from lightvlm.training.machine import run
 from lightvlm.training.pruner import PolicyGradient, save_checkpoint
@@ -187,9 +188,8 @@ def main() -> None:
         "data": [Path(path).name for path in args.data_path],
     }
     processor = LightVLMProcessor.from_pretrained(args.model_path)
-    model = LightVLMForConditionalGeneration.from_pretrained(
-        args.model_path, dynamic_budget=dynamic_budget, dtype=torch.float32
-    )
+    options = {"dynamic_budget": dynamic_budget, "dtype": torch.float32}
+    model = load_to_train(args.model_path, r"pruner\.complexity", **options)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     rows = load_rows(args, args.seed)
     if len(rows) < 2 * FOLDS:

@@ -23,6 +23,7 @@ from lightvlm.data.features import (
 )
 from lightvlm.data.turns import IGNORED, mask_blocks, pack_turns
 from lightvlm.data.views import cut_views, parse_grids
+from lightvlm.inference.checkpoint import load_to_train
 from lightvlm.training.machine import RunsHere, run
 from lightvlm.training.pruner import draw_turns, extend_card
 from lightvlm.training.saving import folder_written_beside
@@ -130,7 +131,8 @@ def main() -> None:
     if args.grids:
         config.image_grid_pinpoints = parse_grids(args.grids, config.vision_config.image_size)
         processor.image_processor = cut_views(processor.image_processor, config.image_grid_pinpoints)
-    model = LightVLMForConditionalGeneration.from_pretrained(args.model_path, config=config, dtype=torch.float32)
+    new = r"pruner\.tile_" if args.grids else "$^"
+    model = load_to_train(args.model_path, new, config=config, dtype=torch.float32)
     rows = load_rows(args, training_args.seed)
     num_workers = training_args.dataloader_num_workers
     examples = encode_rows(model.to(training_args.device), processor, rows, num_workers, args.features_dir)

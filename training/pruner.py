@@ -28,6 +28,7 @@ from lightvlm.data.features import (
     stack_features,
 )
 from lightvlm.data.turns import mask_blocks, pack_turns
+from lightvlm.inference.checkpoint import load_to_train
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from lightvlm.training.machine import RunsHere, run
 from lightvlm.training.saving import folder_written_beside
@@ -303,7 +304,8 @@ def main() -> None:
     args.image_tokens = args.image_tokens or [budget for budget in BUDGETS if budget < config.num_patches]
     check(args, training_args, config)
     score = "question" if args.question_aware else "positional" if config.score == "cls" else config.score
-    model = LightVLMForConditionalGeneration.from_pretrained(args.model_path, score=score, dtype=torch.float32)
+    new = "$^" if score == config.score else r"\.pruner\."
+    model = load_to_train(args.model_path, new, score=score, dtype=torch.float32)
     rows, num_workers = load_rows(args, training_args.seed), training_args.dataloader_num_workers
     examples = encode_rows(model.to(training_args.device), processor, rows, num_workers, args.features_dir)
     if args.question_aware:

@@ -23,6 +23,7 @@ from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMP
 from lightvlm.data.llava import load_llava
 from lightvlm.data.readable_rows import ReadableRows, begin_readable
 from lightvlm.data.turns import mask_blocks
+from lightvlm.inference.checkpoint import load_to_train
 from lightvlm.inference.compilation import int8_config, nf4_config
 from lightvlm.training.collator import LightVLMCollator, StepRows, StepSampler, StepStream, group_rows, measure_rows
 from lightvlm.training.machine import RunsHere, run
@@ -514,9 +515,7 @@ def main() -> None:
     quantization = None
     if args.lora_base:
         quantization = int8_config() if args.lora_base == "int8" else nf4_config(frozen_dtype)
-    model = LightVLMForConditionalGeneration.from_pretrained(
-        args.model_path, dtype=frozen_dtype, quantization_config=quantization
-    )
+    model = load_to_train(args.model_path, dtype=frozen_dtype, quantization_config=quantization)
     model.config.num_image_tokens = processor.num_image_tokens = args.num_image_tokens
     learns_places = "pruner" in args.train_parts and config.score in ("positional", "question")
     args.position_ids = args.position_ids or ("consecutive" if learns_places else config.position_ids)

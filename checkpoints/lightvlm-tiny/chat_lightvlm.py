@@ -12,10 +12,18 @@ from .configuration_lightvlm import LightVLMConfig
 HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def prompt_length(inputs: Any) -> int:
-    """Tokens of one prompt of the processor, of dynamic budgets as many as are left on average."""
-    pairs = zip(inputs.get("num_image_tokens", ()), inputs.get("mean_image_tokens", ()), strict=False)
-    return inputs["input_ids"].shape[1] - sum(max(0, int(largest - mean)) for largest, mean in pairs if mean)
+def prompt_length(inputs: Any, config: LightVLMConfig) -> int:
+    """Return the positions of one prompt of the processor, of dynamic budgets as many as are left on average.
+
+    With original position ids they are as many as if nothing was dropped.
+    """
+    length, written = inputs["input_ids"].shape[1], [int(number) for number in inputs.get("num_image_tokens", ())]
+    if config.position_ids == "original":
+        sizes = [(int(height), int(width)) for height, width in inputs.get("image_sizes", ())]
+        whole = [config.grids.count_tokens(size) for size in sizes] or [config.num_patches] * len(written)
+        return length - sum(written) + sum(whole)
+    means = inputs.get("mean_image_tokens", ())
+    return length - sum(max(0, largest - int(mean)) for largest, mean in zip(written, means, strict=False) if mean)
 
 
 class Chat(PreTrainedModel, GenerationMixin):
@@ -78,10 +86,10 @@ class Chat(PreTrainedModel, GenerationMixin):
             return_tensors="pt",
             processor_kwargs=options,
         ).to(self.device)
-        length = prompt_length(inputs)
+        length = prompt_length(inputs, self.config)
         if not generate_kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
-            room = self.config.text_config.max_position_embeddings - length
-            generate_kwargs["max_new_tokens"] = max(1, min(self.generation_config.max_new_tokens or 256, room))
+            left = self.config.text_config.max_position_embeddings - length
+            generate_kwargs["max_new_tokens"] = max(1, min(self.generation_config.max_new_tokens or 256, left))
         self.config.check_length(length, generate_kwargs.get("max_new_tokens") or 1)
         output = self.generate(**inputs, streamer=streamer, **generate_kwargs)  # type: ignore[misc]
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
