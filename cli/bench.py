@@ -98,7 +98,7 @@ def methods(text: str) -> list[str]:
 
 
 def cpu_name() -> str:
-    """The model, and whether it has matrix units for bf16, as far as Linux says so."""
+    """Return the CPU's model, and whether it has matrix units for bf16, as far as Linux says so."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     model = re.search(r"model name\s*: (.*)", text)
@@ -106,7 +106,7 @@ def cpu_name() -> str:
 
 
 def view_grids(views: tuple[int, int], view: int) -> list[list[int]]:
-    """`image_grid_pinpoints` that cut images of this (width, height) into views of `view` pixels a side.
+    """Return `image_grid_pinpoints` that cut images of this (width, height) into views of `view` pixels a side.
 
     Raises:
         ValueError: where the size is no grid of views.
@@ -118,7 +118,7 @@ def view_grids(views: tuple[int, int], view: int) -> list[list[int]]:
 
 
 def begin_report(args: argparse.Namespace, device: str) -> dict:
-    """What was run, on what and with what."""
+    """Return what was run, on what and with what."""
     import torch
     import transformers
 

@@ -25,7 +25,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; 0, or 2 with the reason on standard error where the input is at fault."""
+    """Run one verb; return 0, or 2 with the reason on standard error if the input is at fault."""
     parser = argparse.ArgumentParser(
         prog="lightvlm",
         description="Vision-language answers from a fraction of the image's tokens.",
