@@ -38,7 +38,7 @@ def image_names(row: dict) -> list[str]:
 
 
 def names_picture(key: str, value: Any, read: list[str]) -> bool:
-    """Whether a key looks as if it named a picture; beside others that are read, one of its own."""
+    """Return whether a key looks as if it named a picture; beside others that are read, one of its own."""
     if value is None or value == []:
         return False
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).lower()
