@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval registers."""
+    """Return what lmms-eval registers."""
     return ModelManifest("lightvlm", chat_class_path=f"{__name__}.{LMMSModel.__name__}")
 
 
@@ -64,12 +64,12 @@ class LMMSModel(lmms):
         self.batch_size = int(batch_size)
 
     def conversation(self, request: Instance) -> list[dict]:
-        """A request's messages, with its images."""
+        """Return a request's messages, with its images."""
         _, to_messages, _, number, task, split = request.args
         return ChatMessages(messages=to_messages(self.task_dict[task][split][number])).to_hf_messages()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers in the order of the requests."""
+        """Return answers in the order of the requests."""
         answers = [""] * len(requests)
         wanted = [request.args[2] for request in requests]
         for batch in tqdm(batches(wanted, self.batch_size), desc="Batches", disable=self.rank != 0):
