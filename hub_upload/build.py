@@ -62,7 +62,7 @@ def build_from_parts(vision: str, text: str, output_dir: str | Path, **config) -
 def compose(
     vision: str, text: str, dtype: torch.dtype | str = "auto", **config_kwargs
 ) -> LightVLMForConditionalGeneration:
-    """A model of two pretrained parts; projector and pruner are new.
+    """Return a model of two pretrained parts; projector and pruner are new.
 
     Args:
         vision: folder or Hub name of a CLIP or SigLIP checkpoint, whole or vision part.
@@ -123,7 +123,7 @@ def load_whole(auto, name: str, cure: str, new: str = "$^", spare: str = "$^", *
 
 
 def load_tokenizer(text: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model, with `<image>` and a token for padding."""
+    """Return the tokenizer of a language model, with `<image>` and a token for padding."""
     tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
     if tokenizer.pad_token is None:

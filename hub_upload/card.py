@@ -15,7 +15,7 @@ MEASURED |= dict.fromkeys(("accuracy", "low", "high"), (int, float))
 
 
 def read_results(paths: list[str | Path]) -> list[dict]:
-    """Rows of the JSON files that `lightvlm eval --output` wrote, each with the `command` that measured it.
+    """Return rows of the JSON files that `lightvlm eval --output` wrote, each with the `command` that measured it.
 
     Raises:
         ValueError: where a file cannot be read or is of another kind, or two rows measured the same.
@@ -69,7 +69,7 @@ def check_measured(paths: list[str | Path], checkpoint: Path, config: LightVLMCo
 
 
 def read_card(checkpoint: Path) -> tuple[ModelCardData, str, str]:
-    """Front matter, introduction and training of a checkpoint's README.md, as training/sft.py writes it.
+    """Return the front matter, introduction and training of a checkpoint's README.md, as training/sft.py writes it.
 
     Raises:
         ValueError: where it lacks what only the checkpoint's author can know.
@@ -89,25 +89,25 @@ def read_card(checkpoint: Path) -> tuple[ModelCardData, str, str]:
 
 
 def own_examples(data: ModelCardData) -> list[str]:
-    """Images of the widget that are the checkpoint's own files, and not addresses."""
+    """Return images of the widget that are the checkpoint's own files, and not addresses."""
     examples = [example for example in data.get("widget") or [] if isinstance(example, dict)]
     sources = [example.get("src") for example in examples]
     return [source for source in sources if source and isinstance(source, str) and "://" not in source]
 
 
 def is_own(row: dict, config: LightVLMConfig) -> bool:
-    """Whether tokens were kept as the checkpoint itself does it, and not in a rival's way."""
+    """Return whether tokens were kept as the checkpoint itself does it, and not by another method."""
     return row["selector"] in ("all", config.select, f"{config.select}+question")
 
 
 def describe(row: dict) -> str:
-    """What a row was measured with: "diverse, 64 tokens"."""
+    """Return what a row was measured with: "diverse, 64 tokens"."""
     budget = row["num_image_tokens"]
     return f"{row['selector']}, {budget}" + (" tokens" if isinstance(budget, int) else "")
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a line for each setting, a column for each file of questions."""
+    """Return Markdown: a line for each setting, a column for each file of questions."""
     totals = {row["data"]: max(other["total"] for other in rows if other["data"] == row["data"]) for row in rows}
     selectors = list(dict.fromkeys(row["selector"] for row in rows))
     cells = {}
@@ -132,7 +132,7 @@ def table(rows: list[dict]) -> str:
 def make_card(
     checkpoint: Path, config: LightVLMConfig, name: str, results: list[dict], datasets: dict[str, str]
 ) -> ModelCard:
-    """The card, with what its author wrote in the checkpoint's README.md.
+    """Return the card, with what its author wrote in the checkpoint's README.md.
 
     Args:
         checkpoint: its folder.
@@ -182,7 +182,7 @@ def make_card(
 
 
 def eval_results(results: list[dict], config: LightVLMConfig, datasets: dict[str, str]) -> dict[str, str]:
-    """The YAML of `.eval_results/`, by file name: the checkpoint's own results on the Hub's benchmarks.
+    """Return the YAML of `.eval_results/`, by file name: the checkpoint's own results on the Hub's benchmarks.
 
     Args:
         results: of `read_results`.

@@ -28,7 +28,7 @@ PASSED_ON = (  # of the environment, to code that is tried: no tokens, nor where
 
 
 def check_repo_id(repo_id: str) -> None:
-    """ValueError unless a repository is called "owner/name", in the Hub's alphabet."""
+    """Raise ValueError unless a repository is called "owner/name", in the Hub's alphabet."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"{repo_id} does not say whose repository it is: give OWNER/{repo_id}.")
@@ -146,14 +146,14 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of all that is in a folder, links as such."""
+    """Return the size and time of change of all that is in a folder, links as such."""
     stats = {str(file.relative_to(folder)): file.lstat() for file in folder.rglob("*")}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """ValueError that names the cure, in place of what talking with the Hub raises."""
+    """Raise ValueError that names the cure, in place of what talking with the Hub raises."""
     try:
         yield
     except Exception as error:  # of every kind: its own, its HTTP library's and those of hf_xet

@@ -23,7 +23,7 @@ class Hide(importlib.abc.MetaPathFinder):
 
 
 def python_blocks(folder: str | Path) -> list[str]:
-    """The Python code of a folder's card, block by block."""
+    """Return the Python code of a folder's card, block by block."""
     card = Path(folder, "README.md").read_text(encoding="utf-8")
     return re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
 
