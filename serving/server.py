@@ -190,14 +190,14 @@ class ChatRequest(Checked):
 
 
 def describe(error: ValidationError | RequestValidationError) -> str:
-    """Where a request is wrong first, and how."""
+    """Return where a request is wrong first, and how."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     return (f"{where}: " if where else "") + first["msg"].removeprefix("Value error, ")
 
 
 def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Image:
-    """The image of a data URI as the processor prepares it, no larger than its views need; errors call it `name`.
+    """Return the image of a data URI as the processor prepares it, no larger than needed; errors call it `name`.
 
     Raises:
         ValueError: where it is of another kind, or no image, or broken, or too thin.
@@ -223,7 +223,7 @@ def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Imag
 
 
 def open_images(urls: list[str], processor, limits: Limits) -> list[Image.Image]:
-    """The images of data URIs, opened one by one; raises as `open_data_uri`, and 413 beyond `KEPT`."""
+    """Open the images of data URIs one by one; raise as `open_data_uri`, and 413 beyond `KEPT`."""
     images = []
     for number, url in enumerate(urls):
         images.append(open_data_uri(url, f"Image {number}", processor, limits.pixels))
@@ -233,7 +233,7 @@ def open_images(urls: list[str], processor, limits: Limits) -> list[Image.Image]
 
 
 def read_request(body: dict, model, processor, limits: Limits) -> dict:
-    """A chat completion request in OpenAI's format, checked, as transformers' handler takes it, with opened images.
+    """Return a checked chat completion request in OpenAI's format, as transformers' handler takes it, with images.
 
     Raises:
         ValueError: where it is at fault, budget and length included.
@@ -348,7 +348,7 @@ class ChatHandler(ChatCompletionHandler):
 
 
 def refusal(status: int, message: str, headers: dict | None = None) -> JSONResponse:
-    """A response in OpenAI's format of errors."""
+    """Return a response in OpenAI's format of errors."""
     return JSONResponse(error_body(message, status), status, headers)
 
 
