@@ -44,7 +44,7 @@ def test_an_interval_is_as_narrow_as_the_pairs_are_alike():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint whose budgets differ by image, and questions that it answers right or wrong."""
+    """Return a checkpoint whose budgets differ by image, and questions that it answers right or wrong."""
     model, processor = make_model(dynamic_budget=CALIBRATION), make_processor()
     torch.nn.init.normal_(model.model.pruner.complexity.weight)
     model.save_pretrained(tmp_path / "model")

@@ -38,7 +38,7 @@ def budgets_of(model, inputs) -> list[int]:
 
 
 def both(model, processor, **options):
-    """A batch with dynamic budgets, and the same with those numbers asked for."""
+    """Return a batch with dynamic budgets, and the same with those numbers asked for."""
     batch = mixed_batch(processor, "dynamic:8", **options)
     budgets = budgets_of(model, batch)
     assert len({*budgets}) == 3
@@ -149,7 +149,7 @@ def test_each_row_generates_as_it_does_alone(dynamic):
 
 
 def follow(inputs, sequences, words) -> dict:
-    """Ids and mask of a conversation that goes on."""
+    """Return ids and mask of a conversation that goes on."""
     input_ids = torch.cat([sequences, words], dim=1)
     new = torch.ones_like(input_ids[:, inputs["input_ids"].shape[1] :])
     return {"input_ids": input_ids, "attention_mask": torch.cat([inputs["attention_mask"], new], dim=1)}

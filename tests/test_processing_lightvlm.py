@@ -427,7 +427,7 @@ def test_unclear_floats_in_an_image_are_refused_too(processor):
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of 4 x 4 white pixels with chunks before its end, each with a valid checksum."""
+    """Return a PNG of 4 x 4 white pixels with chunks before its end, each with a valid checksum."""
     header = struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0)
     rows = zlib.compress((b"\0" + b"\xff" * 12) * 4)
     parts = [(b"IHDR", header), (b"IDAT", rows), *chunks, (b"IEND", b"")]

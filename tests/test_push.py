@@ -26,7 +26,7 @@ FILES = HUB_FILES | {"LICENSE", "README.md"}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny checkpoint with a card; only for reading."""
+    """Return a tiny checkpoint with a card; only for reading."""
     folder = tmp_path_factory.mktemp("trained")
     save(make_model(dynamic_budget=CALIBRATION), make_processor(), folder)
     (folder / "README.md").write_text(CARD)
@@ -40,7 +40,7 @@ def checkpoint(trained, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A server that this process takes for the Hub, without xet, whose protocol it does not speak."""
+    """Return a server that this process takes for the Hub, without xet, whose protocol it does not speak."""
     with HubServer() as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
@@ -51,13 +51,13 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Leaves out the fresh process, which takes seconds."""
+    """Leave out the fresh process, which takes seconds."""
     monkeypatch.setattr(push, "check_folder", lambda folder, name: None)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Something to upload."""
+    """Return something to upload."""
     (tmp_path / "hub").mkdir()
     for name in ("README.md", "config.json", "model.safetensors"):
         (tmp_path / "hub" / name).write_text(f"---\nlicense: mit\n---\n{name}")

@@ -203,7 +203,7 @@ def test_downsample_is_the_encoder_on_a_small_image(vision):
 
 @pytest.fixture(params=["phi", "llama"])
 def language(request):
-    """A model of four language model layers, images' tokens, and prompts of unequal lengths."""
+    """Return a model of four language model layers, images' tokens, and prompts of unequal lengths."""
     processor = make_processor()
     text = text_config(request.param, processor.tokenizer, num_hidden_layers=4)
     model = make_model("clip", request.param, text_config=text)
@@ -215,7 +215,7 @@ def language(request):
 
 @torch.no_grad()
 def slow_fastv(model, input_ids, tokens, count):
-    """One prompt's last logits: eager attention of the second layer, then layer after layer on what is left."""
+    """Return one prompt's last logits: eager attention of the second layer, then layer after layer on what is left."""
     backbone = model.model.language_model
     embeddings = model.get_input_embeddings()(input_ids)
     is_image = input_ids == model.config.image_token_id
