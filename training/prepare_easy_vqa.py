@@ -43,7 +43,7 @@ PALETTE = {
 
 
 def foreground(image: Image.Image) -> np.ndarray:
-    """Mask of the shape, (height, width) bool: the pixels far from the background, the most frequent colour."""
+    """Return the mask of the shape, (height, width) bool: pixels far from the background, the most frequent color."""
     pixels = np.asarray(image.convert("RGB")).astype(np.int32)
     colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     return np.abs(pixels - colors[counts.argmax()]).max(axis=-1) > 40
@@ -56,7 +56,7 @@ def color_name(image: Image.Image, mask: np.ndarray) -> str:
 
 
 def shape_name(questions: list[tuple[str, str]]) -> str | None:
-    """The shape that an image's questions and answers give away, if they do."""
+    """Return the shape that an image's questions and answers give away, if they do."""
     excluded = set()
     for question, answer in questions:
         words = set(re.findall(r"[a-z]+", question))
@@ -83,12 +83,12 @@ def caption(color: str, shape: str, mask: np.ndarray) -> str:
 
 
 def is_match(question: str, answer: str, color: str, shape: str) -> bool:
-    """Whether the question asks, without a not, if there is this very colour or shape."""
+    """Return whether the question asks, without a not, if there is this very colour or shape."""
     return answer == "yes" and bool({color, shape} & set(re.findall(r"[a-z]+", question)))
 
 
 def llava_row(row_id: str, image: str, turns: list[tuple[str, str]]) -> dict:
-    """One LLaVA conversation of (question, answer) turns, `<image>` in the first."""
+    """Return one LLaVA conversation of (question, answer) turns, `<image>` in the first."""
     conversations = []
     for index, (question, answer) in enumerate(turns):
         conversations.append({"from": "human", "value": ("<image>\n" if index == 0 else "") + question})
