@@ -71,7 +71,7 @@ def compose(
         config_kwargs: for `LightVLMConfig`, such as `num_image_tokens` or `score`.
 
     Raises:
-        ValueError: where the vision encoder is of another type, the language model does more than a linear layer
+        ValueError: if the vision encoder is of another type, the language model does more than a linear layer
             between its last hidden state and its logits, or weights of one of them are missing or left over.
     """
     vision_config = AutoConfig.from_pretrained(vision)
@@ -142,7 +142,7 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
             the language model has not learned that patches are missing, nor where kept ones stood.
 
     Raises:
-        ValueError: where it is a checkpoint of another kind or layout, weights but the pruner's are missing or left
+        ValueError: if it is a checkpoint of another kind or layout, weights but the pruner's are missing or left
             over, its processor or chat template is missing; as `LightVLMProcessor.check` and `save`.
     """
     check_output(output_dir)

@@ -18,7 +18,7 @@ def read_results(paths: list[str | Path]) -> list[dict]:
     """Return rows of the JSON files that `lightvlm eval --output` wrote, each with the `command` that measured it.
 
     Raises:
-        ValueError: where a file cannot be read or is of another kind, or two rows measured the same.
+        ValueError: if a file cannot be read or is of another kind, or two rows measured the same.
     """
     rows, sources = [], {}
     for path in paths:
@@ -72,7 +72,7 @@ def read_card(checkpoint: Path) -> tuple[ModelCardData, str, str]:
     """Return the front matter, introduction and training of a checkpoint's README.md, as training/sft.py writes it.
 
     Raises:
-        ValueError: where it lacks what only the checkpoint's author can know.
+        ValueError: if it lacks what only the checkpoint's author can know.
     """
     path = checkpoint / "README.md"
     try:
@@ -84,7 +84,7 @@ def read_card(checkpoint: Path) -> tuple[ModelCardData, str, str]:
     if not (training and training[1].strip()):
         raise ValueError(f"{path} does not say how the weights were trained: write it under `## Training`.")
     if not card.data.get("license"):
-        raise ValueError(f"{path} names no licence of the weights: add one to its front matter, as `license: mit`.")
+        raise ValueError(f"{path} names no license of the weights: add one to its front matter, as `license: mit`.")
     return card.data, intro[1].strip() if intro else "", training[1].strip()
 
 
@@ -139,7 +139,7 @@ def make_card(
         config: its configuration.
         name: what to load it by: a Hub name, or a folder.
         results: of `read_results`.
-        datasets: the Hub's name of the `data` in the results, where they have one.
+        datasets: the Hub's name of the `data` in the results, if they have one.
 
     Raises:
         ValueError: as `read_card`.
@@ -149,7 +149,7 @@ def make_card(
     others = [row for row in results if not is_own(row, config)]
     means = (config.dynamic_budget or {}).get("means")
     title = Path(name).name
-    path = rf"(?<![\w./-]){re.escape(str(checkpoint.resolve()))}/?(?![\w./-])"  # to commands; strangers have `name`
+    path = rf"(?<![\w./-]){re.escape(str(checkpoint.resolve()))}/?(?![\w./-])"  # to commands; others have `name`
     data.model_name = title if own else None
     data.pipeline_tag, data.library_name = "image-text-to-text", "transformers"
     data.tags = list(dict.fromkeys([*(data.tags or []), "lightvlm", "token-pruning", "custom_code"]))
@@ -190,7 +190,7 @@ def eval_results(results: list[dict], config: LightVLMConfig, datasets: dict[str
         datasets: "owner/dataset" or "owner/dataset:task" of some of the `data` in the results.
 
     Raises:
-        ValueError: where the results have nothing of one of them.
+        ValueError: if the results have nothing of one of them.
     """
     files = {}
     for data, dataset in datasets.items():

@@ -1,6 +1,6 @@
 """Run by `push` in a process of its own: load a Hub folder as one who has transformers only, and run its card's code.
 
-    HOME=EMPTY_FOLDER python -I hub_upload/stranger.py FOLDER NAME
+    HOME=EMPTY_FOLDER python -I hub_upload/loading_check.py FOLDER NAME
 
 NAME is what the card calls the folder. Python blocks are run one by one, so that memory holds one model at a time.
 """
