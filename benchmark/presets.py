@@ -76,7 +76,7 @@ def preset_config(preset: str, layers: int | None = None) -> LightVLMConfig:
         layers: keep the first so many layers of the language model; the vision encoder keeps all of its own.
 
     Raises:
-        ValueError: where the language model has fewer layers.
+        ValueError: if the language model has fewer layers.
     """
     vision, text = PRESETS[preset]
     patches = (vision["image_size"] // vision["patch_size"]) ** 2

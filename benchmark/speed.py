@@ -325,7 +325,7 @@ def view_configurations(
         model: whose `image_grid_pinpoints` have a grid for these images.
         budgets: K.
         size: (height, width) of the images.
-        max_views: how many views are encoded where not all are.
+        max_views: how many views are encoded if not all are.
         encoder_keep: as in `configurations`, with all views and with some, at every K that it leaves.
     """
     total = token_rows(size, model.config).shape[1]

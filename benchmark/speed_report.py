@@ -52,7 +52,7 @@ def milliseconds(time: dict[str, float]) -> str:
 
 
 def first_token_ceiling(row: dict) -> str:
-    """Return the speed-up of TTFT that FLOPs allow, where it was counted."""
+    """Return the speed-up of TTFT that FLOPs allow, if it was counted."""
     return f"{row['ttft_ceiling']:.2f}×" if "ttft_ceiling" in row else "–"
 
 
