@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=methods,
         help="beside LLaVA with all tokens: published (pruned by output_attentions), lightvlm, dynamic (K is the "
-        "mean), compiled; by default the first two, and dynamic where the checkpoint can",
+        "mean), compiled; by default the first two, and dynamic if the checkpoint can",
     )
     parser.add_argument(
         "--compile-mode",
@@ -109,7 +109,7 @@ def view_grids(views: tuple[int, int], view: int) -> list[list[int]]:
     """Return `image_grid_pinpoints` that cut images of this (width, height) into views of `view` pixels a side.
 
     Raises:
-        ValueError: where the size is no grid of views.
+        ValueError: if the size is no grid of views.
     """
     width, height = views
     if width % view or height % view:
