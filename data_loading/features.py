@@ -73,7 +73,7 @@ def load_rows(args: ImageArguments, seed: int) -> Dataset:
 
 
 def open_image(image: dict) -> PIL.Image.Image:
-    """Return an image of a dataset, decoded; ValueError with its name where it cannot be."""
+    """Return an image of a dataset, decoded; ValueError with its name if it cannot be."""
     try:
         return Image().decode_example(image)
     except Exception as error:  # each format's plugin has errors of its own
@@ -283,7 +283,7 @@ def encode_rows(
         (height, width) of its image, as the image processor saw it.
 
     Raises:
-        ValueError: where an image cannot be read.
+        ValueError: if an image cannot be read.
     """
     state = PartialState()
     folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE, "lightvlm"), name_encoder(model, processor))

@@ -19,7 +19,7 @@ def image_names(row: dict) -> list[str]:
             or with null or an empty list, it has no picture.
 
     Raises:
-        ValueError: where one of the two is no path, they differ, or another key looks as if it named a picture.
+        ValueError: if one of the two is no path, they differ, or another key looks as if it named a picture.
     """
     given = [row[field] for field in IMAGE_FIELDS if row.get(field) not in (None, [])]
     lists = [names if isinstance(names, list) else [names] for names in given]

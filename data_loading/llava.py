@@ -82,7 +82,7 @@ def to_messages(conversations: list[dict]) -> list[dict[str, str]]:
     """Return LLaVA's turns as chat messages: from the first human turn on, without image marks (images come first).
 
     Raises:
-        ValueError: where a turn is not `{from: human | gpt, value: text}`, one side speaks twice in a row, or the
+        ValueError: if a turn is not `{from: human | gpt, value: text}`, one side speaks twice in a row, or the
             last question has no answer.
     """
     messages = []
@@ -304,8 +304,8 @@ def load_llava(
         Columns `id` (string), `messages` (list of role and content) and `images` (list of none, one or several).
 
     Raises:
-        ValueError: where the file is no such list or has no rows, or the image folder is missing; or, with counts and
-            the first row numbers (from 0) and reasons, where rows are malformed, or images are missing, corrupt or
+        ValueError: if the file is no such list or has no rows, or the image folder is missing; or, with counts and
+            the first row numbers (from 0) and reasons, if rows are malformed, or images are missing, corrupt or
             outside of the folder. With `skip_bad_rows`, rows raise it only if all are bad.
     """
     if image_folder is not None and not Path(image_folder).is_dir():

@@ -28,7 +28,7 @@ def pack_turns(
 
     Returns:
         `input_ids`, `labels`, `position_ids` and `blocks` (batch, length); `mask_blocks` makes the attention mask,
-        which is their square, where it is used.
+        which is their square, if it is used.
     """
     counts = num_images or [1] * len(conversations)
     budgets = iter([num_image_tokens] * sum(counts) if isinstance(num_image_tokens, int) else num_image_tokens)

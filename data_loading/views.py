@@ -19,7 +19,7 @@ def parse_grids(grids: list[str], view: int) -> list[list[int]]:
     """Return `image_grid_pinpoints`, in pixels, of grids such as "2x3", rows x columns of views.
 
     Raises:
-        ValueError: where a grid is written otherwise.
+        ValueError: if a grid is written otherwise.
     """
     found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", grid) for grid in grids]
     if not all(found):
