@@ -56,7 +56,7 @@ def read_image(path: Path, processor: LightVLMProcessor) -> Image.Image:
     """Read a file as upright RGB, once for all questions, no larger than its views need.
 
     Raises:
-        ValueError: where the file is no image, or has more than `MAX_PIXELS`, or is too thin.
+        ValueError: if the file is no image, or has more than `MAX_PIXELS`, or is too thin.
     """
     with reading(path.name), Image.open(path) as image:  # reads no more than the header
         width, height = image.size
@@ -151,7 +151,7 @@ class Answerer:
         calls run in the same thread, one after the other.
 
         Raises:
-            ValueError: where there is no image or question, there are too many, or the processor refuses one of them.
+            ValueError: if there is no image or question, there are too many, or the processor refuses one of them.
         """
         if talk.image is None:
             raise ValueError("Which image? Add one to the question, or choose an example.")

@@ -227,7 +227,7 @@ def launch(model: LightVLM, processor: LightVLMProcessor, host: str, port: int |
         port: None for the first free one from 7860 on.
 
     Raises:
-        OSError: where the port is taken.
+        OSError: if the port is taken.
     """
     page = build(Answerer(model, processor)).queue(max_size=32)
     page.launch(

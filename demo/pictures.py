@@ -8,7 +8,7 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.views_lightvlm import joined_tiles, token_rows
 from PIL import Image, ImageDraw, ImageFont
 
-DIM, DIM_COLOR = 0.3, 60  # a dropped patch keeps so much of itself, and the rest is this grey
+DIM, DIM_COLOR = 0.3, 60  # a dropped patch keeps so much of itself, and the rest is this gray
 
 
 def as_seen(pixel_values: torch.Tensor, processor: LightVLMProcessor) -> np.ndarray:
@@ -124,7 +124,7 @@ def draw_kept(
         max_views: of a large image, how many views are encoded; all if None.
 
     Raises:
-        ValueError: where the processor refuses the image or the budget.
+        ValueError: if the processor refuses the image or the budget.
     """
     options = {"num_image_tokens": num_image_tokens, "max_views": max_views}
     options |= {"question": question} if question else {}
