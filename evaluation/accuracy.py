@@ -48,9 +48,9 @@ TIMED_BATCHES = 8  # after a warm-up; the others only answer
 def wilson_interval(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """Return the 95 % confidence interval of a proportion (Wilson 1927), as two proportions."""
     share, denominator = correct / total, 1 + z * z / total
-    centre = share + z * z / (2 * total)
+    center = share + z * z / (2 * total)
     margin = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    low, high = (centre - margin) / denominator, (centre + margin) / denominator
+    low, high = (center - margin) / denominator, (center + margin) / denominator
     return min(low, share), max(high, share)  # rounding would leave a share of 0 or 1 a little outside
 
 
@@ -62,7 +62,7 @@ class Questions:
         processor: the checkpoint's.
 
     Raises:
-        ValueError: where a row has no image, or several.
+        ValueError: if a row has no image, or several.
     """
 
     def __init__(self, rows: Dataset, processor: LightVLMProcessor):
@@ -95,7 +95,7 @@ class Questions:
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """Return the heights and widths of the images, where these decide how many views they have; else none."""
+        """Return the heights and widths of the images, if these decide how many views they have; else none."""
         return [upright_size(path) for path in {*self.paths}] if self.processor.grid_pinpoints else []
 
     def have_one_view(self) -> bool:
@@ -142,7 +142,7 @@ def choose_budgets(wanted: list[int] | None, fewest: int, most: int, is_dropping
         is_dropping: whether `most` are what the encoder left; then no K is larger.
 
     Raises:
-        ValueError: where a K would be all tokens of some images and not of others, or of none.
+        ValueError: if a K would be all tokens of some images and not of others, or of none.
     """
     if wanted is None:
         possible = [min(budget, most) for budget in BUDGETS if budget < fewest or fewest == most]
@@ -315,7 +315,7 @@ def accuracy(
         model: in evaluation mode.
         questions: that it is asked.
         settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
-            `SELECTORS`, with "+question" where each question chooses the tokens or "+cls" where the score is the
+            `SELECTORS`, with "+question" if each question chooses the tokens or "+cls" if the score is the
             encoder's attention alone; or "all" with all patches. The checkpoint's own selector takes "dynamic:64" too.
         metric: with "accuracy" among its values.
         batch_size: questions at a time.

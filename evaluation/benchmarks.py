@@ -122,7 +122,7 @@ def load_benchmark(name: str, folder: str | Path) -> tuple[dict[str, Dataset], A
         Datasets with the columns of `load_llava`, of one question each, and `references` for the metric.
 
     Raises:
-        ValueError: where a file is missing or of another format, or images are missing, with their count and examples.
+        ValueError: if a file is missing or of another format, or images are missing, with their count and examples.
     """
     read, metric = BENCHMARKS[name]
     folder = Path(folder)

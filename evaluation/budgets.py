@@ -4,7 +4,7 @@
         --image-folder data/easy-vqa/images
 
 Static gives each image the same K. LightVLM's dynamic budget is what the checkpoint itself allots when it is asked for
-"dynamic:K". The rivals read a need off the encoder: K = clip(round(kappa * need)), with kappa found on the very images
+"dynamic:K". The baselines read a need off the encoder: K = clip(round(kappa * need)), with kappa found on the images
 that are measured, which only flatters them. Answers are teacher-forced, which for exact match is as good as greedy:
 an answer counts if each of its tokens is the likeliest.
 """
@@ -56,7 +56,7 @@ def rank_need(features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     return entropy_need(features, torch.linalg.svdvals(features.float()))
 
 
-RIVALS = {"outliers of attention": outlier_need, "entropy of attention": entropy_need, "effective rank": rank_need}
+BASELINES = {"outliers of attention": outlier_need, "entropy of attention": entropy_need, "effective rank": rank_need}
 
 
 def load_images(path: str, folder: str) -> list[dict]:
@@ -159,7 +159,7 @@ def compare(encoded: list[Encoded], config, means: list[int], delta: float) -> l
     complexity = torch.cat([batch.complexity for batch in encoded]).cpu()
     needs = {
         name: torch.cat([need(batch.features, batch.prior.float()) for batch in encoded]).clamp_min(1).log().cpu()
-        for name, need in RIVALS.items()
+        for name, need in BASELINES.items()
     }
     settings = []
     for mean in means:

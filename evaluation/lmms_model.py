@@ -33,7 +33,7 @@ class LMMSModel(lmms):
         batch_size: questions at a time.
 
     Raises:
-        ValueError: where the checkpoint cannot be loaded, or cannot do what the other arguments ask for.
+        ValueError: if the checkpoint cannot be loaded, or cannot do what the other arguments ask for.
     """
 
     is_simple = False
@@ -49,7 +49,7 @@ class LMMSModel(lmms):
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size}: give a whole number from 1 on.")
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype}: give float32, bfloat16 or float16.")
         self.accelerator = Accelerator()  # before the model is loaded: it makes this process's GPU the current one

@@ -76,7 +76,7 @@ def leave_one_out(prediction: str, answers: list[str]) -> float:
 
 
 def vqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """Return `leave_one_out` as in the official code of VQA, which normalises only where the annotators differ."""
+    """Return `leave_one_out` as in the official code of VQA, which normalizes only if the annotators differ."""
     texts = [one_line(text) for text in (prediction, *answers)]
     normalise_all = normalise_vqa if len(set(texts[1:])) > 1 else str.lower
     prediction, *answers = map(normalise_all, texts)
@@ -84,7 +84,7 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
 
 
 def textvqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """Return `leave_one_out` as in the evaluation of M4C, which always normalises the prediction and the answers."""
+    """Return `leave_one_out` as in the evaluation of M4C, which always normalizes the prediction and the answers."""
     prediction, *answers = (normalise_textvqa(one_line(text)) for text in (prediction, *answers))
     return leave_one_out(prediction, answers)
 
@@ -152,7 +152,7 @@ class VQAAccuracy(AnswerMetric):
 
 
 class TextVQAAccuracy(AnswerMetric):
-    """Accuracy of TextVQA (Singh et al. 2019, arXiv 1904.08920): VQA accuracy whose texts are always normalised."""
+    """Accuracy of TextVQA (Singh et al. 2019, arXiv 1904.08920): VQA accuracy whose texts are always normalized."""
 
     reference = List(Value("string"))
 

@@ -36,20 +36,20 @@ def grid_side(count: int) -> int:
 
 
 def select_uniform(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """Select the patches at the centres of a square grid's cells. Shapes as in `select_topk`; not nested.
+    """Select the patches at the centers of a square grid's cells. Shapes as in `select_topk`; not nested.
 
-    Where the encoder dropped a centre, the nearest patch that is left and not chosen yet.
+    If the encoder dropped a center, the nearest patch that is left and not chosen yet.
     """
     patches_per_side = math.isqrt(scores.shape[1])
     side = grid_side(count)
-    centres = (2 * torch.arange(side, device=scores.device) + 1) * patches_per_side // (2 * side)
-    centres = (centres[:, None] * patches_per_side + centres).flatten()
+    centers = (2 * torch.arange(side, device=scores.device) + 1) * patches_per_side // (2 * side)
+    centers = (centers[:, None] * patches_per_side + centers).flatten()
     is_left, chosen = scores > -torch.inf, []
     if is_left.all():
-        return centres.expand(len(scores), -1)
+        return centers.expand(len(scores), -1)
     patches = torch.arange(scores.shape[1], device=scores.device)
     places = torch.stack([patches // patches_per_side, patches % patches_per_side], dim=-1).float()
-    for distance in torch.cdist(places[centres], places):
+    for distance in torch.cdist(places[centers], places):
         chosen.append(distance.expand_as(scores).masked_fill(~is_left, torch.inf).argmin(dim=-1, keepdim=True))
         is_left = is_left.scatter(1, chosen[-1], False)
     return torch.cat(chosen, dim=1)
@@ -442,7 +442,7 @@ def prune_in_language_model(
         count: K.
 
     Raises:
-        ValueError: where the language model is another.
+        ValueError: if the language model is another.
     """
     if model.config.text_config.model_type not in ("phi", "llama"):
         raise ValueError("fastv knows the attention of Phi and Llama language models: leave this selector out.")
