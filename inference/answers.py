@@ -23,7 +23,7 @@ def batches(wanted: list[dict], batch_size: int) -> list[list[int]]:
 def generation_options(wanted: dict, max_new_tokens: int) -> dict:
     """Return arguments for `generate` from a task's `generation_kwargs`.
 
-    Greedy at temperature 0, with `do_sample` false, or where neither is given. What `generate` does not know is left
+    Greedy at temperature 0, with `do_sample` false, or if neither is given. What `generate` does not know is left
     out: tasks carry other models' options too, such as `image_aspect_ratio`.
     """
     temperature = wanted.get("temperature")
@@ -58,7 +58,7 @@ def clean(conversation: list[dict], image_token: str) -> list[dict]:
     """Return a conversation without `<image>` marks that some tasks write in their text: the template has its own.
 
     Raises:
-        ValueError: where it holds anything but text and images.
+        ValueError: if it holds anything but text and images.
     """
     messages = []
     for message in conversation:
@@ -152,7 +152,7 @@ def answer(
         max_views: of a large image, how many views are encoded; all if None.
 
     Raises:
-        ValueError: where a conversation holds video or audio, the processor refuses an image or K, or the language
+        ValueError: if a conversation holds video or audio, the processor refuses an image or K, or the language
             model has not enough positions.
     """
     conversations = [clean(conversation, processor.image_token) for conversation in conversations]

@@ -57,7 +57,7 @@ class Ask:
         ]
 
     def about(self) -> dict:
-        """Return what a line of answers says of it; `history` only where there is one."""
+        """Return what a line of answers says of it; `history` only if there is one."""
         about = {"row": self.row, "turn": self.turn, "id": self.id, "image": self.images, "question": self.question}
         return about | ({"history": self.history} if self.history else {})
 
@@ -157,7 +157,7 @@ def to_asks(number: int, line: int, row: Any, image_folder: str | Path | None) -
 
 @dataclass
 class Turn:
-    """What one side says: `images` are paths or URLs, None where the row's next picture is meant."""
+    """What one side says: `images` are paths or URLs, None if the row's next picture is meant."""
 
     role: str
     text: str
@@ -222,7 +222,7 @@ def place_images(turns: list[Turn], names: list[str]) -> None:
     """Give a row's pictures to the marks for them, or without marks all to the first question.
 
     Raises:
-        ValueError: where there are more or fewer marks than pictures.
+        ValueError: if there are more or fewer marks than pictures.
     """
     marks, rest = sum(turn.images.count(None) for turn in turns), iter(names)
     if not marks:

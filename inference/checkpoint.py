@@ -30,7 +30,7 @@ def load(
         attn_implementation: as in `from_pretrained`.
 
     Raises:
-        ValueError: where the device is missing, there is no such checkpoint, it is of another kind or broken, its
+        ValueError: if the device is missing, there is no such checkpoint, it is of another kind or broken, its
             weights don't fit or are not finite, its processor contradicts its configuration, or torchao is missing.
     """
     import torch

@@ -19,7 +19,7 @@ def int8_config(backend: str = "torchao") -> TorchAoConfig | BitsAndBytesConfig:
         backend: "torchao", on any device; or "bitsandbytes", LLM.int8 (Dettmers et al. 2022), made for CUDA.
 
     Raises:
-        ValueError: where the backend is unknown, or torchao is not installed.
+        ValueError: if the backend is unknown, or torchao is not installed.
     """
     if backend == "bitsandbytes":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=FULL_PRECISION)
@@ -75,7 +75,7 @@ def encode_and_rank(
 def compile_for_inference(model: LightVLM, **options) -> LightVLM:
     """Compile, in place, what a first token waits for: encoder and pruner at a static K, and prefill.
 
-    The first calls compile, for minutes where a model is large: once for a number of images, K, batch size and
+    The first calls compile, for minutes if a model is large: once for a number of images, K, batch size and
     prompt length, and once more for those that vary. Images in any number and of any K then run in the same few
     graphs, of which one image, one row, and all patches have their own. Whether a prompt has as many placeholders
     as its images have tokens, which a processor sees to, is not checked any more: the host would wait for it.

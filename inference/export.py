@@ -73,7 +73,7 @@ def export_image_tokens(
         int8: products with weights are of int8, of activations by the range that each has; .onnx only, of float32.
 
     Raises:
-        ValueError: where the name ends otherwise, K is out of range, or the format's package is missing.
+        ValueError: if the name ends otherwise, K is out of range, or the format's package is missing.
     """
     path = Path(path)
     check(model, path, num_image_tokens, int8)

@@ -108,7 +108,7 @@ def count_views(image: str, processor: LightVLMProcessor) -> int:
 
 
 def open_named(names: list[str]) -> list[Image.Image]:
-    """Return the images of paths and URLs; ValueError, with the name, where one cannot be read."""
+    """Return the images of paths and URLs; ValueError, with the name, if one cannot be read."""
     return open_images([name if is_url(name) else Path(name) for name in names])
 
 
@@ -118,7 +118,7 @@ def to_conversation(
     """Return messages with images, opened once, for `answer` with these options.
 
     Raises:
-        ValueError: where an image cannot be read, or the language model has not enough positions.
+        ValueError: if an image cannot be read, or the language model has not enough positions.
     """
     for name in ask.images:
         if name not in opened:
@@ -141,7 +141,7 @@ def answer_each(
     """Return answers, as of `answer`, to a batch; if it is refused each is asked alone, and has its own error.
 
     Raises:
-        ValueError: where not even the largest image can have K.
+        ValueError: if not even the largest image can have K.
     """
     found = attempt(answer, model, processor, conversations, *options)
     if not isinstance(found, Exception):
