@@ -42,7 +42,7 @@ def probe_attention(head: SiglipMultiheadAttentionPoolingHead, hidden_states: Te
 
     Args:
         head: a `SiglipMultiheadAttentionPoolingHead`.
-        hidden_states: normalised patches, (batch, patches, dim).
+        hidden_states: normalized patches, (batch, patches, dim).
 
     Returns:
         (batch, patches) in float32; a row sums to one.

@@ -31,7 +31,7 @@ def refuse_cached_images(input_ids: Tensor, image_token_id: int, num_placeholder
 
 
 def infer_attention_mask(input_ids: Tensor, settings: GenerationConfig, pad: int | None) -> Tensor:
-    """Return the mask, (batch, length), that `generate` infers: 0 at padding, unless it also ends texts."""
+    """Return the mask, (batch, length), that `generate` infers by default: 0 at padding, unless it also ends texts."""
     pad = settings.pad_token_id if pad is None else pad
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()

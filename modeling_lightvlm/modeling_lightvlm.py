@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 
 class LightVLMPreTrainedModel(LlavaPreTrainedModel):
-    """LLaVA's base class, and the initialisation of a new pruner."""
+    """LLaVA's base class, and the initialization of a new pruner."""
 
     config: LightVLMConfig
 
@@ -66,7 +66,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         whole_attention = WholeCLIPAttention if vision_type == "clip_vision_model" else WholeSiglipAttention
         for layer in self.vision_tower.encoder.layers:
             # vLLM reads the class; the module itself stays, because a second one would draw random weights once more
-            # and so change the initialisation of everything after it.
+            # and so change the initialization of everything after it.
             layer.self_attn.__class__ = whole_attention
         self.is_in_vllm = config.text_config._attn_implementation == "vllm"
         if config.position_ids == "original" and self.is_in_vllm:

@@ -83,14 +83,14 @@ SELECTORS = {"topk": select_topk, "diverse": select_density_peaks}
 
 
 def pool_important(features: Tensor, scores: Tensor) -> Tensor:
-    """Return the mean of an image's patches, weighted by the root of importance, so that background does not dominate.
+    """Return an image's mean patch, weighted by the square root of importance, so that background does not dominate.
 
     Args:
         features: (batch, patches, dim).
         scores: (batch, patches), logarithms of importance.
 
     Returns:
-        (batch, dim) in float32, of normalised features.
+        (batch, dim) in float32, of normalized features.
     """
     weights = (scores.float() / 2).softmax(dim=-1)
     return (weights[:, None] @ nn.functional.layer_norm(features.float(), features.shape[-1:]))[:, 0]
@@ -249,7 +249,7 @@ class TokenPruner(nn.Module):
         """Add the question's term to scores that `score` returned without it; arguments as in `score`."""
         if questions is None or self.patch_projection is None:
             return scores
-        # Normalised, because features and embeddings have no fixed scale. The mean of all questions is subtracted: it
+        # Normalized, because features and embeddings have no fixed scale. The mean of all questions is subtracted: it
         # does not distinguish them, and would otherwise be most of what the projection learns. Embeddings are called
         # rather than their weights read, because offloading and sharding load weights when a module is called.
         asked = questions - only_row(self.question_center, features.device)

@@ -24,7 +24,7 @@ class Layout:
         source: (images, tokens), the patch that each token is, counted over all views of all images; 0 for no patch.
         is_patch: (images, tokens), False at newline tokens and padding.
         is_tile: (images, tokens), False in the thumbnail.
-        rows, columns: (images, tokens), where a patch's centre is in the whole picture, in patches of the thumbnail.
+        rows, columns: (images, tokens), where a patch's center is in the whole picture, in patches of the thumbnail.
         lengths: tokens of each image.
         views: of each image.
     """
