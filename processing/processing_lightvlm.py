@@ -60,7 +60,7 @@ def read_texts(messages: list[dict[str, Any]], template: str, where: str = "") -
 def check_max_views(max_views: Any) -> int | None:
     """Return the number of views of a call; ValueError unless it is None or a positive integer."""
     if max_views is not None and (type(max_views) is not int or max_views < 1):
-        raise ValueError(f"max_views={max_views!r}: give a whole number from 1, or None for all views.")
+        raise ValueError(f"max_views must be a positive integer, or None for all views, got {max_views!r}.")
     return max_views
 
 
@@ -180,7 +180,7 @@ class LightVLMProcessor(ProcessorMixin):
         """Return K of each image, and the requested mean if K is dynamic, otherwise 0.
 
         Raises:
-            ValueError: if it is neither a whole number from 1 to `max_image_tokens` nor "dynamic" with such a mean.
+            ValueError: if it is neither an integer from 1 to `max_image_tokens` nor "dynamic" with such a mean.
         """
         if num_image_tokens is None:
             num_image_tokens = self.num_image_tokens
@@ -196,7 +196,7 @@ class LightVLMProcessor(ProcessorMixin):
                 budget = largest if kind == "dynamic" and 1 <= mean <= largest else budget
             if type(budget) is not int or not 1 <= budget <= largest:
                 raise ValueError(
-                    f"num_image_tokens={num_image_tokens!r}: give a whole number from 1 to {largest}, "
+                    f"num_image_tokens={num_image_tokens!r}: give an integer from 1 to {largest}, "
                     '"dynamic" or, with another mean, "dynamic:64", or a list with one of these for each image.'
                 )
             budgets.append(budget)
@@ -224,7 +224,7 @@ class LightVLMProcessor(ProcessorMixin):
             if marks != num_images:
                 raise ValueError(
                     f"Row {index} has {marks} {self.image_token} marks and {num_images} images: give one mark for "
-                    "each image, and where a row has more or fewer than one image, a list of images for each row."
+                    "each image, and if a row has more or fewer than one image, a list of images for each row."
                 )
 
     def apply_chat_template(  # type: ignore[override]
