@@ -46,7 +46,7 @@ from transformers.cli.serving import Modality, ModelManager, build_server
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers would only be more code that strangers can attack
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers would only be more code to attack
 PREPARED = 4  # requests with decoded images at a time; the others wait as they came
 KEPT = 4096 * 4096  # pixels of a request's images together, once they have been resized
 SMALLEST = 1e-10  # temperature above 0, and top_p: logits divided by less do not fit in float32
@@ -200,8 +200,8 @@ def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Imag
     """Return the image of a data URI as the processor prepares it, no larger than needed; errors call it `name`.
 
     Raises:
-        ValueError: where it is of another kind, or no image, or broken, or too thin.
-        HTTPException: 413 where it has more than `max_pixels`.
+        ValueError: if it is of another kind, or no image, or broken, or too thin.
+        HTTPException: 413 if it has more than `max_pixels`.
     """
     head, _, data = url.partition(",")
     if not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
@@ -236,8 +236,8 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
     """Return a checked chat completion request in OpenAI's format, as transformers' handler takes it, with images.
 
     Raises:
-        ValueError: where it is at fault, budget and length included.
-        HTTPException: 413 where it has too many images, pixels, messages or characters.
+        ValueError: if it is at fault, budget and length included.
+        HTTPException: 413 if it has too many images, pixels, messages or characters.
     """
     try:
         json.dumps(body, ensure_ascii=False).encode()
@@ -296,9 +296,7 @@ class OneModel(ModelManager):
         super().__init__()
         self.force_model = name
         self.served = model, processor
-        processor.get_vocab = (
-            processor.tokenizer.get_vocab
-        )  # asked of it, as of a tokenizer, where a request has `stop`
+        processor.get_vocab = processor.tokenizer.get_vocab  # asked of it, as of a tokenizer, if a request has `stop`
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
