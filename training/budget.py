@@ -123,7 +123,7 @@ def needed_tokens(
 
 
 def fit_ridge(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights (dim,) and bias of the ridge regression of targets (rows,) on standardised inputs (rows, dim).
+    """Return weights (dim,) and bias of the ridge regression of targets (rows,) on standardized inputs (rows, dim).
 
     Args:
         inputs: (rows, dim).

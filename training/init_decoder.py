@@ -60,7 +60,7 @@ def main() -> None:
     set_seed(args.seed)
     tokenizer = train_tokenizer(texts(args.data_path))
     config = PhiConfig(
-        vocab_size=-(-(len(tokenizer) + 1) // 64) * 64,  # room for <image>, rounded up to a multiple of 64
+        vocab_size=-(-(len(tokenizer) + 1) // 64) * 64,  # with <image>, rounded up to a multiple of 64
         hidden_size=args.hidden_size,
         intermediate_size=4 * args.hidden_size,
         num_hidden_layers=args.num_layers,

@@ -96,7 +96,7 @@ def recolor(photograph: Image.Image) -> list[Image.Image]:
 
 
 def load_photographs(split: str) -> list[Image.Image]:
-    """Return the photographs behind a split's shapes; those of the training split, which are few, in many colours."""
+    """Return the photographs behind a split's shapes; those of the training split, which are few, in many colors."""
     photographs = []
     for name in PHOTOGRAPHS[split]:
         pixels = load_sample_image(name) if name.endswith(".jpg") else getattr(skimage.data, name)()
@@ -115,7 +115,7 @@ def crop(photograph: Image.Image, image_size: int, rng: random.Random) -> Image.
 
 
 def cut_out(cell: Cell, extent: int) -> tuple[Image.Image, Image.Image]:
-    """Return a shape in one colour, its longer side `extent` pixels, and its smooth-edged opacity."""
+    """Return a shape in one color, its longer side `extent` pixels, and its smooth-edged opacity."""
     rows, columns = np.nonzero(cell.mask)
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     width, height = box[2] - box[0], box[3] - box[1]
@@ -152,7 +152,7 @@ def draw_mosaic(
             shape = np.asarray(Image.fromarray(cell.mask).resize((side, side)))
         else:
             piece, opacity = cut_out(cell, round(rng.uniform(0.12 * image_size, min(0.8 * side, 0.45 * image_size))))
-            # Near enough to the cell's centre for its place to be beyond doubt.
+            # Near enough to the cell's center for its place to be beyond doubt.
             top, left = (
                 corner + round((side - length) * rng.uniform(0.25, 0.75))
                 for corner, length in ((top, piece.height), (left, piece.width))
@@ -186,7 +186,7 @@ def ask_place(objects: dict[str, str], rng: random.Random) -> tuple[str, str]:
 
 
 def ask_existence(names: list[str], rng: random.Random) -> tuple[str, str]:
-    """Ask whether a colour, a shape or both are there: one yes to one no, as far as the image allows."""
+    """Ask whether a color, a shape or both are there: one yes to one no, as far as the image allows."""
     everything = [list(PALETTE), list(SHAPES), OBJECTS]
     shown = [sorted({name.split()[0] for name in names}), sorted({name.split()[1] for name in names})]
     shown.append(sorted({*names}))
@@ -199,7 +199,7 @@ def ask_existence(names: list[str], rng: random.Random) -> tuple[str, str]:
 
 
 def ask_count(names: list[str], rng: random.Random) -> tuple[str, str]:
-    """Ask how many objects there are, of any kind, of a shape, or of a colour."""
+    """Ask how many objects there are, of any kind, of a shape, or of a color."""
     words = [name.split() for name in names]
     kind = rng.choice(("all", "shape", "color"))
     if kind == "all":

@@ -3,11 +3,11 @@
     make data/wallpapers/ready
     python training/prepare_scenes.py --data-dir data/easy-vqa --wallpapers data/wallpapers
 
-A scene has one to twenty shapes, of 40 to 60 px where it is a test, on a picture of up to 1008 px in many shapes. In
+A scene has one to twenty shapes, of 40 to 60 px if it is a test, on a picture of up to 1008 px in many shapes. In
 one view of 336 px such a shape is one patch. Questions are those of `prepare_mosaics.py`; a place is asked about where
 it has one shape.
 
-Backgrounds: `flat`, a pale colour; `photo`, photographs; `drawn`, gradients, noise, stripes, text, strokes. Those of
+Backgrounds: `flat`, a pale color; `photo`, photographs; `drawn`, gradients, noise, stripes, text, strokes. Those of
 the test's photographs are of another source (mate-backgrounds; plasma-workspace-wallpapers in training).
 
 `data/easy-vqa` (of `prepare_easy_vqa.py`) then holds, for the splits of `prepare_mosaics.py`:
@@ -120,7 +120,7 @@ def draw_gradient(size: tuple[int, int], rng: random.Random) -> Image.Image:
 
 
 def draw_noise(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Draw clouds of two colours, or of all, with grains of any size."""
+    """Draw clouds of two colors, or of all, with grains of any size."""
     numbers = np.random.default_rng(rng.randrange(2**32))
     channels, total = rng.choice((1, 3)), np.zeros((size[1], size[0], 3))
     smoothness, weight = rng.uniform(0.4, 1.4), 0.0
@@ -136,7 +136,7 @@ def draw_noise(size: tuple[int, int], rng: random.Random) -> Image.Image:
 
 
 def draw_stripes(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Draw stripes or a chequered pattern of two colours, in any direction."""
+    """Draw stripes or a checkered pattern of two colors, in any direction."""
     columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     angle, period = rng.uniform(0, math.pi), rng.uniform(8, 120)
     along = np.sin((columns * math.cos(angle) + rows * math.sin(angle)) * 2 * math.pi / period)
@@ -203,7 +203,7 @@ def choose_centers(size: tuple[int, int], extent: float, rng: random.Random) -> 
 
 
 def name_places(centers: list[tuple[float, float]], names: list[str], size: tuple[int, int]) -> dict[str, str]:
-    """Return objects by place, where one is alone in a ninth of the picture and not near its edge."""
+    """Return objects by place, if one is alone in a ninth of the picture and not near its edge."""
     cells = [(center[0] * 3 / size[0], center[1] * 3 / size[1]) for center in centers]
     numbers = [int(row) * 3 + int(column) for column, row in cells]
     clear = [0.15 < column % 1 < 0.85 and 0.15 < row % 1 < 0.85 for column, row in cells]
@@ -251,7 +251,7 @@ class Pictures(Dataset):
         self.cells = load_cells(data_dir, SPLITS[split])
         self.photographs = load_wallpapers(wallpapers, SPLITS[split])
         if SPLITS[split] == "train":  # the test's are a source that nothing else has
-            self.photographs += load_photographs("train")[::12]  # one of the colours of each
+            self.photographs += load_photographs("train")[::12]  # one of the colors of each
         for kind in ("scenes", "grounds"):
             (self.folder / kind / split).mkdir(parents=True, exist_ok=True)
 

@@ -9,7 +9,7 @@ Images are drawn as mosaics of one to nine objects, flat or on photographs, whos
 auxiliary loss asks each patch of the feature layer which object it shows. The first steps run at half resolution, with
 interpolated position embeddings, the last at full resolution. Position embeddings start as two-dimensional sine-cosine
 waves: at the usual 0.02 they drown in the patch embeddings. Shapes are told apart on flat mosaics first: on
-photographs, where colours are learned at once, they were not within 600 steps.
+photographs, where colors are learned at once, they were not within 600 steps.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Mosaics(IterableDataset):
 
 
 class CLIPWithPatchLabels(CLIPModel):
-    """CLIP, and linear classifiers of colour, shape and background on the patches of the feature layer."""
+    """CLIP, and linear classifiers of color, shape and background on the patches of the feature layer."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config)

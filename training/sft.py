@@ -106,7 +106,7 @@ class LightVLMArguments:
     position_ids: str | None = field(
         default=None,
         metadata={
-            "help": "consecutive or original; by default consecutive where the pruner's embeddings of places learn, "
+            "help": "consecutive or original; by default consecutive if the pruner's embeddings of places learn, "
             "which make original ones needless, and otherwise as loaded"
         },
     )
@@ -128,7 +128,7 @@ class LightVLMArguments:
     )
     save_dtype: str = field(default="float32", metadata={"help": "of the saved weights, such as bfloat16"})
     base_model: list[str] | None = field(
-        default=None, metadata={"help": "Hub names for the card, where model_path is a folder made of them"}
+        default=None, metadata={"help": "Hub names for the card, if model_path is a folder made of them"}
     )
 
     @property
