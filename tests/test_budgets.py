@@ -69,10 +69,10 @@ def compare(folder, monkeypatch, *options):
 def test_every_way_is_measured_at_each_mean_and_drawn(folder, monkeypatch, capsys):
     report = compare(folder, monkeypatch, "--plot", folder / "out.png")
     found = {(row["budget"], row["mean"]): row for row in report["results"]}
-    ways = ["static", "dynamic", *budgets.RIVALS]
+    ways = ["static", "dynamic", *budgets.BASELINES]
     assert [*found] == [*((way, mean) for mean in (9, 4) for way in ways), ("oracle", None), ("all", None)]
     assert found["all", None]["tokens"] == NUM_PATCHES and found["static", 9]["tokens"] == 9
-    for way in budgets.RIVALS:
+    for way in budgets.BASELINES:
         assert found[way, 9]["tokens"] == pytest.approx(9, abs=1)
     assert {row["questions"] for row in found.values()} == {8}
     assert report["budgets_by_objects"].keys() == {"9", "4"} and report["budgets_by_objects"]["9"].keys() == {"1", "2"}

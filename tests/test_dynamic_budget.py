@@ -363,7 +363,7 @@ def test_an_image_mark_is_never_generated(option, budget):
     assert len(new) == 8 and not {model.config.image_token_id, 5} & {*new.tolist()}
 
 
-def labelled(model, batch):
+def labeled(model, batch):
     return batch["input_ids"].where(is_text(model, batch), -100)
 
 
@@ -372,7 +372,7 @@ def test_loss_and_gradients_are_those_of_the_same_numbers_asked_for(dynamic):
     results = []
     for batch in both(model, processor, padding_side="right"):
         model.zero_grad()
-        loss = model(**batch, labels=labelled(model, batch)).loss
+        loss = model(**batch, labels=labeled(model, batch)).loss
         loss.backward()
         gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         results.append((loss, copy.deepcopy(gradients)))

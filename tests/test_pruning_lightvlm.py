@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner, pruning_lightvlm
 from lightvlm.encoding_lightvlm import cls_attention, probe_attention, received_attention
-from lightvlm.evaluation.selectors import select_determinantal, select_k_center  # rivals, held to the same tests
+from lightvlm.evaluation.selectors import select_determinantal, select_k_center  # baselines, held to the same tests
 from lightvlm.pruning_lightvlm import cosine_similarity, select_density_peaks, select_topk
 from tiny import make_config, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode

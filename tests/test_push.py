@@ -79,7 +79,7 @@ print(model.chat(Image.open(sys.argv[1]), "what color?", max_new_tokens=5, do_sa
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_pushed_and_answers_a_stranger_who_loads_it_by_name(hub, checkpoint, tmp_path, capfd):
+def test_a_checkpoint_is_pushed_and_answers_others_who_load_it_by_name(hub, checkpoint, tmp_path, capfd):
     measured = {"command": "lightvlm eval", **fingerprint(checkpoint)}
     (tmp_path / "a.json").write_text(json.dumps(measured | {"results": [row("gqa")]}))
     ran = f"```python\nopen({str(tmp_path / 'ran')!r}, 'xb').write(open('photo.jpg', 'rb').read())\n```\n"
@@ -457,7 +457,7 @@ def test_where_parts_were_loaded_from_is_not_published(checkpoint, tmp_path):
     assert "_name_or_path" not in (tmp_path / "out" / "config.json").read_text()
 
 
-def test_commands_that_measured_name_what_strangers_load(checkpoint, tmp_path):
+def test_commands_that_measured_name_what_others_load(checkpoint, tmp_path):
     command = f"lightvlm eval --model-path {checkpoint}{{}} --data-path a.json"
     write(checkpoint, tmp_path / "out", results=[row() | {"command": command.format("")}])
     assert "`lightvlm eval --model-path me/toy --data-path a.json`" in (tmp_path / "out" / "README.md").read_text()

@@ -115,7 +115,7 @@ def test_pool_takes_means_of_cells():
 
 
 def test_max_min_starts_at_the_outlier_and_goes_on_with_the_farthest():
-    angles = torch.tensor([0.0, 0.1, 0.2, 1.0, 2.5, 2.6])  # 1 is 0.8 from its nearest neighbour, the others 0.1
+    angles = torch.tensor([0.0, 0.1, 0.2, 1.0, 2.5, 2.6])  # 1 is 0.8 from its nearest neighbor, the others 0.1
     features = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
     assert select_max_min(torch.zeros(1, 6), features, 4).tolist() == [[3, 5, 0, 2]]
 
