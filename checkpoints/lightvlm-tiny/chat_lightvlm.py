@@ -13,7 +13,7 @@ HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolde
 
 
 def prompt_length(inputs: Any) -> int:
-    """Tokens of one prompt of the processor, of dynamic budgets as many as are left on average."""
+    """Count the tokens of one prompt of the processor, of dynamic budgets as many as are left on average."""
     pairs = zip(inputs.get("num_image_tokens", ()), inputs.get("mean_image_tokens", ()), strict=False)
     return inputs["input_ids"].shape[1] - sum(max(0, int(largest - mean)) for largest, mean in pairs if mean)
 
@@ -91,14 +91,14 @@ class Chat(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; `chat` takes its processor from the same revision and place."""
+        """Load as `PreTrainedModel.from_pretrained`; `chat` takes its processor from the same revision and place."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         return loaded
 
     def processor_beside_weights(self) -> Any:
-        """The processor of the folder or repository that this model was loaded from, loaded once."""
+        """Return the processor of the folder or repository that this model was loaded from, loaded once."""
         if not hasattr(self, "_processor"):
             place = self.config.name_or_path
             if not place:
