@@ -72,14 +72,14 @@ def received_attention(layer: SiglipEncoderLayer, hidden_states: Tensor) -> Tens
 
 
 class WholeCLIPAttention(CLIPAttention):
-    """As its base class. vLLM fuses and shards what a class's own source calls; the prior needs it whole."""
+    """CLIP's attention. vLLM fuses and shards what a class's own source calls; the prior needs it whole."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
 
 class WholeSiglipAttention(SiglipAttention):
-    """As `WholeCLIPAttention`."""
+    """SigLIP's attention, whole like `WholeCLIPAttention`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
