@@ -226,7 +226,7 @@ def name_rows(data_path: str | Path, image_folder: str | Path | None, skip_bad_r
 
 
 def refuse(errors: dict[int, Exception], total: int, data_path: str | Path, skip_bad_rows: bool) -> str | None:
-    """Warn about rows that are left out; ValueError if there are no rows, or some may not be left out."""
+    """Return a warning about rows left out; ValueError if there are no rows, or some may not be left out."""
     if not total:
         raise ValueError(f"{data_path} has no rows")
     if not errors:
