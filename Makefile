@@ -198,7 +198,7 @@ build/dynamic/$(WEIGHTS): build/views-taught/$(WEIGHTS) $(DATA)/mosaics_calibrat
 	$(BIN)/python training/budget.py --model_path $(<D) --output_dir $(@D) \
 		--data_path $(CALIBRATION) --max_images 1500 300 180 --image_folder $(DATA)/images
 
-# Photographs of free licences, as backgrounds, from two packages of Debian: one for training, one for tests.
+# Photographs of free licenses, as backgrounds, from two packages of Debian: one for training, one for tests.
 data/wallpapers/ready:
 	mkdir -p $(@D)
 	cd $(@D) && apt-get download plasma-workspace-wallpapers mate-backgrounds

@@ -69,14 +69,14 @@ PRESETS = {
 
 
 def preset_config(preset: str, layers: int | None = None) -> LightVLMConfig:
-    """Configuration of a preset.
+    """Return the configuration of a preset.
 
     Args:
         preset: a key of `PRESETS`.
         layers: keep the first so many layers of the language model; the vision encoder keeps all of its own.
 
     Raises:
-        ValueError: where the language model has fewer layers.
+        ValueError: if the language model has fewer layers.
     """
     vision, text = PRESETS[preset]
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
@@ -94,14 +94,14 @@ def preset_config(preset: str, layers: int | None = None) -> LightVLMConfig:
 
 
 def random_model(config: LightVLMConfig, device: str, dtype: torch.dtype) -> LightVLM:
-    """A model in evaluation mode, its weights drawn where and as they are needed, so that 7B are no wait on a GPU."""
+    """Return a model in evaluation mode, its weights drawn where and as they are needed: 7B are no wait on a GPU."""
     set_seed(0)
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
 
 def image_processor(config: LightVLMConfig):
-    """The image processor that checkpoints with this vision encoder have."""
+    """Return the image processor that checkpoints with this vision encoder have."""
     size = config.vision_config.image_size
     square = {"height": size, "width": size}
     if config.vision_config.model_type == "clip_vision_model":

@@ -63,7 +63,7 @@ class Stopwatch:
         self.running, self.marks = [None], []
 
     def mark(self) -> None:
-        """From here on, time belongs to the innermost running stage."""
+        """Give time from here on to the innermost running stage."""
         if self.device.type == "cuda":
             now = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -82,7 +82,7 @@ class Stopwatch:
             self.mark()
 
     def timed(self, name: str, function: Callable) -> Callable:
-        """The same function, its time on the account of a stage."""
+        """Return the same function, whose time goes to the account of a stage."""
 
         @wraps(function)
         def run(*args, **kwargs):
@@ -92,7 +92,7 @@ class Stopwatch:
         return run
 
     def times(self) -> dict[str, float]:
-        """Milliseconds of each stage since `reset`, without the stages inside it. On a GPU, synchronize before."""
+        """Return milliseconds of each stage since `reset`, without stages inside it. On a GPU, synchronize before."""
         totals = {}
         for (name, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             elapsed = start.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - start)
@@ -102,7 +102,7 @@ class Stopwatch:
 
 
 def stages_of(model: LightVLM) -> list[tuple]:
-    """The functions that the stages consist of, of LightVLM and of LLaVA on the same weights: owner, name, stage.
+    """Return what the stages consist of, for LightVLM and for LLaVA on the same weights: owner, name, stage.
 
     The projector's stage has the gather of kept patches and the row and column embeddings in it; the prefill's has the
     word embeddings, the output layer, and what drops a dynamic budget's surplus placeholders.
@@ -133,7 +133,7 @@ def watched(stages: list[tuple], stopwatch: Stopwatch):
 
 
 def another(model: LightVLM, architecture: type[PreTrainedModel], config: LlavaConfig) -> PreTrainedModel:
-    """A second model on the same weights, which are shared and not copied."""
+    """Return a second model on the same weights, which are shared and not copied."""
     with torch.device("meta"):
         other = architecture(config)
     for name, _ in list(other.model.named_children()):
@@ -143,7 +143,7 @@ def another(model: LightVLM, architecture: type[PreTrainedModel], config: LlavaC
 
 
 def as_llava(model: LightVLM) -> LlavaForConditionalGeneration:
-    """Transformers' own class on the same weights."""
+    """Return transformers' own class on the same weights."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
     return another(model, LlavaForConditionalGeneration, LlavaConfig(**config))
 
@@ -212,17 +212,17 @@ class Configuration:
 
 
 def counts(budget: int, pixel_values: torch.Tensor) -> torch.Tensor:
-    """One K for all images, (images,), as the processor returns it."""
+    """Return one K for all images, (images,), as the processor returns it."""
     return torch.full((len(pixel_values),), budget, device=pixel_values.device)
 
 
 def run_static(run: Callable, budget: int, pixel_values: torch.Tensor, **text):
-    """LightVLM's forward at a fixed K."""
+    """Run LightVLM's forward at a fixed K."""
     return run(**text, pixel_values=pixel_values, num_image_tokens=counts(budget, pixel_values))
 
 
 def run_dynamic(model: LightVLM, mean: int, pixel_values: torch.Tensor, **text):
-    """LightVLM's forward with K of each image, `mean` on average."""
+    """Run LightVLM's forward with K of each image, `mean` on average."""
     num_patches = counts(model.config.num_patches, pixel_values)
     budget = {"num_image_tokens": num_patches, "mean_image_tokens": counts(mean, pixel_values)}
     return model(**text, pixel_values=pixel_values, **budget)
@@ -231,13 +231,13 @@ def run_dynamic(model: LightVLM, mean: int, pixel_values: torch.Tensor, **text):
 def run_published(
     llava: LlavaForConditionalGeneration, stopwatch: Stopwatch, prior_layer: int, budget: int, pixel_values, **text
 ):
-    """LLaVA's forward on the K patches that its encoder's attention matrices point to."""
+    """Run LLaVA's forward on the K patches that its encoder's attention matrices point to."""
     image = prune_by_output_attentions(llava, pixel_values, budget, prior_layer, stopwatch)
     return llava(**text, mm_encoder_outputs={"image": image})
 
 
 def compile_llava(llava: LlavaForConditionalGeneration, stopwatch: Stopwatch, mode: str) -> Callable:
-    """LLaVA's forward, its encoder and its prefill compiled apart, as LightVLM's are."""
+    """Return LLaVA's forward, its encoder and its prefill compiled apart, as LightVLM's are."""
     encode, prefill = (torch.compile(each, mode=mode) for each in (llava.get_image_features, llava.forward))
 
     def run(pixel_values, **text):
@@ -250,13 +250,13 @@ def compile_llava(llava: LlavaForConditionalGeneration, stopwatch: Stopwatch, mo
 
 
 def compile_lightvlm(model: LightVLM, mode: str) -> tuple[LightVLM, list[tuple]]:
-    """A compiled twin on the same weights, and its stages."""
+    """Return a compiled twin on the same weights, and its stages."""
     twin = compile_for_inference(another(model, LightVLM, copy.deepcopy(model.config)), mode=mode)
     return twin, [(twin.model, "encode_and_prune", ENCODER)]
 
 
 def drop_in_encoder(model: LightVLM, encoder_keep: dict[int, float]) -> tuple[LightVLM, str]:
-    """A twin on the same weights whose encoder drops patches, and a word for these shares."""
+    """Return a twin on the same weights whose encoder drops patches, and a word for these shares."""
     config = copy.deepcopy(model.config).to_dict() | {"encoder_keep": encoder_keep}
     words = ", ".join(f"{layer}: {share:g}" for layer, share in encoder_keep.items())
     return another(model, LightVLM, type(model.config).from_dict(config)), words
@@ -270,7 +270,7 @@ def configurations(
     compile_mode: str = "default",
     encoder_keep: dict[int, float] | None = None,
 ) -> list[Configuration]:
-    """LLaVA with all tokens, and what it is compared with, at every K.
+    """Return LLaVA with all tokens, and what it is compared with, at every K.
 
     Args:
         model: whose weights all of them share.
@@ -306,7 +306,7 @@ def configurations(
 def run_views(
     model: LightVLM, budget: int, max_views: int | None, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **text
 ):
-    """LightVLM's forward on images of many views, of which it encodes all or some."""
+    """Run LightVLM's forward on images of many views, of which it encodes all or some."""
     limits = {} if max_views is None else {"max_views": counts(max_views, pixel_values)}
     budgets = counts(budget, pixel_values)
     return model(**text, pixel_values=pixel_values, image_sizes=image_sizes, num_image_tokens=budgets, **limits)
@@ -319,13 +319,13 @@ def view_configurations(
     max_views: tuple[int, ...],
     encoder_keep: dict[int, float] | None = None,
 ) -> list[Configuration]:
-    """All tokens of all views, what they are pruned to with all views encoded and with some, and the thumbnail alone.
+    """Return all tokens of all views, those left with all views encoded and with some, and the thumbnail alone.
 
     Args:
         model: whose `image_grid_pinpoints` have a grid for these images.
         budgets: K.
         size: (height, width) of the images.
-        max_views: how many views are encoded where not all are.
+        max_views: how many views are encoded if not all are.
         encoder_keep: as in `configurations`, with all views and with some, at every K that it leaves.
     """
     total = token_rows(size, model.config).shape[1]
@@ -357,14 +357,14 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Since `reset_peak_memory`: on a GPU of PyTorch's tensors, on a CPU of the whole process. Weights included."""
+    """Return the peak since `reset_peak_memory`, weights included: PyTorch's on a GPU, the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def kv_cache_bytes(cache: Cache) -> int:
-    """Memory of all keys and values."""
+    """Return the memory of all keys and values."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
@@ -385,7 +385,7 @@ class Flops(TorchDispatchMode):
 
 
 def decode(model: nn.Module, output, tokens: int) -> torch.Tensor:
-    """Greedy continuation after a prefill without padding, (batch, tokens), without `generate`'s bookkeeping."""
+    """Return greedy tokens after a prefill without padding, (batch, tokens), without `generate`'s bookkeeping."""
     cache, chosen = output.past_key_values, [output.logits[:, -1:].argmax(dim=-1)]
     for _ in range(tokens):
         logits = model(input_ids=chosen[-1], past_key_values=cache, use_cache=True).logits
@@ -394,7 +394,7 @@ def decode(model: nn.Module, output, tokens: int) -> torch.Tensor:
 
 
 def queued_prefill_ms(language_model: nn.Module, batch_size: int, positions: int) -> float:
-    """Milliseconds that a GPU computes in a prefill whose kernels it had in its queue before the first began.
+    """Return milliseconds that a GPU computes in a prefill whose kernels it had in its queue before the first began.
 
     Of the language model alone, without word embeddings and output layer. Where the prefill of a whole pass takes much
     longer, the GPU waits for launches, and CUDA graphs can win the difference back.
@@ -444,7 +444,7 @@ class Trial:
         self.images = [Image.fromarray(pixels) for pixels in generator.integers(0, 256, shape, dtype=np.uint8)]
 
     def text(self, placeholders: int) -> dict[str, torch.Tensor]:
-        """A prompt of random words around the images' placeholders, so many of each, as a processor returns it."""
+        """Return a prompt of random words around the images' placeholders, so many of each, as from a processor."""
         placeholder = self.model.config.image_token_index
         words = torch.randint(placeholder, (self.batch_size, self.prompt_tokens))
         before, after = words.split([self.prompt_tokens // 2, self.prompt_tokens - self.prompt_tokens // 2], dim=1)
@@ -457,13 +457,13 @@ class Trial:
             torch.cuda.synchronize()
 
     def preprocess(self) -> dict[str, torch.Tensor]:
-        """What the image processor makes of all images."""
+        """Return what the image processor makes of all images."""
         images = [shrink(to_rgb(image), self.image_processor) for image in self.images]
         return self.image_processor(images, return_tensors="pt")
 
     @torch.no_grad()
     def flops(self, configuration: Configuration) -> int:
-        """Of the matrix products, convolutions and attention up to the first token; compiled or not, the same."""
+        """Count FLOPs of matrix products, convolutions and attention up to the first token; the same if compiled."""
         inputs, text = self.preprocess(), self.text(configuration.placeholders)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         with torch.compiler.set_stance("force_eager"), Flops() as flops:
@@ -472,7 +472,7 @@ class Trial:
 
     @torch.no_grad()
     def run(self, configuration: Configuration) -> dict[str, float]:
-        """Times in milliseconds and memory in bytes of one pass, from images on the host to the last token there."""
+        """Return milliseconds and bytes of memory of one pass, from images on the host to the last token there."""
         text, device = self.text(configuration.placeholders), self.model.device
         self.stopwatch.reset()
         is_memory_known = reset_peak_memory(device)
@@ -512,7 +512,7 @@ class Trial:
 
 
 def summarise(samples: list[dict[str, float]]) -> dict:
-    """Median and 95th percentile of each time over the repetitions, in milliseconds; the largest of each count."""
+    """Return the median and 95th percentile of each time in milliseconds, and the largest of each count."""
     summary = {"times_ms": {}}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -544,7 +544,7 @@ def compare(rows: list[dict], batch_size: int) -> None:
 
 @contextlib.contextmanager
 def encoder_attention(model: LightVLM, attention: str | None):
-    """Another attention implementation of the vision encoder for a while."""
+    """Set another attention implementation of the vision encoder for a while."""
     tower = model.model.vision_tower
     before = tower.config._attn_implementation
     tower.set_attn_implementation(attention or before)

@@ -36,28 +36,28 @@ over Llava compiled."""
 
 
 def describe_model(report: dict) -> str:
-    """What was measured, and how much of it."""
+    """Return what was measured, and how much of it."""
     return report["model"] + (f", {report['layers']} layers" if report["layers"] else "")
 
 
 def describe(report: dict) -> str:
-    """What was measured, and on what."""
+    """Return what was measured, and on what."""
     on = f"{report['device']}, {report['dtype']}, torch {report['torch']}, transformers {report['transformers']}"
     return f"{describe_model(report)}: {on}"
 
 
 def milliseconds(time: dict[str, float]) -> str:
-    """Median (95th percentile), to three digits or more."""
+    """Return the median (95th percentile), to three digits or more."""
     return "{} ({})".format(*(f"{value:.{2 if value < 10 else 1}f}" for value in (time["median"], time["p95"])))
 
 
 def first_token_ceiling(row: dict) -> str:
-    """The speed-up of TTFT that FLOPs allow, where it was counted."""
+    """Return the speed-up of TTFT that FLOPs allow, if it was counted."""
     return f"{row['ttft_ceiling']:.2f}×" if "ttft_ceiling" in row else "–"
 
 
 def table(result: dict) -> str:
-    """Markdown: a line for each configuration of one batch size, times as median (95th percentile)."""
+    """Return Markdown: a line for each configuration of one batch size, times as median (95th percentile)."""
     on_gpu = any(QUEUED in row.get("times_ms", {}) for row in result["rows"])
     times = [*STAGES, *([QUEUED] if on_gpu else []), "sum of stages", TTFT]
     ratios = [PREFILL, *([QUEUED] if on_gpu else []), TTFT]
@@ -81,7 +81,7 @@ def table(result: dict) -> str:
 
 
 def summary(report: dict) -> str:
-    """Markdown: medians of a whole report of `lightvlm bench`."""
+    """Return Markdown: medians of a whole report of `lightvlm bench`."""
     heads = ["batch × images", "method", "tokens", "encoder, ms", "scoring", "selection", "prefill", "TTFT"]
     heads += ["prefill ×", "ceiling", "TTFT ×", "TTFT ceiling", "decode, tokens/s", "KV cache, MB", "peak memory, MB"]
     lines = []
@@ -106,7 +106,7 @@ def summary(report: dict) -> str:
 
 
 def gains(result: dict) -> list[list[str]]:
-    """Cells of `headline`: for each K of LightVLM its gains over LLaVA, in TTFT beside those of other methods."""
+    """Return cells of `headline`: for each K LightVLM's gains over LLaVA, with the TTFT of other methods."""
     rows = {(row["method"], row["num_image_tokens"]): row for row in result["rows"] if "speedup" in row}
     lines, llava = [], result["rows"][0]
     compiled_llava = rows.get((LLAVA_COMPILED, llava["num_image_tokens"]))
@@ -127,7 +127,7 @@ def gains(result: dict) -> list[list[str]]:
 
 
 def headline(reports: list[dict]) -> str:
-    """Markdown: what LightVLM gains over LLaVA, of reports of `lightvlm bench`, for docs/research.
+    """Return Markdown: what LightVLM gains over LLaVA, of reports of `lightvlm bench`, for docs/research.
 
     A line for each batch size and K of each report, whole models first, except reports on several images in a prompt,
     and batches that LLaVA has no memory for.
@@ -146,7 +146,7 @@ def headline(reports: list[dict]) -> str:
 
 
 def page(folder: Path) -> str:
-    """Markdown: all that the reports of `lightvlm bench` in a folder, `speed_*.json`, say, with their pictures."""
+    """Return Markdown: all that a folder's reports of `lightvlm bench`, `speed_*.json`, say, with their pictures."""
     paths = sorted(folder.glob("speed_*.json"))
     reports = [json.loads(path.read_text()) for path in paths]
     parts = ["# Speed", INTRODUCTION, headline(reports)]

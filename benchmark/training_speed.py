@@ -22,7 +22,7 @@ STEP = "training step"
 
 
 def make_trainer(config: LightVLMConfig, method: str, dtype: torch.dtype, device: str, folder: str) -> LightVLMTrainer:
-    """The trainer of `training/sft.py`, with random weights, for steps that are given to it one by one.
+    """Return the trainer of `training/sft.py`, with random weights, for steps that are given to it one by one.
 
     As there, all but the vision encoder learns, or a LoRA of rank 128 beside projector and pruner; what learns is in
     float32, computes in `dtype`, and the frozen base of a LoRA is in `dtype`.
@@ -56,7 +56,7 @@ def make_trainer(config: LightVLMConfig, method: str, dtype: torch.dtype, device
 
 
 def make_batch(model: LightVLM, batch_size: int, text_tokens: int, budget: int) -> dict[str, torch.Tensor]:
-    """Rows of an image of noise, with `budget` placeholders, and of text tokens, half of which are learned."""
+    """Return rows of an image of noise, with `budget` placeholders, and of text tokens, half of which are learned."""
     config, placeholder = model.config, model.config.image_token_index
     pixels = torch.randn(batch_size, 3, *[config.vision_config.image_size] * 2, device=model.device)
     words = torch.randint(placeholder, (batch_size, text_tokens), device=model.device)
@@ -75,7 +75,7 @@ def make_batch(model: LightVLM, batch_size: int, text_tokens: int, budget: int) 
 
 
 def run_step(trainer: LightVLMTrainer, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Milliseconds of a step, forward, backward and optimizer, and peak memory in bytes, weights and all."""
+    """Return milliseconds of a step, forward, backward and optimizer, and peak memory in bytes, weights and all."""
     device = trainer.args.device
     is_memory_known = reset_peak_memory(device)
     start = time.perf_counter()
@@ -139,7 +139,7 @@ def measure_training(
 
 
 def table(result: dict) -> str:
-    """Markdown: a line for each method and K of one batch size."""
+    """Return Markdown: a line for each method and K of one batch size."""
     heads = [
         "parameters",
         "tokens",

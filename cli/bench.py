@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=methods,
         help="beside LLaVA with all tokens: published (pruned by output_attentions), lightvlm, dynamic (K is the "
-        "mean), compiled; by default the first two, and dynamic where the checkpoint can",
+        "mean), compiled; by default the first two, and dynamic if the checkpoint can",
     )
     parser.add_argument(
         "--compile-mode",
@@ -98,7 +98,7 @@ def methods(text: str) -> list[str]:
 
 
 def cpu_name() -> str:
-    """The model, and whether it has matrix units for bf16, as far as Linux says so."""
+    """Return the CPU's model, and whether it has matrix units for bf16, as far as Linux says so."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     model = re.search(r"model name\s*: (.*)", text)
@@ -106,10 +106,10 @@ def cpu_name() -> str:
 
 
 def view_grids(views: tuple[int, int], view: int) -> list[list[int]]:
-    """`image_grid_pinpoints` that cut images of this (width, height) into views of `view` pixels a side.
+    """Return `image_grid_pinpoints` that cut images of this (width, height) into views of `view` pixels a side.
 
     Raises:
-        ValueError: where the size is no grid of views.
+        ValueError: if the size is no grid of views.
     """
     width, height = views
     if width % view or height % view:
@@ -118,7 +118,7 @@ def view_grids(views: tuple[int, int], view: int) -> list[list[int]]:
 
 
 def begin_report(args: argparse.Namespace, device: str) -> dict:
-    """What was run, on what and with what."""
+    """Return what was run, on what and with what."""
     import torch
     import transformers
 

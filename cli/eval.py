@@ -18,7 +18,7 @@ benchmarks, and what the folder holds:
 
 selectors:
   topk, diverse        what a checkpoint can be configured for
-  k-center             the rivals of diverse,
+  k-center             alternatives to diverse,
   determinantal        which choose one patch after the other
   random, uniform      patches by chance, or on a square grid
   pool, downsample     means over a square grid's cells; the encoder on a smaller image
@@ -34,7 +34,7 @@ selectors:
                        dedup+cls were published
 
 By default the checkpoint's own selector is measured, which infer runs, at 576, 144, 64 and 16 tokens, as far as images
-have so many; with --encoder-keep at most at what is left. random is always there, and downsample where K is a square
+have so many; with --encoder-keep at most at what is left. random is always there, and downsample if K is a square
 number and images are one view. "where a smaller image fails" counts the questions that downsample gets wrong at the
 same K, which a plainly smaller image does not answer. "yes_excess" is how much more often than right the answer to a
 yes-or-no question is yes.

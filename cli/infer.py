@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generation(args: argparse.Namespace) -> dict:
-    """Arguments for `generate`."""
+    """Return arguments for `generate`."""
     options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": args.temperature > 0}
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
     sampling = {name: value for name, value in sampling.items() if value is not None}
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def decisive(args: argparse.Namespace, model) -> dict:
-    """What answers depend on, besides the questions and K, which stand beside each answer."""
+    """Return what answers depend on, besides the questions and K, which stand beside each answer."""
     from lightvlm.inference.fingerprint import fingerprint
 
     options = {"max_views": args.max_views, "question_aware": args.question_aware, **generation(args)}
@@ -185,7 +185,7 @@ def tell_fewer(output: Path, asks: list, budget: int | str | None) -> None:
 
 
 def report(args: argparse.Namespace, errors: dict[int, Exception], total: int) -> str:
-    """How many rows could not be answered, and the first ten, by their lines in the file or places in its list."""
+    """Return how many rows could not be answered, and the first ten, by lines in the file or places in its list."""
     place = ("line" if args.input == "-" or args.input.endswith(".jsonl") else "item") if args.input else "question"
     lines = [f"{place} {line}: {error!s:.300}" for line, error in sorted(errors.items())]
     lines = lines[:10] + ([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])
@@ -195,7 +195,7 @@ def report(args: argparse.Namespace, errors: dict[int, Exception], total: int) -
 
 
 def table(results: list[dict]) -> str:
-    """A block for each image and prompt, a line for each budget."""
+    """Return a block for each image and prompt, a line for each budget."""
     lines = []
     for (path, prompt), block in itertools.groupby(results, key=lambda result: (result["image"], result["prompt"])):
         lines.append(f"\n{path}  {prompt}")

@@ -20,12 +20,12 @@ VERBS = {
     "demo": "chat about images in a browser, and look at the tokens that are kept",
     "build": "compose a Hub folder of a vision encoder and a language model, or of a LLaVA checkpoint",
     "export": "write encoder, pruner and projector at a fixed K for torch.export, ONNX Runtime or OpenVINO",
-    "push": "upload a trained checkpoint to the Hub, with its card and results, once strangers can use it",
+    "push": "upload a trained checkpoint to the Hub, with its card and results, once others can use it",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; 0, or 2 with the reason on standard error where the input is at fault."""
+    """Run one verb; return 0, or 2 with the reason on standard error if the input is at fault."""
     parser = argparse.ArgumentParser(
         prog="lightvlm",
         description="Vision-language answers from a fraction of the image's tokens.",

@@ -23,7 +23,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def loading(args: argparse.Namespace) -> dict[str, str | bool | None]:
-    """What `load` takes of the options that a verb has."""
+    """Return what `load` takes of the options that a verb has."""
     names = ("dtype", "int8", "device", "device_map", "attn_implementation")
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
@@ -61,7 +61,7 @@ def budget(text: str) -> int | str:
         return int(text)
     if re.fullmatch(r"dynamic(:\d+)?", text):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number such as 64 nor dynamic nor dynamic:64")
+    raise argparse.ArgumentTypeError(f"must be an integer such as 64, dynamic or dynamic:64, got {text!r}")
 
 
 def budget_list(text: str) -> list[int | str]:
@@ -70,9 +70,9 @@ def budget_list(text: str) -> list[int | str]:
 
 
 def positive(text: str) -> int:
-    """Parse a whole number from 1 on."""
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 

@@ -1,8 +1,8 @@
-"""Upload a trained checkpoint to the Hub: weights, code, processor, licence, card and results, in one commit.
+"""Upload a trained checkpoint to the Hub: weights, code, processor, license, card and results, in one commit.
 
 Nothing is uploaded before a process without this package has loaded the folder and run the code of its card. That
 process has another home and nothing of the environment, so no tokens, but it can read your files. Links out of the
-checkpoint's folder, tokens and paths of this machine are refused. The card takes front matter (licence, base models,
+checkpoint's folder, tokens and paths of this machine are refused. The card takes front matter (license, base models,
 data sets), introduction and training from the checkpoint's README.md.
 
 examples:

@@ -12,7 +12,7 @@ SAID = {
 
 
 def is_for_users(record: logging.LogRecord) -> bool:
-    """False of what torchao and bitsandbytes say whenever they are imported, and ONNX's exporter of every graph.
+    """Return False for what torchao and bitsandbytes say when they are imported, and ONNX's exporter of every graph.
 
     torchao misses kernels that int8 weights don't need (mxfp8, cutlass), and registers enumerations in a way that
     PyTorch deprecates; bitsandbytes misses one that makes four bits faster. The exporter has no need of torchvision.
@@ -21,7 +21,7 @@ def is_for_users(record: logging.LogRecord) -> bool:
 
 
 def without_bar(factory, args: tuple, kwargs: dict):
-    """A progress bar of transformers that is not drawn."""
+    """Return a progress bar of transformers that is not drawn."""
     return factory(*args, **kwargs | {"disable": True})
 
 

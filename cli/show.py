@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def name_outputs(names: list[str], output: Path | None) -> list[Path]:
-    """The picture of each image: `output` if there is one image, otherwise a file in this folder, named after it.
+    """Return the picture of each image: `output` if there is one image, otherwise a file in this folder.
 
     Raises:
         ValueError: if `output` is no folder, or a picture would replace an image or that of another image.

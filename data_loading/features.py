@@ -52,7 +52,7 @@ class ImageArguments:
 
 
 def load_rows(args: ImageArguments, seed: int) -> Dataset:
-    """Rows that have one image, up to `max_images`; ValueError where there are none, or numbers do not fit files."""
+    """Return rows with one image, up to `max_images`; ValueError if there are none, or numbers do not fit files."""
     options = {"image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
     files, counts = [load_llava(path, **options) for path in args.data_path], args.max_images
     if len(counts) == 1:
@@ -73,7 +73,7 @@ def load_rows(args: ImageArguments, seed: int) -> Dataset:
 
 
 def open_image(image: dict) -> PIL.Image.Image:
-    """An image of a dataset, decoded; ValueError with its name where it cannot be."""
+    """Return an image of a dataset, decoded; ValueError with its name if it cannot be."""
     try:
         return Image().decode_example(image)
     except Exception as error:  # each format's plugin has errors of its own
@@ -82,13 +82,13 @@ def open_image(image: dict) -> PIL.Image.Image:
 
 
 def open_images(images: list[dict], processor: LightVLMProcessor) -> dict[str, torch.Tensor]:
-    """`pixel_values`, and for images of many views `image_sizes`."""
+    """Return `pixel_values`, and for images of many views `image_sizes`."""
     inputs = processor(images=[open_image(image) for image in images], return_tensors="pt")
     return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
 
 
 def name_encoder(model: LightVLMForConditionalGeneration, processor: LightVLMProcessor) -> str:
-    """A name that changes with the encoder, its layers, and how images are prepared."""
+    """Return a name that changes with the encoder, its layers, and how images are prepared."""
     digest, config = hashlib.sha256(), model.config
     for name, tensor in model.model.vision_tower.state_dict().items():
         digest.update(name.encode())
@@ -104,7 +104,7 @@ def name_encoder(model: LightVLMForConditionalGeneration, processor: LightVLMPro
 
 
 def name_image(image: dict) -> str:
-    """A name that changes with an image's place and file."""
+    """Return a name that changes with an image's place and file."""
     about = image["bytes"]
     if about is None:
         path = os.path.abspath(image["path"])
@@ -114,7 +114,7 @@ def name_image(image: dict) -> str:
 
 
 def checksum(shard: dict[str, torch.Tensor], names: list[str]) -> str:
-    """Of all that a file holds: the tensors, and the names of the images."""
+    """Return the checksum of all that a file holds: the tensors, and the names of the images."""
     total = zlib.crc32(json.dumps(names).encode())
     for name in sorted(shard):
         total = zlib.crc32(shard[name].contiguous().view(torch.uint8).numpy(), total)
@@ -130,7 +130,7 @@ def save_shard(shard: dict[str, torch.Tensor], names: list[str], folder: Path) -
 
 
 def read_names(file: Path) -> list[str]:
-    """The names of a file's images; none if it is cut off, or not one of `save_shard`."""
+    """Return the names of a file's images; none if it is cut off, or not one of `save_shard`."""
     try:
         with safe_open(file, "pt") as shard:
             return json.loads(shard.metadata()["images"])
@@ -139,7 +139,7 @@ def read_names(file: Path) -> list[str]:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a file holds what `save_shard` wrote; it is read to its end, a second for each gigabyte or two."""
+    """Return whether a file holds what `save_shard` wrote; reading it takes a second for each gigabyte or two."""
     if not (names := read_names(file)):
         return False
     with safe_open(file, "pt") as shard:
@@ -147,7 +147,7 @@ def is_whole(file: Path) -> bool:
 
 
 def find_images(folder: Path) -> dict[str, tuple[Path, int]]:
-    """By name of each encoded image its file, and its place in it."""
+    """Return the file of each encoded image, by name, and its place in it."""
     files = sorted(folder.glob("*.safetensors"))
     return {name: (file, at) for file in files for at, name in enumerate(read_names(file))}
 
@@ -220,8 +220,11 @@ class SplitTurns(TorchDataset):
 def encode_shard(
     model: LightVLMForConditionalGeneration, batches: Iterable[dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a file: `features` (views, patches, dim), `prior` (views, patches), and of each image where its
-    views end and its height and width, in a batch without many views those of a view."""
+    """Return the tensors of a file of features.
+
+    They are `features` (views, patches, dim), `prior` (views, patches), and of each image where its views end and its
+    height and width, in a batch without many views those of a view.
+    """
     parts = {"features": [], "prior": [], "views": [], "sizes": []}
     for batch in batches:
         pixels, sizes = batch["pixel_values"], batch.get("image_sizes")
@@ -280,7 +283,7 @@ def encode_rows(
         (height, width) of its image, as the image processor saw it.
 
     Raises:
-        ValueError: where an image cannot be read.
+        ValueError: if an image cannot be read.
     """
     state = PartialState()
     folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE, "lightvlm"), name_encoder(model, processor))
@@ -306,7 +309,7 @@ def encode_rows(
 
 
 def stack_features(examples: list[dict], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """`features` (views, patches, dim), `prior` (views, patches) and `sizes` (images, 2) of a batch of examples."""
+    """Return a batch's `features` (views, patches, dim), `prior` (views, patches) and `sizes` (images, 2)."""
     stacked = {
         "features": torch.cat([example["features"] for example in examples]),
         "prior": torch.cat([example["prior"] for example in examples]),
@@ -318,7 +321,7 @@ def stack_features(examples: list[dict], device: torch.device | str = "cpu") -> 
 def lay_out_batch(
     features: torch.Tensor, prior: torch.Tensor, sizes: torch.Tensor, config: LightVLMConfig
 ) -> tuple[torch.Tensor, torch.Tensor, Layout | None]:
-    """Of `stack_features`'s batch: features (images, tokens, dim) in float32, prior (images, tokens), and the layout.
+    """Lay out `stack_features`'s batch: float32 features (images, tokens, dim), prior (images, tokens), and layout.
 
     The layout is None for a checkpoint that sees one view, whose tokens are its patches.
     """

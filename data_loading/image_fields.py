@@ -19,7 +19,7 @@ def image_names(row: dict) -> list[str]:
             or with null or an empty list, it has no picture.
 
     Raises:
-        ValueError: where one of the two is no path, they differ, or another key looks as if it named a picture.
+        ValueError: if one of the two is no path, they differ, or another key looks as if it named a picture.
     """
     given = [row[field] for field in IMAGE_FIELDS if row.get(field) not in (None, [])]
     lists = [names if isinstance(names, list) else [names] for names in given]
@@ -38,7 +38,7 @@ def image_names(row: dict) -> list[str]:
 
 
 def names_picture(key: str, value: Any, read: list[str]) -> bool:
-    """Whether a key looks as if it named a picture; beside others that are read, one of its own."""
+    """Return whether a key looks as if it named a picture; beside others that are read, one of its own."""
     if value is None or value == []:
         return False
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).lower()

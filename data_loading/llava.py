@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def attempt(function: Callable, *args) -> Any:
-    """What the function returns, or the error that it raises."""
+    """Return what the function returns, or the error that it raises."""
     try:
         return function(*args)
     except (OSError, ValueError) as error:
@@ -45,7 +45,7 @@ def attempt(function: Callable, *args) -> Any:
 
 
 def read_list(file: TextIO) -> Iterator[Any]:
-    """Items of a JSON list, parsed one by one, so that memory holds a chunk of the file and not the file."""
+    """Yield items of a JSON list, parsed one by one, so that memory holds a chunk of the file and not the file."""
     decoder, text, start, number = json.JSONDecoder(), file.read(CHUNK).lstrip(), 0, 0
     if not text.startswith("["):
         raise ValueError("it is no list of rows (a file with a row on each line must be called .jsonl)")
@@ -69,7 +69,7 @@ def read_list(file: TextIO) -> Iterator[Any]:
 
 
 def read_rows(data_path: str | Path) -> Iterator[Any]:
-    """Rows of a JSON list or of JSON lines; an error in place of a line that is no JSON."""
+    """Yield rows of a JSON list or of JSON lines; an error in place of a line that is no JSON."""
     with open(data_path, encoding="utf-8-sig") as file:
         lines = (attempt(json.loads, line) for line in file if line.strip())
         try:
@@ -79,10 +79,10 @@ def read_rows(data_path: str | Path) -> Iterator[Any]:
 
 
 def to_messages(conversations: list[dict]) -> list[dict[str, str]]:
-    """LLaVA's turns as chat messages: from the first human turn on, without image marks (images come first).
+    """Return LLaVA's turns as chat messages: from the first human turn on, without image marks (images come first).
 
     Raises:
-        ValueError: where a turn is not `{from: human | gpt, value: text}`, one side speaks twice in a row, or the
+        ValueError: if a turn is not `{from: human | gpt, value: text}`, one side speaks twice in a row, or the
             last question has no answer.
     """
     messages = []
@@ -100,7 +100,7 @@ def to_messages(conversations: list[dict]) -> list[dict[str, str]]:
 
 
 def find_image(name: str, image_folder: str | Path | None) -> str:
-    """Path of the named file, or of its stem with another image suffix: LLaVA says .jpg for every OCR-VQA image."""
+    """Return the path of the named file, or of its stem with another suffix: LLaVA says .jpg for all of OCR-VQA."""
     if image_folder is None:
         raise ValueError("an image, but no image folder is given")
     if Path(name).anchor or ".." in Path(name).parts or not Path(name).name:
@@ -114,7 +114,7 @@ def find_image(name: str, image_folder: str | Path | None) -> str:
 
 
 def parse_row(number: int, row: Any) -> dict:
-    """One row of the dataset, with the names of its images; ValueError where it is bad."""
+    """Return one row of the dataset, with the names of its images; ValueError if it is bad."""
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise ValueError(f"{row!r:.80} is no object with a list of conversations")
     messages, names, row_id = to_messages(row["conversations"]), image_names(row), row.get("id", number)
@@ -129,7 +129,7 @@ def parse_row(number: int, row: Any) -> dict:
 
 
 def check_header(path: str) -> None:
-    """OSError where the file does not begin as an image does; no pixel is decoded."""
+    """Raise OSError if the file does not begin as an image does; no pixel is decoded."""
     try:
         PIL.Image.open(path).close()
     except Exception as error:  # each format's plugin has errors of its own
@@ -137,14 +137,14 @@ def check_header(path: str) -> None:
 
 
 def open_image(name: str, image_folder: str | Path | None) -> str:
-    """Path of `find_image`, whose file begins as an image does."""
+    """Return the path of `find_image`, whose file begins as an image does."""
     path = find_image(name, image_folder)
     check_header(path)
     return path
 
 
 def stamp(path: str | Path) -> list[int] | None:
-    """Size and time of a file or folder, which change with what is in it; None if there is none."""
+    """Return the size and time of a file or folder, which change with what is in it; None if there is none."""
     stat = attempt(os.stat, path)
     return None if isinstance(stat, Exception) else [stat.st_size, stat.st_mtime_ns]
 
@@ -173,19 +173,19 @@ class Pictures:
         self.found |= dict(zip(new, results, strict=True))
 
     def fill_in(self, row: dict) -> dict | Exception:
-        """A row with paths for names, or what is wrong with the first bad one."""
+        """Return a row with paths for names, or what is wrong with the first bad one."""
         found = [self.found[name] for name in row["images"]]
         return next((error for error in found if isinstance(error, Exception)), row | {"images": found})
 
 
 def split_errors(results: dict) -> tuple[dict, dict[int, Exception]]:
-    """Results of `attempt` by row number: those that succeeded, and the errors of the others."""
+    """Return the results of `attempt` by row number: those that succeeded, and the errors of the others."""
     errors = {number: result for number, result in results.items() if isinstance(result, Exception)}
     return {number: result for number, result in results.items() if number not in errors}, errors
 
 
 def check_rows(data_path: str | Path, pictures: Pictures) -> Iterator[tuple[list[dict], dict]]:
-    """Batch by batch, the usable rows, and the errors of the others by row number; a header is read once a file."""
+    """Yield each batch's usable rows, and the others' errors by row number; a header is read once a file."""
     PIL.Image.init()  # or else threads that load plugins at the same time make `open` refuse good files
     numbered = enumerate(read_rows(data_path))
     with ThreadPoolExecutor(THREADS) as pool:
@@ -197,7 +197,7 @@ def check_rows(data_path: str | Path, pictures: Pictures) -> Iterator[tuple[list
 
 
 def report(errors: dict[int, Exception], total: int, data_path: str | Path) -> str:
-    """How many rows cannot be used, and for each kind of reason how many and the first three."""
+    """Return how many rows cannot be used, and for each kind of reason how many and the first three."""
     kinds = {}
     for number, error in errors.items():
         missing, unreadable = isinstance(error, FileNotFoundError), isinstance(error, OSError)
@@ -210,7 +210,7 @@ def report(errors: dict[int, Exception], total: int, data_path: str | Path) -> s
 
 
 def stream_rows(data_path: str | Path, image_folder: str | Path | None, bad: set[int]) -> Iterator[dict]:
-    """The rows without the bad ones, parsed as they are asked for."""
+    """Yield the rows without the bad ones, parsed as they are asked for."""
     for number, row in enumerate(read_rows(data_path)):
         if number not in bad:
             parsed = parse_row(number, row)
@@ -218,7 +218,7 @@ def stream_rows(data_path: str | Path, image_folder: str | Path | None, bad: set
 
 
 def name_rows(data_path: str | Path, image_folder: str | Path | None, skip_bad_rows: bool) -> str:
-    """A name that changes with the file, its place, and how it is read."""
+    """Return a name that changes with the file, its place, and how it is read."""
     path, stat = Path(data_path).resolve(), os.stat(data_path)
     folder = None if image_folder is None else str(image_folder)
     about = (str(path), stat.st_size, stat.st_mtime_ns, folder, skip_bad_rows)
@@ -226,7 +226,7 @@ def name_rows(data_path: str | Path, image_folder: str | Path | None, skip_bad_r
 
 
 def refuse(errors: dict[int, Exception], total: int, data_path: str | Path, skip_bad_rows: bool) -> str | None:
-    """A warning about rows that are left out; ValueError where there are no rows, or some may not be left out."""
+    """Return a warning about rows left out; ValueError if there are no rows, or some may not be left out."""
     if not total:
         raise ValueError(f"{data_path} has no rows")
     if not errors:
@@ -265,7 +265,7 @@ def write_rows(data_path: str | Path, image_folder: Path | None, skip_bad_rows: 
 
 
 def is_as_checked(folder: Path, image_folder: Path | None) -> bool:
-    """Whether the rows that were written are still those to use.
+    """Return whether the rows that were written are still those to use.
 
     They are not if a folder of pictures has changed, as it does when a picture comes or goes, or if a picture is good
     that was missing or corrupt. No other picture is looked at.
@@ -284,7 +284,7 @@ def is_as_checked(folder: Path, image_folder: Path | None) -> bool:
 def load_llava(
     data_path: str | Path, image_folder: str | Path | None = None, streaming: bool = False, skip_bad_rows: bool = False
 ) -> Dataset | IterableDataset:
-    """Rows of a LLaVA JSON file, all checked beforehand; an image is decoded when its row is read.
+    """Return rows of a LLaVA JSON file, all checked beforehand; an image is decoded when its row is read.
 
     The file is parsed and checked row by row, once, by one process: a `Dataset` is an Arrow file beside the cache of
     `datasets`, mapped into memory, which later runs find as long as size and time of the file are the same, no picture
@@ -304,8 +304,8 @@ def load_llava(
         Columns `id` (string), `messages` (list of role and content) and `images` (list of none, one or several).
 
     Raises:
-        ValueError: where the file is no such list or has no rows, or the image folder is missing; or, with counts and
-            the first row numbers (from 0) and reasons, where rows are malformed, or images are missing, corrupt or
+        ValueError: if the file is no such list or has no rows, or the image folder is missing; or, with counts and
+            the first row numbers (from 0) and reasons, if rows are malformed, or images are missing, corrupt or
             outside of the folder. With `skip_bad_rows`, rows raise it only if all are bad.
     """
     if image_folder is not None and not Path(image_folder).is_dir():

@@ -15,7 +15,7 @@ def pack_turns(
     num_image_tokens: int | list[int],
     num_images: list[int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Turns that see their images and themselves, not each other, while the image is encoded and prefilled once.
+    """Return turns that see images and themselves, not each other, while the image is encoded and prefilled once.
 
     A row is the prompt up to the end of its images, then each question with its answer. Positions start over behind
     the images with each question. Labels are on the answers alone.
@@ -28,7 +28,7 @@ def pack_turns(
 
     Returns:
         `input_ids`, `labels`, `position_ids` and `blocks` (batch, length); `mask_blocks` makes the attention mask,
-        which is their square, where it is used.
+        which is their square, if it is used.
     """
     counts = num_images or [1] * len(conversations)
     budgets = iter([num_image_tokens] * sum(counts) if isinstance(num_image_tokens, int) else num_image_tokens)
@@ -46,7 +46,7 @@ def pack_turns(
 def tokenize_turns(
     messages: list[dict], processor: LightVLMProcessor, budgets: list[int]
 ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-    """Ids up to the end of the images, each with its placeholders; and of each question and answer."""
+    """Return ids up to the end of the images, each with its placeholders; and of each question and answer."""
     tokenizer, image_token_id = processor.tokenizer, processor.image_token_id
     first = tokenizer("")["input_ids"]  # <s> or the like, unless the chat template writes it
     prefix, turns = [], []
@@ -68,7 +68,7 @@ def tokenize_turns(
 
 
 def lay_out(prefix: list[int], turns: list[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
-    """One row's ids, labels, positions, and blocks: 0 of the prefix, 1, 2, ... of the turns."""
+    """Return one row's ids, labels, positions, and blocks: 0 of the prefix, 1, 2, ... of the turns."""
     length = len(prefix)
     row = {
         "input_ids": [*prefix],
@@ -86,7 +86,7 @@ def lay_out(prefix: list[int], turns: list[tuple[list[int], list[int]]]) -> dict
 
 
 def mask_blocks(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch with `attention_mask`, (batch, 1, length, length, bool), in place of `blocks`, if it has them.
+    """Return the batch with `attention_mask`, (batch, 1, length, length, bool), in place of `blocks`, if it has them.
 
     A position attends causally to its row's prefix and to its own block; padding to padding, which nothing reads.
     """

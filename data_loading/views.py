@@ -9,17 +9,17 @@ from transformers import LlavaNextImageProcessorPil
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of the image in a file as its EXIF turns it; of most files the header alone is read."""
+    """Return height and width of the image in a file as its EXIF turns it; of most files the header alone is read."""
     with Image.open(path) as image:
         width, height = turn_upright(image).size
     return height, width
 
 
 def parse_grids(grids: list[str], view: int) -> list[list[int]]:
-    """`image_grid_pinpoints`, heights and widths in pixels, of grids such as "2x3", rows x columns of views.
+    """Return `image_grid_pinpoints`, in pixels, of grids such as "2x3", rows x columns of views.
 
     Raises:
-        ValueError: where a grid is written otherwise.
+        ValueError: if a grid is written otherwise.
     """
     found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", grid) for grid in grids]
     if not all(found):
@@ -28,7 +28,7 @@ def parse_grids(grids: list[str], view: int) -> list[list[int]]:
 
 
 def cut_views(image_processor, image_grid_pinpoints: list[list[int]]) -> LlavaNextImageProcessorPil:
-    """LLaVA-NeXT's image processor, with the view, the filter and the colours of an image processor of one view."""
+    """Return LLaVA-NeXT's image processor, with view, filter and colors of an image processor of one view."""
     size = image_processor.crop_size or image_processor.size
     view = {"height": size["height"], "width": size["width"]}
     return LlavaNextImageProcessorPil(

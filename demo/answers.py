@@ -53,10 +53,10 @@ class Choice:
 
 
 def read_image(path: Path, processor: LightVLMProcessor) -> Image.Image:
-    """Upright RGB of a file, once for all questions, no larger than its views need.
+    """Read a file as upright RGB, once for all questions, no larger than its views need.
 
     Raises:
-        ValueError: where the file is no image, or has more than `MAX_PIXELS`, or is too thin.
+        ValueError: if the file is no image, or has more than `MAX_PIXELS`, or is too thin.
     """
     with reading(path.name), Image.open(path) as image:  # reads no more than the header
         width, height = image.size
@@ -69,7 +69,7 @@ def read_image(path: Path, processor: LightVLMProcessor) -> Image.Image:
 
 
 def tabulate_answers(answers: dict[int, tuple[str, float | None]]) -> str:
-    """A Markdown table of the answer and the milliseconds, if it has any, at each number of tokens."""
+    """Return a Markdown table of the answer and the milliseconds, if it has any, at each number of tokens."""
     rows = ["| tokens | answer | first token |", "| ---: | --- | ---: |"]
     for budget, (answer, first) in sorted(answers.items()):
         words = " ".join(answer.split()).replace("|", "\\|")
@@ -97,7 +97,7 @@ class Answerer:
         return TimedStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def chat(self, streamer: TimedStreamer, talk: Conversation, history: list, choice: Choice, **options) -> float:
-        """Answer into a streamer; milliseconds from here to the first token, reading the image included."""
+        """Answer into a streamer; return milliseconds from here to the first token, reading the image included."""
         start = time.perf_counter()
         try:
             self.model.chat(
@@ -116,13 +116,13 @@ class Answerer:
         return 1000 * (streamer.first_token - start)
 
     def draw(self, talk: Conversation, choice: Choice) -> tuple[Image.Image, int, int]:
-        """The picture of what is kept of the image, how many tokens that is, and of how many."""
+        """Return the picture of what is kept of the image, how many tokens that is, and of how many."""
         question = talk.question if choice.by_question else None
         what = (self.model, self.processor, talk.image, choice.budget, question, choice.max_views)
         return self.worker.submit(draw_kept, *what).result()
 
     def fits(self, talk: Conversation, before: list, choice: Choice) -> bool:
-        """Whether the decoder has positions for the question, those before, K tokens of the image, and an answer."""
+        """Return whether the decoder has positions for the question, those before, K image tokens, and an answer."""
         content = [{"type": "text", "text": talk.question}]
         asked = {"role": "user", "content": content if before else [{"type": "image"}, *content]}
         prompt = self.processor.apply_chat_template([*before, asked], add_generation_prompt=True)
@@ -133,7 +133,7 @@ class Answerer:
     def ask_again(
         self, talk: Conversation, before: list, choice: Choice, **options
     ) -> tuple[str, float] | tuple[str, None]:
-        """The whole answer of another choice, which is not remembered, and milliseconds to its first token.
+        """Return the whole answer of another choice, which is not remembered, and milliseconds to its first token.
 
         A prompt that the decoder has no positions for, which might take minutes, is not answered: that is said.
         """
@@ -144,14 +144,14 @@ class Answerer:
         return "".join(streamer).strip(), job.result()
 
     def answer(self, talk: Conversation, choice: Choice) -> Iterator[tuple[str, Image.Image | None]]:
-        """The answer as it grows; at the end with its tokens and milliseconds, and with the picture.
+        """Yield the answer as it grows; at the end with its tokens and milliseconds, and with the picture.
 
         The same question is asked once more with all tokens, for the time to its first token alone; or, to compare,
         for answers with all tokens of a view and with a quarter of those kept. Each time is that of one call, and all
         calls run in the same thread, one after the other.
 
         Raises:
-            ValueError: where there is no image or question, there are too many, or the processor refuses one of them.
+            ValueError: if there is no image or question, there are too many, or the processor refuses one of them.
         """
         if talk.image is None:
             raise ValueError("Which image? Add one to the question, or choose an example.")

@@ -75,7 +75,7 @@ def ask(
 def show(
     answerer: Answerer, talk: Conversation, kind: str, number: int, by_question: bool, views: int
 ) -> Image.Image | dict:
-    """The picture at another budget, before anything more is asked."""
+    """Return the picture at another budget, before anything more is asked."""
     if talk.image is None:
         return gr.skip()
     try:
@@ -85,7 +85,7 @@ def show(
 
 
 def introduce(checkpoint: str) -> str:
-    """The first paragraph of a checkpoint's card, which says what it knows, as text; "" if there is none."""
+    """Return the first paragraph of a checkpoint's card, which says what it knows, as text; "" if there is none."""
     card = Path(checkpoint, "README.md") if Path(checkpoint).is_dir() else checkpoint  # or a name on the Hub
     try:
         text = ModelCard.load(card).text if checkpoint else ""
@@ -97,12 +97,12 @@ def introduce(checkpoint: str) -> str:
 
 
 def choice(kind: str, number: int, by_question: bool, views: int, *also: bool) -> Choice:
-    """The values of the page's controls; 0 views are all."""
+    """Return the values of the page's controls; 0 views are all."""
     return Choice(f"dynamic:{number}" if kind == DYNAMIC else number, by_question, views or None, *also)
 
 
 def slider(kind: str, number: int, patches: int, means: list[int]) -> gr.Slider:
-    """The slider with the range that a kind of budget has, its value moved into it."""
+    """Return the slider with the range that a kind of budget has, its value moved into it."""
     least, most = (means[0], means[-1]) if kind == DYNAMIC else (1, patches)
     label = K_MEAN if kind == DYNAMIC else K
     return gr.Slider(least, most, min(max(number, least), most), step=1, label=label, elem_id="number")
@@ -117,7 +117,7 @@ def from_address(
     by_question: bool,
     views: int,
 ) -> tuple:
-    """The settings that the page's address names; those that it does not name, or not well, are the page's own."""
+    """Return the settings that the page's address names, and otherwise, or if it names them badly, the page's own."""
     if named.get("kind") in ([FIXED, DYNAMIC] if means else [FIXED]):
         kind = named["kind"]
     number, views = (
@@ -129,7 +129,7 @@ def from_address(
 
 
 def build(answerer: Answerer) -> gr.Blocks:
-    """The layout, and which event calls what."""
+    """Lay out the page, and connect events with what they call."""
     config, patches = answerer.model.config, answerer.processor.num_patches
     means = (config.dynamic_budget or {}).get("means", [])
     is_dynamic = config.num_image_tokens == "dynamic"
@@ -227,7 +227,7 @@ def launch(model: LightVLM, processor: LightVLMProcessor, host: str, port: int |
         port: None for the first free one from 7860 on.
 
     Raises:
-        OSError: where the port is taken.
+        OSError: if the port is taken.
     """
     page = build(Answerer(model, processor)).queue(max_size=32)
     page.launch(

@@ -8,36 +8,36 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.views_lightvlm import joined_tiles, token_rows
 from PIL import Image, ImageDraw, ImageFont
 
-DIM, DIM_COLOR = 0.3, 60  # a dropped patch keeps so much of itself, and the rest is this grey
+DIM, DIM_COLOR = 0.3, 60  # a dropped patch keeps so much of itself, and the rest is this gray
 
 
 def as_seen(pixel_values: torch.Tensor, processor: LightVLMProcessor) -> np.ndarray:
-    """The image that the encoder sees, resized and cropped: 8-bit RGB (height, width, 3) of (3, height, width)."""
+    """Return the image that the encoder sees, resized and cropped: 8-bit RGB (height, width, 3)."""
     mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
     pixels = pixel_values.float().cpu().permute(1, 2, 0) * std + mean
     return (pixels * 255).round().clamp(0, 255).byte().numpy()
 
 
 def cut_patches(seen: np.ndarray, side: int) -> np.ndarray:
-    """The patches, (side * side, size, size, 3), of a view (height, width, 3); an encoder leaves out what remains."""
+    """Return the patches, (side * side, size, size, 3), of a view (height, width, 3), without what remains."""
     size = seen.shape[0] // side
     rows = seen[: side * size, : side * size].reshape(side, size, side, size, 3)
     return rows.swapaxes(1, 2).reshape(-1, size, size, 3)
 
 
 def join_patches(patches: np.ndarray) -> np.ndarray:
-    """The pixels, (rows * size, columns * size, ...), of patches (rows, columns, size, size, ...)."""
+    """Return the pixels, (rows * size, columns * size, ...), of patches (rows, columns, size, size, ...)."""
     rows, columns, size = patches.shape[:3]
     return patches.swapaxes(1, 2).reshape(rows * size, columns * size, *patches.shape[4:])
 
 
 def dim(pixels: np.ndarray) -> np.ndarray:
-    """What is dropped, almost grey."""
+    """Dim pixels that are dropped, almost to gray."""
     return (DIM * pixels + (1 - DIM) * DIM_COLOR).round().astype(np.uint8)
 
 
 def write_count(picture: Image.Image, label: str) -> Image.Image:
-    """The picture with the label in its lower left corner."""
+    """Return the picture with the label in its lower left corner."""
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(10, picture.height // 24))
     place = (font.size // 2, picture.height - font.size // 2)
     left, top, right, bottom = draw.textbbox(place, label, font=font, anchor="lb")
@@ -50,7 +50,7 @@ def write_count(picture: Image.Image, label: str) -> Image.Image:
 def picture_kept(
     pixel_values: torch.Tensor, kept: torch.Tensor, processor: LightVLMProcessor, scale: int = 2
 ) -> Image.Image:
-    """An image of one view as the encoder sees it, its dropped patches dimmed, with "64 / 576 tokens" written on it.
+    """Return an image of one view as the encoder sees it, dropped patches dimmed, and "64 / 576 tokens" on it.
 
     Args:
         pixel_values: (3, height, width) of the processor.
@@ -75,7 +75,7 @@ def picture_views(
     processor: LightVLMProcessor,
     total: int,
 ) -> Image.Image:
-    """An image of many views: the kept patches of tiles as they are, and elsewhere those of the thumbnail, enlarged.
+    """Return an image of many views: kept patches of tiles as they are, elsewhere the thumbnail's, enlarged.
 
     Args:
         pixel_values: (views, 3, height, width) of the processor.
@@ -113,7 +113,7 @@ def draw_kept(
     question: str | None = None,
     max_views: int | None = None,
 ) -> tuple[Image.Image, int, int]:
-    """The image with its dropped patches dimmed, how many tokens are kept, and how many the encoded views have.
+    """Return the image with its dropped patches dimmed, how many tokens are kept, and how many the encoded views have.
 
     Args:
         model: whose pruner chooses.
@@ -124,7 +124,7 @@ def draw_kept(
         max_views: of a large image, how many views are encoded; all if None.
 
     Raises:
-        ValueError: where the processor refuses the image or the budget.
+        ValueError: if the processor refuses the image or the budget.
     """
     options = {"num_image_tokens": num_image_tokens, "max_views": max_views}
     options |= {"question": question} if question else {}

@@ -46,11 +46,11 @@ TIMED_BATCHES = 8  # after a warm-up; the others only answer
 
 
 def wilson_interval(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927), as two proportions."""
+    """Return the 95 % confidence interval of a proportion (Wilson 1927), as two proportions."""
     share, denominator = correct / total, 1 + z * z / total
-    centre = share + z * z / (2 * total)
+    center = share + z * z / (2 * total)
     margin = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    low, high = (centre - margin) / denominator, (centre + margin) / denominator
+    low, high = (center - margin) / denominator, (center + margin) / denominator
     return min(low, share), max(high, share)  # rounding would leave a share of 0 or 1 a little outside
 
 
@@ -62,7 +62,7 @@ class Questions:
         processor: the checkpoint's.
 
     Raises:
-        ValueError: where a row has no image, or several.
+        ValueError: if a row has no image, or several.
     """
 
     def __init__(self, rows: Dataset, processor: LightVLMProcessor):
@@ -84,33 +84,33 @@ class Questions:
             self.prompts.append(processor.apply_chat_template(prompt, add_generation_prompt=True))
 
     def batches(self, batch_size: int, done: Container[int] = ()) -> list[list[int]]:
-        """Row numbers of each batch, without those that are done; questions about the same image side by side."""
+        """Return the row numbers of each batch, without those done; questions about one image side by side."""
         order = sorted((row for row in range(len(self.paths)) if row not in done), key=self.paths.__getitem__)
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def digest(self) -> str:
-        """What tells these questions, images and right answers from others; it reads all images."""
+        """Return what tells these questions, images and right answers from others; it reads all images."""
         asked = [self.paths, self.prompts, self.references, hash_files(self.paths)]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """Heights and widths of the images, where these decide how many views they have; else none."""
+        """Return the heights and widths of the images, if these decide how many views they have; else none."""
         return [upright_size(path) for path in {*self.paths}] if self.processor.grid_pinpoints else []
 
     def have_one_view(self) -> bool:
-        """Whether no image has several."""
+        """Return whether no image has several."""
         return all(self.processor.grids.tiles(size) == (0, 0) for size in self.sizes)
 
     def count_tokens(self, config: LightVLMConfig) -> tuple[int, int]:
-        """The largest K of the image that has the fewest patches with features, and that all images keep all with."""
+        """Return the fewest patches with features that an image has, and the K that all images keep all with."""
         left = [encoded_tokens(size, config) for size in self.sizes] or [config.encoded_patches]
         if drops_patches(config):
             return min(left), max(left)
         return min(left), max(map(self.processor.count_tokens, self.sizes), default=config.num_patches)
 
     def open_images(self, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Pixel values of the batch's images, each image once, with their sizes if they have many views.
+        """Return the pixel values of the batch's images, each image once, with their sizes if they have many views.
 
         The third tensor, (rows,), says which image each row is about.
         """
@@ -120,21 +120,21 @@ class Questions:
         return inputs["pixel_values"], inputs.get("image_sizes"), about
 
     def question_ids(self, batch: list[int]) -> torch.Tensor:
-        """Each row's question for a pruner with `score="question"`."""
+        """Return each row's question for a pruner with `score="question"`."""
         return torch.tensor(self.processor.encode_questions([self.questions[row] for row in batch], len(batch)))
 
     def tokenize(self, batch: list[int], budgets: list[int]) -> dict[str, torch.Tensor]:
-        """Each row's prompt with its K placeholders."""
+        """Return each row's prompt with its K placeholders."""
         return tokenize([self.prompts[row] for row in batch], budgets, self.processor)
 
 
 def drops_patches(config: LightVLMConfig) -> bool:
-    """Whether the encoder drops some."""
+    """Return whether the encoder drops some."""
     return config.encoded_patches < config.num_patches
 
 
 def choose_budgets(wanted: list[int] | None, fewest: int, most: int, is_dropping: bool = False) -> list[int]:
-    """The K to measure of images with so many tokens, of which `most` and more stand for all; by default `BUDGETS`.
+    """Return the K to measure, by default `BUDGETS`, of images with so many tokens; `most` and more stand for all.
 
     Args:
         wanted: K, or None.
@@ -142,7 +142,7 @@ def choose_budgets(wanted: list[int] | None, fewest: int, most: int, is_dropping
         is_dropping: whether `most` are what the encoder left; then no K is larger.
 
     Raises:
-        ValueError: where a K would be all tokens of some images and not of others, or of none.
+        ValueError: if a K would be all tokens of some images and not of others, or of none.
     """
     if wanted is None:
         possible = [min(budget, most) for budget in BUDGETS if budget < fewest or fewest == most]
@@ -160,7 +160,7 @@ def choose_budgets(wanted: list[int] | None, fewest: int, most: int, is_dropping
 def choose_settings(
     questions: Questions, config: LightVLMConfig, selectors: list[str], wanted: list[int] | None
 ) -> list[tuple[str, int]]:
-    """Selector and K of each measurement of `accuracy`, with the two that are always there, random and downsample."""
+    """Return the selector and K of each measurement of `accuracy`; random and downsample are always there."""
     fewest, most = questions.count_tokens(config)
     budgets = choose_budgets(wanted, fewest, most, drops_patches(config))
     fewer = [budget for budget in budgets if budget < most]
@@ -173,7 +173,7 @@ def choose_settings(
 
 
 def repeat_images(layout: Layout, images: torch.Tensor) -> Layout:
-    """The layout of these images, some of them several times."""
+    """Return the layout of these images, some of them several times."""
     fields = ("source", "is_patch", "is_tile", "rows", "columns")
     chosen = {name: getattr(layout, name)[images] for name in fields}
     lengths, views = ([counts[image] for image in images.tolist()] for counts in (layout.lengths, layout.views))
@@ -216,7 +216,7 @@ class Batch:
             self.scores["question"] = backbone.pruner.score(self.features, self.prior, asked, self.layout)
 
     def timed(self, function: Callable, *args, **kwargs) -> tuple[Any, float]:
-        """What a function returns, and how many milliseconds it took for each question."""
+        """Return what a function returns, and how many milliseconds it took for each question."""
         wait = torch.cuda.synchronize if self.model.device.type == "cuda" else lambda: None
         wait()
         start = time.perf_counter()
@@ -225,7 +225,7 @@ class Batch:
         return result, 1000 * (time.perf_counter() - start) / len(self.rows)
 
     def choose(self, selector: str, budget: int | str) -> LightVLMImageFeatures:
-        """Image tokens of each row; mixed tokens have no index, and so are always at consecutive positions."""
+        """Choose the image tokens of each row; mixed tokens have no index, so positions are always consecutive."""
         backbone = self.model.model
         name, _, score = selector.partition("+")
         if isinstance(budget, str):
@@ -262,7 +262,7 @@ class Batch:
         return LightVLMImageFeatures(pooler_output=list(project(backbone, features, weights)))
 
     def choose_by_view(self, share: Callable, budget: int) -> torch.Tensor:
-        """The first K tokens, (rows, K), of the checkpoint's own order when each view has a share of them."""
+        """Return the first K tokens, (rows, K), of the checkpoint's own order when each view has a share of them."""
         scores, quotas = self.scores[""], share(self.importance, budget)
         order = self.model.model.pruner.select(scores, self.features, self.features.shape[1])
         views = self.layout.source // self.model.config.num_patches
@@ -272,7 +272,7 @@ class Batch:
 
     @property
     def left(self) -> list[int]:
-        """Patches of each row's image that are sure to have features."""
+        """Count the patches of each row's image that are sure to have features."""
         config = self.model.config
         if self.sizes is None:
             return [config.encoded_patches] * len(self.rows)
@@ -280,11 +280,11 @@ class Batch:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row's image before pruning."""
+        """Count the tokens of each row's image before pruning."""
         return [self.features.shape[1]] * len(self.rows) if self.layout is None else self.layout.lengths
 
     def answer(self, selector: str, budget: int | str, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
-        """Greedy answers from K tokens of each image, their mean K, and milliseconds of selection and prefill."""
+        """Return greedy answers from K tokens of each image, the mean K, and milliseconds of selection and prefill."""
         model, processor = self.model, self.questions.processor
         images, selection = self.timed(self.choose, selector, budget)
         lengths = [len(tokens) for tokens in images.pooler_output]
@@ -309,13 +309,13 @@ def accuracy(
     seed: int = 0,
     log: AnswerLog | None = None,
 ) -> list[dict]:
-    """A metric of greedy answers at each setting, of all processes together.
+    """Return a metric of greedy answers at each setting, of all processes together.
 
     Args:
         model: in evaluation mode.
         questions: that it is asked.
         settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
-            `SELECTORS`, with "+question" where each question chooses the tokens or "+cls" where the score is the
+            `SELECTORS`, with "+question" if each question chooses the tokens or "+cls" if the score is the
             encoder's attention alone; or "all" with all patches. The checkpoint's own selector takes "dynamic:64" too.
         metric: with "accuracy" among its values.
         batch_size: questions at a time.
@@ -372,17 +372,17 @@ def accuracy(
 
 
 def hard_questions(answers: dict[int, str] | None, references: list, metric: AnswerMetric) -> list[int]:
-    """The questions, by number, that a smaller image of as many tokens gets wrong; none if it was not asked."""
+    """Return the questions, by number, that a smaller image of as many tokens gets wrong; none if it was not asked."""
     return [row for row in sorted(answers or {}) if metric.score(answers[row], references[row]) < 0.5]
 
 
 def is_dynamic(result: dict) -> bool:
-    """Whether each image had as many tokens as it needs."""
+    """Return whether each image had as many tokens as it needs."""
     return isinstance(result["num_image_tokens"], str)
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: a line for each file, selector and budget."""
+    """Return Markdown: a line for each file, selector and budget."""
     others = [kind for kind in ("precision", "recall", "f1", "yes_rate", "yes_excess") if kind in results[0]]
     heads = ["data", "selector", "tokens", "accuracy", "95 % interval", "of full", HARD, *others]
     lines = []

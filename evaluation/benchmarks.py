@@ -16,19 +16,19 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 def read_text(folder: Path, name: str) -> str:
-    """Contents of a file; ValueError where it is missing."""
+    """Return the contents of a file; ValueError if it is missing."""
     if not (folder / name).is_file():
         raise ValueError(f"{folder} has no {name}: unpack the benchmark's files into this folder.")
     return (folder / name).read_text(encoding="utf-8")
 
 
 def item(number: int | str, image: str, question: str, reference: str | list[str]) -> dict:
-    """One question about an image, whose path is relative to the benchmark's folder."""
+    """Return one question about an image, whose path is relative to the benchmark's folder."""
     return {"id": str(number), "image": image, "question": question, "reference": reference}
 
 
 def read_vqav2(folder: Path) -> dict[str, list[dict]]:
-    """VQAv2 (Goyal et al. 2017, arXiv 1612.00837), validation split."""
+    """Read VQAv2 (Goyal et al. 2017, arXiv 1612.00837), validation split."""
     annotations = json.loads(read_text(folder, "v2_mscoco_val2014_annotations.json"))["annotations"]
     answers = {row["question_id"]: [answer["answer"] for answer in row["answers"]] for row in annotations}
     rows = json.loads(read_text(folder, "v2_OpenEnded_mscoco_val2014_questions.json"))["questions"]
@@ -40,7 +40,7 @@ def read_vqav2(folder: Path) -> dict[str, list[dict]]:
 
 
 def read_gqa(folder: Path) -> dict[str, list[dict]]:
-    """GQA (Hudson and Manning 2019, arXiv 1902.09506), balanced test-dev split."""
+    """Read GQA (Hudson and Manning 2019, arXiv 1902.09506), balanced test-dev split."""
     rows = json.loads(read_text(folder, "testdev_balanced_questions.json"))
     return {
         "gqa": [
@@ -51,7 +51,7 @@ def read_gqa(folder: Path) -> dict[str, list[dict]]:
 
 
 def read_textvqa(folder: Path) -> dict[str, list[dict]]:
-    """TextVQA (Singh et al. 2019, arXiv 1904.08920), validation split."""
+    """Read TextVQA (Singh et al. 2019, arXiv 1904.08920), validation split."""
     rows = json.loads(read_text(folder, "TextVQA_0.5.1_val.json"))["data"]
     return {
         "textvqa": [
@@ -62,7 +62,7 @@ def read_textvqa(folder: Path) -> dict[str, list[dict]]:
 
 
 def read_pope(folder: Path) -> dict[str, list[dict]]:
-    """POPE (Li et al. 2023, arXiv 2305.10355) on COCO, its three ways to choose absent objects."""
+    """Read POPE (Li et al. 2023, arXiv 2305.10355) on COCO, its three ways to choose absent objects."""
     items = {}
     for kind in ("random", "popular", "adversarial"):
         lines = read_text(folder, f"coco_pope_{kind}.json").split("\n")
@@ -74,7 +74,7 @@ def read_pope(folder: Path) -> dict[str, list[dict]]:
 
 
 def read_scienceqa(folder: Path) -> dict[str, list[dict]]:
-    """ScienceQA (Lu et al. 2022, arXiv 2209.09513), the questions of the test split that have an image."""
+    """Read ScienceQA (Lu et al. 2022, arXiv 2209.09513), the questions of the test split that have an image."""
     problems = json.loads(read_text(folder, "problems.json"))
     items = []
     for number in json.loads(read_text(folder, "pid_splits.json"))["test"]:
@@ -97,7 +97,7 @@ BENCHMARKS = {
 
 
 def to_dataset(items: list[dict], folder: Path, reference: Any) -> Dataset:
-    """The columns of `load_llava`, questions alone, and `references`; ValueError where images are missing."""
+    """Return the columns of `load_llava`, questions alone, and `references`; ValueError if images are missing."""
     images = {image: attempt(find_image, image, folder) for image in dict.fromkeys(row["image"] for row in items)}
     paths = [images[row["image"]] for row in items]
     if errors := {number: path for number, path in enumerate(paths) if isinstance(path, Exception)}:
@@ -112,7 +112,7 @@ def to_dataset(items: list[dict], folder: Path, reference: Any) -> Dataset:
 
 
 def load_benchmark(name: str, folder: str | Path) -> tuple[dict[str, Dataset], AnswerMetric]:
-    """A benchmark's parts by name, and its metric.
+    """Return a benchmark's parts by name, and its metric.
 
     Args:
         name: one of `BENCHMARKS`.
@@ -122,7 +122,7 @@ def load_benchmark(name: str, folder: str | Path) -> tuple[dict[str, Dataset], A
         Datasets with the columns of `load_llava`, of one question each, and `references` for the metric.
 
     Raises:
-        ValueError: where a file is missing or of another format, or images are missing, with their count and examples.
+        ValueError: if a file is missing or of another format, or images are missing, with their count and examples.
     """
     read, metric = BENCHMARKS[name]
     folder = Path(folder)

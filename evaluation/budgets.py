@@ -4,7 +4,7 @@
         --image-folder data/easy-vqa/images
 
 Static gives each image the same K. LightVLM's dynamic budget is what the checkpoint itself allots when it is asked for
-"dynamic:K". The rivals read a need off the encoder: K = clip(round(kappa * need)), with kappa found on the very images
+"dynamic:K". The baselines read a need off the encoder: K = clip(round(kappa * need)), with kappa found on the images
 that are measured, which only flatters them. Answers are teacher-forced, which for exact match is as good as greedy:
 an answer counts if each of its tokens is the likeliest.
 """
@@ -32,7 +32,7 @@ SWEEP = [2, 4, 8, 16, 32, 64]  # what the oracle tries
 
 
 def outlier_need(features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """How many patches' attention is an outlier by the interquartile rule (Tukey 1977): above Q3 + 1.5 (Q3 - Q1).
+    """Return how many patches' attention is an outlier by interquartile range (Tukey 1977): above Q3 + 1.5 (Q3 - Q1).
 
     Args:
         features: (images, patches, dim), not read.
@@ -46,21 +46,21 @@ def outlier_need(features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
 
 
 def entropy_need(features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """Over how many patches attention is spread: the exponential of its entropy. Shapes as in `outlier_need`."""
+    """Return the exponential of attention's entropy: over how many patches it spreads. Shapes as in `outlier_need`."""
     shares = prior / prior.sum(dim=-1, keepdim=True)
     return (-(shares * shares.clamp_min(1e-12).log()).sum(dim=-1)).exp()
 
 
 def rank_need(features: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """Effective rank of the features (Roy & Vetterli 2007). Shapes as in `outlier_need`."""
+    """Return the effective rank of the features (Roy & Vetterli 2007). Shapes as in `outlier_need`."""
     return entropy_need(features, torch.linalg.svdvals(features.float()))
 
 
-RIVALS = {"outliers of attention": outlier_need, "entropy of attention": entropy_need, "effective rank": rank_need}
+BASELINES = {"outliers of attention": outlier_need, "entropy of attention": entropy_need, "effective rank": rank_need}
 
 
 def load_images(path: str, folder: str) -> list[dict]:
-    """Each image of a LLaVA JSON file with all of its `turns`, and the number of its `objects`, if the file tells."""
+    """Return each image of a LLaVA JSON file with all of its `turns`, and with `objects`, their number, if given."""
     objects = {str(Path(folder, row["image"])): row.get("objects") for row in json.loads(Path(path).read_text())}
     images, rows = {}, load_llava(path, image_folder=folder)
     for messages, (image,) in zip(rows["messages"], rows.with_format("arrow")["images"].to_pylist(), strict=True):
@@ -88,7 +88,7 @@ class Encoded:
         self.order = pruner.select(scores, self.features, self.features.shape[1])
 
     def answer(self, budgets: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each image's answers, (questions,) each: whether they are right, and the log-probability of a token."""
+        """Return whether each image's answers are right, (questions,), and the log-probability of a token."""
         backbone = self.model.model
         kept = [order[:budget].sort().values for order, budget in zip(self.order, budgets, strict=True)]
         inputs = pack_turns(self.turns, self.processor, budgets)
@@ -110,12 +110,12 @@ class Encoded:
 
 
 def count_right(answers: list[tuple[torch.Tensor, torch.Tensor]]) -> list[list[float]]:
-    """Right answers and questions of each image, of `Encoded.answer`."""
+    """Count right answers and questions of each image, of `Encoded.answer`."""
     return [[right.sum().item(), len(right)] for right, _ in answers]
 
 
 def ask_oracle(encoded: Encoded, delta: float) -> tuple[list[int], list[list[float]]]:
-    """For each image the smallest K of a sweep with answers nearly as likely as those of all tokens.
+    """Return the smallest K of a sweep for each image with answers nearly as likely as those of all tokens.
 
     Also what all tokens answer: right answers and questions of each image.
     """
@@ -129,7 +129,7 @@ def ask_oracle(encoded: Encoded, delta: float) -> tuple[list[int], list[list[flo
 
 
 def paired_interval(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
-    """Difference of two accuracies and half of its 95 % interval, of (images, 2) right answers and questions."""
+    """Return two accuracies' difference and half of its 95 % interval, by right answers and questions, (images, 2)."""
     difference = ours[:, 0] - theirs[:, 0]
     total = ours[:, 1].sum()
     mean = difference.sum() / total
@@ -138,7 +138,7 @@ def paired_interval(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, fl
 
 
 def measure(encoded: list[Encoded], budgets: list[int]) -> torch.Tensor:
-    """Right answers and questions of each image, (images, 2), with these budgets."""
+    """Return right answers and questions of each image, (images, 2), with these budgets."""
     counts, start = [], 0
     for batch in encoded:
         counts += count_right(batch.answer(budgets[start : start + len(batch.turns)]))
@@ -148,7 +148,7 @@ def measure(encoded: list[Encoded], budgets: list[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def compare(encoded: list[Encoded], config, means: list[int], delta: float) -> list[dict]:
-    """Accuracy of each way at each mean; `difference` and `margin` are to static K of the same mean, in pairs.
+    """Return the accuracy of each way at each mean; `difference` and `margin` are to static K of that mean, in pairs.
 
     Args:
         encoded: all images.
@@ -159,7 +159,7 @@ def compare(encoded: list[Encoded], config, means: list[int], delta: float) -> l
     complexity = torch.cat([batch.complexity for batch in encoded]).cpu()
     needs = {
         name: torch.cat([need(batch.features, batch.prior.float()) for batch in encoded]).clamp_min(1).log().cpu()
-        for name, need in RIVALS.items()
+        for name, need in BASELINES.items()
     }
     settings = []
     for mean in means:
@@ -189,7 +189,7 @@ def compare(encoded: list[Encoded], config, means: list[int], delta: float) -> l
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: a line for each way and mean."""
+    """Return Markdown: a line for each way and mean."""
     lines = []
     for row in results:
         ahead = f"{100 * row['difference']:+.2f} ± {100 * row['margin']:.2f}" if "difference" in row else ""
@@ -199,7 +199,7 @@ def table(results: list[dict]) -> str:
 
 
 def budgets_by_objects(results: list[dict], images: list[dict]) -> dict[int, dict[int, float]]:
-    """Mean dynamic budget of images with so many objects: {mean asked for: {objects: tokens}}."""
+    """Return the mean dynamic budget of images with so many objects: {mean asked for: {objects: tokens}}."""
     means = {}
     for row in results:
         if row["budget"] == "dynamic":
@@ -211,7 +211,7 @@ def budgets_by_objects(results: list[dict], images: list[dict]) -> dict[int, dic
 
 
 def plot(means: dict[int, dict[int, float]], path: Path) -> None:
-    """Mean budget over the number of objects, a line for each mean that was asked for."""
+    """Draw the mean budget over the number of objects, a line for each mean that was asked for."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for mean, groups in means.items():

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval registers."""
+    """Return what lmms-eval registers."""
     return ModelManifest("lightvlm", chat_class_path=f"{__name__}.{LMMSModel.__name__}")
 
 
@@ -33,7 +33,7 @@ class LMMSModel(lmms):
         batch_size: questions at a time.
 
     Raises:
-        ValueError: where the checkpoint cannot be loaded, or cannot do what the other arguments ask for.
+        ValueError: if the checkpoint cannot be loaded, or cannot do what the other arguments ask for.
     """
 
     is_simple = False
@@ -49,7 +49,7 @@ class LMMSModel(lmms):
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size}: give a whole number from 1 on.")
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype}: give float32, bfloat16 or float16.")
         self.accelerator = Accelerator()  # before the model is loaded: it makes this process's GPU the current one
@@ -64,12 +64,12 @@ class LMMSModel(lmms):
         self.batch_size = int(batch_size)
 
     def conversation(self, request: Instance) -> list[dict]:
-        """A request's messages, with its images."""
+        """Return a request's messages, with its images."""
         _, to_messages, _, number, task, split = request.args
         return ChatMessages(messages=to_messages(self.task_dict[task][split][number])).to_hf_messages()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers in the order of the requests."""
+        """Return answers in the order of the requests."""
         answers = [""] * len(requests)
         wanted = [request.args[2] for request in requests]
         for batch in tqdm(batches(wanted, self.batch_size), desc="Batches", disable=self.rank != 0):

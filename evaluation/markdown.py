@@ -2,6 +2,6 @@
 
 
 def markdown_table(heads: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
-    """A Markdown table; columns after the first `text_columns` are numbers, aligned right."""
+    """Return a Markdown table; columns after the first `text_columns` are numbers, aligned right."""
     rules = ["---"] * text_columns + ["---:"] * (len(heads) - text_columns)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rules, *rows])

@@ -36,12 +36,12 @@ WHOLE["somebody'd"] = "somebodyd"  # so in the official code
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without surrounding space or a full stop."""
+    """Return a text in lower case, without surrounding space or a full stop."""
     return answer.strip().rstrip(".").lower()
 
 
 def normalise_vqa(answer: str) -> str:
-    """An answer as the official VQA evaluation compares it (Antol et al. 2015; rules at visualqa.org/evaluation.html).
+    """Return an answer as VQA's official evaluation compares it (Antol et al. 2015; visualqa.org/evaluation.html).
 
     Punctuation goes, and leaves a space where it stood between words; so do full stops that no digit follows, and
     articles. Number words become digits, and contractions get a missing apostrophe back.
@@ -57,7 +57,7 @@ def normalise_vqa(answer: str) -> str:
 
 
 def normalise_textvqa(answer: str) -> str:
-    """An answer as the evaluation of M4C compares it (Hu et al. 2020, arXiv 1911.06258), which TextVQA is scored by.
+    """Return an answer as M4C's evaluation, which scores TextVQA, compares it (Hu et al. 2020, arXiv 1911.06258).
 
     As `normalise_vqa`, but commas and question marks leave no space, and 's is a word of its own.
     """
@@ -65,18 +65,18 @@ def normalise_textvqa(answer: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text with spaces for newlines and tabs, and none around it."""
+    """Return a text with spaces for newlines and tabs, and none around it."""
     return re.sub(r"[\n\t]", " ", text).strip()
 
 
 def leave_one_out(prediction: str, answers: list[str]) -> float:
-    """Mean over the annotators of min(1, how many of the others gave this answer / 3)."""
+    """Return the mean over the annotators of min(1, how many of the others gave this answer / 3)."""
     matches = [answer == prediction for answer in answers]
     return sum(min(1, (sum(matches) - match) / 3) for match in matches) / len(matches)
 
 
 def vqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """`leave_one_out` as in the official code of VQA, which normalises only where the annotators differ."""
+    """Return `leave_one_out` as in the official code of VQA, which normalizes only if the annotators differ."""
     texts = [one_line(text) for text in (prediction, *answers)]
     normalise_all = normalise_vqa if len(set(texts[1:])) > 1 else str.lower
     prediction, *answers = map(normalise_all, texts)
@@ -84,19 +84,19 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
 
 
 def textvqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """`leave_one_out` as in the evaluation of M4C, which always normalises the prediction and the answers."""
+    """Return `leave_one_out` as in the evaluation of M4C, which always normalizes the prediction and the answers."""
     prediction, *answers = (normalise_textvqa(one_line(text)) for text in (prediction, *answers))
     return leave_one_out(prediction, answers)
 
 
 def says_yes(text: str) -> bool:
-    """Whether a text means yes, as POPE reads it: its first sentence has no "no" or "not" between spaces."""
+    """Return whether a text means yes, as POPE reads it: its first sentence has no "no" or "not" between spaces."""
     words = text.strip().split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
 def option_letter(text: str) -> str | None:
-    """The letter of "B", "B.", "B. a cat" or "The answer is B", as LLaVA's evaluation finds it, or None."""
+    """Return the letter of "B", "B.", "B. a cat" or "The answer is B", as LLaVA's evaluation finds it, or None."""
     text = text.strip().replace("\n", ". ")
     found = re.match(r"([A-E])(?:\.?$|\. )", text)
     found = found or re.search(r"The answer is ([A-E])\.", text) or re.search(r"The answer is ([A-E])", text)
@@ -112,7 +112,7 @@ class AnswerMetric(Metric):
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def score(self, prediction: str, reference: Any) -> float:
-        """How right one answer is, from 0 to 1."""
+        """Return how right one answer is, from 0 to 1."""
         raise NotImplementedError
 
     def _compute(self, predictions: list[str], references: list) -> dict[str, float]:
@@ -152,7 +152,7 @@ class VQAAccuracy(AnswerMetric):
 
 
 class TextVQAAccuracy(AnswerMetric):
-    """Accuracy of TextVQA (Singh et al. 2019, arXiv 1904.08920): VQA accuracy whose texts are always normalised."""
+    """Accuracy of TextVQA (Singh et al. 2019, arXiv 1904.08920): VQA accuracy whose texts are always normalized."""
 
     reference = List(Value("string"))
 

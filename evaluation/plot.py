@@ -13,12 +13,12 @@ STYLES = [f"{marker}{line}" for line in ("-", "--") for marker in "osD^vXP"]
 
 
 def line_of(result: dict) -> str:
-    """The line that a result belongs to."""
+    """Return the line that a result belongs to."""
     return f"{result['selector']}, dynamic" if is_dynamic(result) else result["selector"]
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """A panel for each file, a line for each selector, bars for the 95 % interval, and a level for all tokens.
+    """Draw a panel for each file, a line for each selector, bars for the 95 % interval, and a level for all tokens.
 
     Args:
         results: of `accuracy`, each with the name of its `data`.

@@ -19,13 +19,13 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 
 def select_random(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """Patches by chance. Shapes as in `select_topk`."""
+    """Select patches by chance. Shapes as in `select_topk`."""
     chances = torch.rand_like(scores).masked_fill(scores == -torch.inf, -1)  # of many views, what is no patch
     return chances.argsort(dim=-1, descending=True)[:, :count]
 
 
 def grid_side(count: int) -> int:
-    """Rows, and columns, of a square grid of `count` tokens; ValueError where there is none."""
+    """Return the rows, and columns, of a square grid of `count` tokens; ValueError if there is none."""
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(
@@ -36,27 +36,27 @@ def grid_side(count: int) -> int:
 
 
 def select_uniform(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """The patches at the centres of a square grid's cells. Shapes as in `select_topk`; not nested.
+    """Select the patches at the centers of a square grid's cells. Shapes as in `select_topk`; not nested.
 
-    Where the encoder dropped a centre, the nearest patch that is left and not chosen yet.
+    If the encoder dropped a center, the nearest patch that is left and not chosen yet.
     """
     patches_per_side = math.isqrt(scores.shape[1])
     side = grid_side(count)
-    centres = (2 * torch.arange(side, device=scores.device) + 1) * patches_per_side // (2 * side)
-    centres = (centres[:, None] * patches_per_side + centres).flatten()
+    centers = (2 * torch.arange(side, device=scores.device) + 1) * patches_per_side // (2 * side)
+    centers = (centers[:, None] * patches_per_side + centers).flatten()
     is_left, chosen = scores > -torch.inf, []
     if is_left.all():
-        return centres.expand(len(scores), -1)
+        return centers.expand(len(scores), -1)
     patches = torch.arange(scores.shape[1], device=scores.device)
     places = torch.stack([patches // patches_per_side, patches % patches_per_side], dim=-1).float()
-    for distance in torch.cdist(places[centres], places):
+    for distance in torch.cdist(places[centers], places):
         chosen.append(distance.expand_as(scores).masked_fill(~is_left, torch.inf).argmin(dim=-1, keepdim=True))
         is_left = is_left.scatter(1, chosen[-1], False)
     return torch.cat(chosen, dim=1)
 
 
 def select_max_min(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """The patch farthest from its nearest neighbour, then always the farthest from the chosen; scores do not count.
+    """Select the patch farthest from its nearest neighbor, then the farthest from the chosen; scores do not count.
 
     Max-min diversity with 1 - cosine as the distance: DivPrune (Alvar et al. 2025, arXiv 2503.02175), which compares
     projected patches, (batch, patches, hidden). Shapes as in `select_topk`.
@@ -73,7 +73,7 @@ def select_max_min(scores: torch.Tensor, features: torch.Tensor, count: int) -> 
 
 
 def select_k_center(scores: torch.Tensor, features: torch.Tensor, count: int, alpha: float = 0.8) -> torch.Tensor:
-    """Patches that are important and unlike the chosen ones: greedy k-center (Gonzalez 1985), weighted by importance.
+    """Select patches that are important and unlike the chosen ones: weighted greedy k-center (Gonzalez 1985).
 
     With q = exp(score), each step takes the patch with the largest q^alpha * min over the chosen of (1 - cosine), as
     logarithms like `select_density_peaks`. Shapes as in `select_topk`.
@@ -90,7 +90,7 @@ def select_k_center(scores: torch.Tensor, features: torch.Tensor, count: int, al
 
 
 def select_determinantal(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """Patches that are important and unlike the chosen ones: greedy MAP of a determinantal point process.
+    """Select patches that are important and unlike the chosen ones: greedy MAP of a determinantal point process.
 
     The kernel is diag(q) S diag(q) with q = exp(score) and S the cosines; each step takes the patch that multiplies
     the determinant of the chosen ones' kernel the most, by q^2 * (squared distance to the span of the chosen), and
@@ -116,7 +116,7 @@ def select_determinantal(scores: torch.Tensor, features: torch.Tensor, count: in
 def select_deduplicated(
     scores: torch.Tensor, features: torch.Tensor, count: int, important_share: float = 0.5
 ) -> torch.Tensor:
-    """Half of the tokens by score; of the other patches, those that are left once duplicates are removed.
+    """Select half of the tokens by score; of the other patches, those that are left once duplicates are removed.
 
     Each round deals what is left into two parts, as in ToMe's matching (Bolya et al. 2023), and removes from the first
     the half that is most alike to some patch of the second. After VisPruner (Zhang et al. 2025, arXiv 2412.01818),
@@ -135,7 +135,7 @@ def select_deduplicated(
 
 
 def pool(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """Means over what the encoder left of the cells of a square grid, (batch, K, patches); scores do not count else.
+    """Return means over what the encoder left of a square grid's cells, (batch, K, patches); scores say what is left.
 
     A cell of which nothing is left is the patch that `select_uniform` has for it.
     """
@@ -146,7 +146,7 @@ def pool(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tens
 
 
 def pool_cells(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """Means over the whole cells of a square grid: weights (batch, K, patches)."""
+    """Return means over the whole cells of a square grid: weights (batch, K, patches)."""
     patches = scores.shape[1]
     each = torch.eye(patches, device=scores.device).unflatten(-1, (math.isqrt(patches), -1))
     cells = functional.adaptive_avg_pool2d(each, grid_side(count)).flatten(1)  # [N, K]
@@ -154,7 +154,7 @@ def pool_cells(scores: torch.Tensor, features: torch.Tensor, count: int) -> torc
 
 
 def merge(scores: torch.Tensor, keys: torch.Tensor, count: int, contextual_share: float = 10 / 64) -> torch.Tensor:
-    """The best patches as they are, then targets spread evenly among the others, each plus the mean of what joins it.
+    """Keep the best patches, and targets spread evenly among the others, each plus the mean of what joins it.
 
     Each of the other patches joins the target that it is most alike to by the encoder's keys. VisionZip (Yang et al.
     2024, arXiv 2412.04467), whose 54 + 10 dominant and contextual tokens this takes for every K; [CLS], one of their
@@ -182,13 +182,13 @@ def merge(scores: torch.Tensor, keys: torch.Tensor, count: int, contextual_share
 
 
 def everything(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """All patches, whatever the count: what FastV gives to a language model that prunes them itself."""
+    """Return all patches, whatever the count: what FastV gives to a language model that prunes them itself."""
     patches = scores.shape[1]
     return torch.eye(patches, dtype=features.dtype, device=features.device).expand(len(scores), -1, -1)
 
 
 def spend_quotas(order: torch.Tensor, views: torch.Tensor, quotas: torch.Tensor, count: int) -> torch.Tensor:
-    """The first tokens of an order, of each view as many as its quota; what a view cannot spend goes to the others.
+    """Return an order's first tokens, of each view its quota; what a view cannot spend goes to the others.
 
     Args:
         order: (batch, tokens), all tokens, best first.
@@ -206,13 +206,13 @@ def spend_quotas(order: torch.Tensor, views: torch.Tensor, quotas: torch.Tensor,
 
 
 def share_equally(importance: torch.Tensor, count: int) -> torch.Tensor:
-    """As many tokens for each view that there is, (batch, views), whatever its importance."""
+    """Give as many tokens to each view that there is, (batch, views), whatever its importance."""
     exists = importance >= 0
     return (count / exists.sum(dim=1, keepdim=True) * exists).ceil().long()
 
 
 def share_by_thumbnail(importance: torch.Tensor, count: int) -> torch.Tensor:
-    """More tokens for tiles that the thumbnail finds important: R (1 + s - 1 / n) for each of n tiles.
+    """Give more tokens to tiles that the thumbnail finds important: R (1 + s - 1 / n) for each of n tiles.
 
     R is a view's equal share and s the tile's share of the importance, as in GlobalCom2 (Liu et al. 2025, arXiv
     2501.05179), of which this takes the allocation alone. The thumbnail has an equal share.
@@ -254,7 +254,7 @@ ON_GRIDS = ("uniform", "pool", "downsample")  # these need to know where patches
 
 
 def gather_left(scores: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of images of one view, what the encoder did not drop: the patches' indices (batch, left), scores and features.
+    """Return what the encoder did not drop of images of one view: indices (batch, left), scores and features.
 
     A dropped patch has the score -inf, and as many are dropped in each image.
     """
@@ -263,7 +263,7 @@ def gather_left(scores: torch.Tensor, features: torch.Tensor) -> tuple[torch.Ten
 
 
 def choose_patches(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """Which patches of images of one view are kept, (batch, K), in raster order; none that the encoder dropped.
+    """Return which patches of images of one view are kept, (batch, K), in raster order; none that the encoder dropped.
 
     `features` are what the selector compares: projected patches for `max-min`.
     """
@@ -274,7 +274,7 @@ def choose_patches(selector: str, scores: torch.Tensor, features: torch.Tensor, 
 
 
 def mixing_weights(selector: str, scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
-    """How much of each patch is in each image token: (batch, K, patches), in raster order except for `merge`.
+    """Return how much of each patch is in each image token: (batch, K, patches), in raster order except for `merge`.
 
     Rows sum to one, except those of `merge`. `features` are what the selector compares: keys for `merge`, projected
     patches for `max-min`. What the encoder dropped has no weight, except in `downsample`, which encodes again.
@@ -290,7 +290,7 @@ def mixing_weights(selector: str, scores: torch.Tensor, features: torch.Tensor, 
 
 
 def project(backbone: LightVLMModel, features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Image tokens of mixed features, with the mean of their patches' places.
+    """Return image tokens of mixed features, with the mean of their patches' places.
 
     Args:
         backbone: with the projector and the pruner's row and column embeddings.
@@ -309,7 +309,7 @@ def project(backbone: LightVLMModel, features: torch.Tensor, weights: torch.Tens
 def encode_with_keys(
     backbone: LightVLMModel, pixel_values: torch.Tensor, in_picture: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features and prior of `LightVLMModel.encode`, and the patches' keys, from the same run of the encoder.
+    """Return features and prior of `LightVLMModel.encode`, and the patches' keys, from the same run of the encoder.
 
     Args:
         backbone: with the encoder.
@@ -331,7 +331,7 @@ def encode_with_keys(
 
 
 def downsample(backbone: LightVLMModel, pixel_values: torch.Tensor, count: int) -> torch.Tensor:
-    """Features (images, K, dim) of the image at the size that has K patches, with interpolated position embeddings.
+    """Return the features (images, K, dim) of the image at the size of K patches, with interpolated positions.
 
     Args:
         backbone: whose encoder runs again.
@@ -352,7 +352,7 @@ def prompt_attention(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor,
 ) -> torch.Tensor:
-    """How much a prompt's last token attends to each of its positions, averaged over the heads.
+    """Return how much a prompt's last token attends to each of its positions, averaged over the heads.
 
     Args:
         attention: of a Phi or Llama decoder layer.
@@ -393,7 +393,7 @@ class LanguageModelPruning:
         self.kept, self.seen = None, self.prompt
 
     def choose(self, attention: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the second layer's attention: keep the text, K image tokens, and what follows the prompt."""
+        """Keep, before the second layer's attention, the text, K image tokens, and what follows the prompt."""
         states, prompt = kwargs["hidden_states"], self.prompt
         if states.shape[1] == 1:  # a step of decoding
             return
@@ -406,7 +406,7 @@ class LanguageModelPruning:
         self.kept = torch.cat([kept, answer], dim=1)
 
     def drop(self, layer: torch.nn.Module, args: tuple, kwargs: dict, first: bool) -> tuple[tuple, dict]:
-        """Before each later layer: leave out of its inputs what is not kept; the `first` one still gets all states."""
+        """Leave out of each later layer's inputs what is not kept; the `first` one still gets all states."""
         (states, *others), embeddings = args, kwargs["position_embeddings"]
         is_decoding = embeddings[0].shape[1] == 1
         mask = self.drop_from_mask(kwargs["attention_mask"], is_decoding)
@@ -417,7 +417,7 @@ class LanguageModelPruning:
         return (states, *others), {**kwargs, "attention_mask": mask, "position_embeddings": embeddings}
 
     def drop_from_mask(self, mask: torch.Tensor | None, is_decoding: bool) -> torch.Tensor | None:
-        """Columns of the kept keys and of all decoded ones, rows of the kept queries: (batch, 1, queries, keys)."""
+        """Return the mask of kept keys and all decoded ones, and of the kept queries: (batch, 1, queries, keys)."""
         if mask is None:
             return None
         mask = mask.expand(len(self.kept), -1, -1, -1)
@@ -442,7 +442,7 @@ def prune_in_language_model(
         count: K.
 
     Raises:
-        ValueError: where the language model is another.
+        ValueError: if the language model is another.
     """
     if model.config.text_config.model_type not in ("phi", "llama"):
         raise ValueError("fastv knows the attention of Phi and Llama language models: leave this selector out.")

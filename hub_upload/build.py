@@ -62,7 +62,7 @@ def build_from_parts(vision: str, text: str, output_dir: str | Path, **config) -
 def compose(
     vision: str, text: str, dtype: torch.dtype | str = "auto", **config_kwargs
 ) -> LightVLMForConditionalGeneration:
-    """A model of two pretrained parts; projector and pruner are new.
+    """Return a model of two pretrained parts; projector and pruner are new.
 
     Args:
         vision: folder or Hub name of a CLIP or SigLIP checkpoint, whole or vision part.
@@ -71,7 +71,7 @@ def compose(
         config_kwargs: for `LightVLMConfig`, such as `num_image_tokens` or `score`.
 
     Raises:
-        ValueError: where the vision encoder is of another type, the language model does more than a linear layer
+        ValueError: if the vision encoder is of another type, the language model does more than a linear layer
             between its last hidden state and its logits, or weights of one of them are missing or left over.
     """
     vision_config = AutoConfig.from_pretrained(vision)
@@ -123,7 +123,7 @@ def load_whole(auto, name: str, cure: str, new: str = "$^", spare: str = "$^", *
 
 
 def load_tokenizer(text: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model, with `<image>` and a token for padding."""
+    """Return the tokenizer of a language model, with `<image>` and a token for padding."""
     tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -142,7 +142,7 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
             the language model has not learned that patches are missing, nor where kept ones stood.
 
     Raises:
-        ValueError: where it is a checkpoint of another kind or layout, weights but the pruner's are missing or left
+        ValueError: if it is a checkpoint of another kind or layout, weights but the pruner's are missing or left
             over, its processor or chat template is missing; as `LightVLMProcessor.check` and `save`.
     """
     check_output(output_dir)

@@ -15,10 +15,10 @@ MEASURED |= dict.fromkeys(("accuracy", "low", "high"), (int, float))
 
 
 def read_results(paths: list[str | Path]) -> list[dict]:
-    """Rows of the JSON files that `lightvlm eval --output` wrote, each with the `command` that measured it.
+    """Return rows of the JSON files that `lightvlm eval --output` wrote, each with the `command` that measured it.
 
     Raises:
-        ValueError: where a file cannot be read or is of another kind, or two rows measured the same.
+        ValueError: if a file cannot be read or is of another kind, or two rows measured the same.
     """
     rows, sources = [], {}
     for path in paths:
@@ -69,10 +69,10 @@ def check_measured(paths: list[str | Path], checkpoint: Path, config: LightVLMCo
 
 
 def read_card(checkpoint: Path) -> tuple[ModelCardData, str, str]:
-    """Front matter, introduction and training of a checkpoint's README.md, as training/sft.py writes it.
+    """Return the front matter, introduction and training of a checkpoint's README.md, as training/sft.py writes it.
 
     Raises:
-        ValueError: where it lacks what only the checkpoint's author can know.
+        ValueError: if it lacks what only the checkpoint's author can know.
     """
     path = checkpoint / "README.md"
     try:
@@ -84,30 +84,30 @@ def read_card(checkpoint: Path) -> tuple[ModelCardData, str, str]:
     if not (training and training[1].strip()):
         raise ValueError(f"{path} does not say how the weights were trained: write it under `## Training`.")
     if not card.data.get("license"):
-        raise ValueError(f"{path} names no licence of the weights: add one to its front matter, as `license: mit`.")
+        raise ValueError(f"{path} names no license of the weights: add one to its front matter, as `license: mit`.")
     return card.data, intro[1].strip() if intro else "", training[1].strip()
 
 
 def own_examples(data: ModelCardData) -> list[str]:
-    """Images of the widget that are the checkpoint's own files, and not addresses."""
+    """Return images of the widget that are the checkpoint's own files, and not addresses."""
     examples = [example for example in data.get("widget") or [] if isinstance(example, dict)]
     sources = [example.get("src") for example in examples]
     return [source for source in sources if source and isinstance(source, str) and "://" not in source]
 
 
 def is_own(row: dict, config: LightVLMConfig) -> bool:
-    """Whether tokens were kept as the checkpoint itself does it, and not in a rival's way."""
+    """Return whether tokens were kept as the checkpoint itself does it, and not by another method."""
     return row["selector"] in ("all", config.select, f"{config.select}+question")
 
 
 def describe(row: dict) -> str:
-    """What a row was measured with: "diverse, 64 tokens"."""
+    """Return what a row was measured with: "diverse, 64 tokens"."""
     budget = row["num_image_tokens"]
     return f"{row['selector']}, {budget}" + (" tokens" if isinstance(budget, int) else "")
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a line for each setting, a column for each file of questions."""
+    """Return Markdown: a line for each setting, a column for each file of questions."""
     totals = {row["data"]: max(other["total"] for other in rows if other["data"] == row["data"]) for row in rows}
     selectors = list(dict.fromkeys(row["selector"] for row in rows))
     cells = {}
@@ -132,14 +132,14 @@ def table(rows: list[dict]) -> str:
 def make_card(
     checkpoint: Path, config: LightVLMConfig, name: str, results: list[dict], datasets: dict[str, str]
 ) -> ModelCard:
-    """The card, with what its author wrote in the checkpoint's README.md.
+    """Return the card, with what its author wrote in the checkpoint's README.md.
 
     Args:
         checkpoint: its folder.
         config: its configuration.
         name: what to load it by: a Hub name, or a folder.
         results: of `read_results`.
-        datasets: the Hub's name of the `data` in the results, where they have one.
+        datasets: the Hub's name of the `data` in the results, if they have one.
 
     Raises:
         ValueError: as `read_card`.
@@ -149,7 +149,7 @@ def make_card(
     others = [row for row in results if not is_own(row, config)]
     means = (config.dynamic_budget or {}).get("means")
     title = Path(name).name
-    path = rf"(?<![\w./-]){re.escape(str(checkpoint.resolve()))}/?(?![\w./-])"  # to commands; strangers have `name`
+    path = rf"(?<![\w./-]){re.escape(str(checkpoint.resolve()))}/?(?![\w./-])"  # to commands; others have `name`
     data.model_name = title if own else None
     data.pipeline_tag, data.library_name = "image-text-to-text", "transformers"
     data.tags = list(dict.fromkeys([*(data.tags or []), "lightvlm", "token-pruning", "custom_code"]))
@@ -182,7 +182,7 @@ def make_card(
 
 
 def eval_results(results: list[dict], config: LightVLMConfig, datasets: dict[str, str]) -> dict[str, str]:
-    """The YAML of `.eval_results/`, by file name: the checkpoint's own results on the Hub's benchmarks.
+    """Return the YAML of `.eval_results/`, by file name: the checkpoint's own results on the Hub's benchmarks.
 
     Args:
         results: of `read_results`.
@@ -190,7 +190,7 @@ def eval_results(results: list[dict], config: LightVLMConfig, datasets: dict[str
         datasets: "owner/dataset" or "owner/dataset:task" of some of the `data` in the results.
 
     Raises:
-        ValueError: where the results have nothing of one of them.
+        ValueError: if the results have nothing of one of them.
     """
     files = {}
     for data, dataset in datasets.items():

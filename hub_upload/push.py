@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a Hub folder, see that strangers can use it, and upload it in one commit."""
+"""Turn a checkpoint into a Hub folder, see that others can use it, and upload it in one commit."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from lightvlm.hub import stranger
+from lightvlm.hub import loading_check
 from lightvlm.hub.build import save
 from lightvlm.hub.card import eval_results, make_card, own_examples
 from lightvlm.hub.private import check_links, check_picture, check_texts, strip_origins
@@ -28,7 +28,7 @@ PASSED_ON = (  # of the environment, to code that is tried: no tokens, nor where
 
 
 def check_repo_id(repo_id: str) -> None:
-    """ValueError unless a repository is called "owner/name", in the Hub's alphabet."""
+    """Raise ValueError unless a repository is called "owner/name", in the Hub's alphabet."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"{repo_id} does not say whose repository it is: give OWNER/{repo_id}.")
@@ -49,7 +49,7 @@ def check_files(checkpoint: Path) -> None:
 def write_folder(
     model, processor, checkpoint: Path, output: Path, name: str, results: list[dict], datasets: dict[str, str]
 ) -> None:
-    """Write the folder for the Hub: weights, configuration, code, processor, licence, card and results.
+    """Write the folder for the Hub: weights, configuration, code, processor, license, card and results.
 
     Args:
         model: of the checkpoint, with all weights.
@@ -61,7 +61,7 @@ def write_folder(
         datasets: as of `make_card`.
 
     Raises:
-        ValueError: if weights are NaN, infinite or quantized, a card, an example or a licence lacks something, or a
+        ValueError: if weights are NaN, infinite or quantized, a card, an example or a license lacks something, or a
             token or a path of this machine would be published.
     """
     if hasattr(model.config, "quantization_config"):
@@ -83,11 +83,11 @@ def write_folder(
     entries = eval_results(results, model.config, datasets)
     code, weights = distribution("lightvlm").read_text("licenses/LICENSE"), checkpoint / "LICENSE"
     if weights.is_file() and weights.read_text() != code:
-        licences = {"LICENSE": weights.read_text(), "LICENSE-CODE": code}
+        licenses = {"LICENSE": weights.read_text(), "LICENSE-CODE": code}
     elif card.data.license == "mit":
-        licences = {"LICENSE": code}
+        licenses = {"LICENSE": code}
     else:
-        raise ValueError(f"The weights' licence is {card.data.license}: put its text in {weights}.")
+        raise ValueError(f"The weights' license is {card.data.license}: put its text in {weights}.")
 
     save(model, processor, output)
     for part in ("config.json", *(file.name for file in output.glob("*.py"))):
@@ -103,7 +103,7 @@ def write_folder(
         (output / example).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(checkpoint / example, output / example)
     card.save(output / "README.md")
-    for file, text in {**licences, **{f".eval_results/{file}": text for file, text in entries.items()}}.items():
+    for file, text in {**licenses, **{f".eval_results/{file}": text for file, text in entries.items()}}.items():
         (output / file).parent.mkdir(exist_ok=True)
         (output / file).write_text(text)
     check_texts(output, checkpoint, name)
@@ -112,7 +112,7 @@ def write_folder(
 def describe_code(folder: Path) -> str:
     """Return what `check_folder` runs of a Hub folder: its modules, and how many blocks of its card."""
     modules = ", ".join(sorted(file.name for file in folder.glob("*.py")))
-    return f"{modules} and {len(stranger.python_blocks(folder))} blocks of Python in its card"
+    return f"{modules} and {len(loading_check.python_blocks(folder))} blocks of Python in its card"
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -131,7 +131,7 @@ def check_folder(folder: Path, name: str) -> None:
     with tempfile.TemporaryDirectory() as home:
         environment = {variable: os.environ[variable] for variable in PASSED_ON if variable in os.environ}
         environment |= {"HOME": home, "USERPROFILE": home, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-I", stranger.__file__, str(folder.resolve()), name]
+        command = [sys.executable, "-I", loading_check.__file__, str(folder.resolve()), name]
         result = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace"
         )
@@ -146,14 +146,14 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of all that is in a folder, links as such."""
+    """Return the size and time of change of all that is in a folder, links as such."""
     stats = {str(file.relative_to(folder)): file.lstat() for file in folder.rglob("*")}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """ValueError that names the cure, in place of what talking with the Hub raises."""
+    """Raise ValueError that names the cure, in place of what talking with the Hub raises."""
     try:
         yield
     except Exception as error:  # of every kind: its own, its HTTP library's and those of hf_xet
@@ -181,7 +181,7 @@ def upload(
         create_pr: propose the commit as a pull request to the main branch instead.
 
     Raises:
-        ValueError: where the Hub refuses, cannot be reached, or has a public repository that should be private.
+        ValueError: if the Hub refuses, cannot be reached, or has a public repository that should be private.
     """
     with hub_errors(repo_id):
         api.create_repo(repo_id, private=private or None, exist_ok=True)

@@ -62,11 +62,11 @@ class AnswerLog:
                 self.lock.release()
 
     def part(self, process: int) -> Path:
-        """The file that a process writes to."""
+        """Return the file that a process writes to."""
         return Path(f"{self.path}.part{process}") if process else self.path
 
     def parts(self) -> list[Path]:
-        """Files of other processes that wait to join the first."""
+        """Return files of other processes that wait to join the first."""
         names = re.compile(re.escape(self.path.name) + r"\.part\d+")
         return sorted(file for file in self.path.parent.iterdir() if names.fullmatch(file.name))
 
@@ -103,7 +103,7 @@ class AnswerLog:
             part.unlink()
 
     def mine(self, batches: Iterable) -> Iterator:
-        """This process's share of the batches."""
+        """Return this process's share of the batches."""
         return islice(batches, self.state.process_index, None, self.state.num_processes)
 
     def add(self, *answers: dict) -> None:
@@ -116,11 +116,11 @@ class AnswerLog:
             self.file.flush()
 
     def join(self) -> list[dict]:
-        """The answers of all processes and runs; waits for the others."""
+        """Return the answers of all processes and runs; wait for the others."""
         return self.earlier + self.gather(self.new)
 
     def gather(self, values: list) -> list:
-        """The values of all processes; waits for the others."""
+        """Return the values of all processes; wait for the others."""
         return gather_object(values) if self.state.num_processes > 1 else values
 
 
@@ -158,7 +158,7 @@ def compare(path: Path, head: Path, wanted: dict) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a file's lines, without one that was cut off; ValueError if there is something else."""
+    """Return the objects of a file's lines, without one that was cut off; ValueError if there is something else."""
     lines = path.read_bytes().split(b"\n")[:-1]
     rows = [attempt(json.loads, line) for line in lines if line.strip()]
     if not all(isinstance(row, dict) for row in rows):

@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def batches(wanted: list[dict], batch_size: int) -> list[list[int]]:
-    """Numbers of the requests in each batch, all of which have the same `generation_kwargs`."""
+    """Return numbers of the requests in each batch, all of which have the same `generation_kwargs`."""
     groups = {}
     for number, options in enumerate(wanted):
         groups.setdefault(repr(sorted(options.items())), []).append(number)
@@ -21,9 +21,9 @@ def batches(wanted: list[dict], batch_size: int) -> list[list[int]]:
 
 
 def generation_options(wanted: dict, max_new_tokens: int) -> dict:
-    """Arguments for `generate` from a task's `generation_kwargs`.
+    """Return arguments for `generate` from a task's `generation_kwargs`.
 
-    Greedy at temperature 0, with `do_sample` false, or where neither is given. What `generate` does not know is left
+    Greedy at temperature 0, with `do_sample` false, or if neither is given. What `generate` does not know is left
     out: tasks carry other models' options too, such as `image_aspect_ratio`.
     """
     temperature = wanted.get("temperature")
@@ -37,28 +37,28 @@ def generation_options(wanted: dict, max_new_tokens: int) -> dict:
 
 
 def default_new_tokens(model: LightVLM) -> int:
-    """Tokens of an answer, at most, where a task does not say."""
+    """Return how many tokens an answer has at most if a task does not say."""
     return model.generation_config.max_new_tokens or 256
 
 
 def stop_strings(wanted: dict) -> list[str]:
-    """The texts before which an answer ends, from a task's `until`: one, several, or none."""
+    """Return the texts before which an answer ends, from a task's `until`: one, several, or none."""
     until = wanted.get("until") or []
     return [text for text in ([until] if isinstance(until, str) else until) if text]
 
 
 def cut(answer: str, stops: list[str]) -> str:
-    """An answer up to the first of the stop strings."""
+    """Return an answer up to the first of the stop strings."""
     for stop in stops:
         answer = answer.partition(stop)[0]
     return answer.strip()
 
 
 def clean(conversation: list[dict], image_token: str) -> list[dict]:
-    """A conversation without the `<image>` marks that some tasks write in their text: the chat template has its own.
+    """Return a conversation without `<image>` marks that some tasks write in their text: the template has its own.
 
     Raises:
-        ValueError: where it holds anything but text and images.
+        ValueError: if it holds anything but text and images.
     """
     messages = []
     for message in conversation:
@@ -74,7 +74,7 @@ def clean(conversation: list[dict], image_token: str) -> list[dict]:
 
 
 def questions(conversation: list[dict]) -> list[str]:
-    """What the last message asks, once for each image of the conversation."""
+    """Return what the last message asks, once for each image of the conversation."""
     asked = "".join(part["text"] for part in conversation[-1]["content"] if part["type"] == "text")
     return [asked for message in conversation for part in message["content"] if part["type"] == "image"]
 
@@ -82,7 +82,7 @@ def questions(conversation: list[dict]) -> list[str]:
 def encode(
     model: LightVLM, processor: LightVLMProcessor, images: list[Image.Image], questions: list[str] | None, **options
 ) -> LightVLMImageFeatures:
-    """Kept tokens of all images; one that stands there several times, with the same question, is encoded once.
+    """Return kept tokens of all images; one that stands there several times, with the same question, is encoded once.
 
     Args:
         model: in evaluation mode.
@@ -107,7 +107,7 @@ def encode(
 def check_budget(
     model: LightVLM, processor: LightVLMProcessor, num_image_tokens: int | str | None, max_views: int | None
 ) -> None:
-    """ValueError where not even the largest image can have K: it is tried on a blank one."""
+    """Raise ValueError if not even the largest image can have K: it is tried on a blank one."""
     height, width = max(processor.grid_pinpoints, key=prod, default=(64, 64))
     limits = {"num_image_tokens": num_image_tokens, "max_views": max_views}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
@@ -115,7 +115,7 @@ def check_budget(
 
 
 def tokenize(prompts: list[str], budgets: list[int], processor: LightVLMProcessor) -> dict[str, torch.Tensor]:
-    """Padded ids and mask of prompts, of which each image mark becomes as many placeholders as its image has tokens.
+    """Return the padded ids and mask of prompts, each image mark as many placeholders as its image has tokens.
 
     Args:
         prompts: of the chat template.
@@ -146,7 +146,7 @@ def answer(
     question_aware: bool = False,
     max_views: int | None = None,
 ) -> list[str]:
-    """An answer to each conversation of a batch.
+    """Return an answer to each conversation of a batch.
 
     Args:
         model: in evaluation mode.
@@ -159,7 +159,7 @@ def answer(
         max_views: of a large image, how many views are encoded; all if None.
 
     Raises:
-        ValueError: where a conversation holds video or audio, the processor refuses an image or K, or the language
+        ValueError: if a conversation holds video or audio, the processor refuses an image or K, or the language
             model has not enough positions.
     """
     conversations = [clean(conversation, processor.image_token) for conversation in conversations]

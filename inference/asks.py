@@ -43,11 +43,11 @@ class Ask:
 
     @property
     def key(self) -> tuple[int, int]:
-        """What tells it from all other questions of the input."""
+        """Return what tells it from all other questions of the input."""
         return self.row, self.turn
 
     def messages(self, images: Iterable = ()) -> list[dict]:
-        """The conversation for a chat template; with images, in order, in its image parts."""
+        """Return the conversation for a chat template; with images, in order, in its image parts."""
         rest = [{"type": "image"}] * (len(self.images) - sum(map(count_images, self.history)))
         asked = {"role": "user", "content": [*rest, text_part(self.question)]}
         opened = iter(images)
@@ -57,7 +57,7 @@ class Ask:
         ]
 
     def about(self) -> dict:
-        """What a line of answers says of it; `history` only where there is one."""
+        """Return what a line of answers says of it; `history` only if there is one."""
         about = {"row": self.row, "turn": self.turn, "id": self.id, "image": self.images, "question": self.question}
         return about | ({"history": self.history} if self.history else {})
 
@@ -71,7 +71,7 @@ def count_images(message: dict) -> int:
 
 
 def fill(part: dict, images: Iterator) -> dict:
-    """A part of a message; an image part with the next of the images, if there is one."""
+    """Return a part of a message; an image part with the next of the images, if there is one."""
     return part | {"image": image} if part["type"] == "image" and (image := next(images, None)) else part
 
 
@@ -80,7 +80,7 @@ def is_url(name: str) -> bool:
 
 
 def read_asks(path: str, image_folder: str | Path | None = None) -> tuple[list[Ask], dict[int, Exception]]:
-    """The questions of a file, and the errors of the rows that cannot be read, by line or place in the list from 1.
+    """Return the questions of a file, and the errors of unreadable rows, by line or place in the list from 1.
 
     Args:
         path: JSON lines (.jsonl, or - for standard input) or a JSON list, of rows with `image` or `images` (a path, a
@@ -101,7 +101,7 @@ def read_asks(path: str, image_folder: str | Path | None = None) -> tuple[list[A
 
 
 def numbered_rows(path: str) -> Iterator[tuple[int, Any]]:
-    """Rows with their lines, or places in a list, from 1; an error in place of a line that is no JSON."""
+    """Yield rows with their lines, or places in a list, from 1; an error in place of a line that is no JSON."""
     if path == "-":
         yield from parse_lines(sys.stdin.buffer)
     elif Path(path).suffix == ".jsonl":
@@ -115,12 +115,12 @@ def numbered_rows(path: str) -> Iterator[tuple[int, Any]]:
 
 
 def parse_lines(file: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """What each line of JSON lines holds, or its error, with its number from 1; blank lines are counted."""
+    """Return what each line of JSON lines holds, or its error, with its number from 1; blank lines are counted."""
     return ((number, attempt(parse, line)) for number, line in enumerate(file, start=1) if line.strip())
 
 
 def parse(line: bytes) -> Any:
-    """What a line of JSON holds; ValueError where it is none."""
+    """Return what a line of JSON holds; ValueError if it is none."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -132,7 +132,7 @@ def parse(line: bytes) -> Any:
 
 
 def to_asks(number: int, line: int, row: Any, image_folder: str | Path | None) -> list[Ask]:
-    """The questions of a row, whose files exist; ValueError or OSError where it has none."""
+    """Return the questions of a row, whose files exist; ValueError or OSError if it has none."""
     if isinstance(row, Exception):
         raise row
     if not isinstance(row, dict):
@@ -157,19 +157,19 @@ def to_asks(number: int, line: int, row: Any, image_folder: str | Path | None) -
 
 @dataclass
 class Turn:
-    """What one side says: `images` are paths or URLs, None where the row's next picture is meant."""
+    """What one side says: `images` are paths or URLs, None if the row's next picture is meant."""
 
     role: str
     text: str
     images: list
 
     def message(self) -> dict:
-        """As a message of a chat template, with marks for its images."""
+        """Return it as a message of a chat template, with marks for its images."""
         return {"role": self.role, "content": [{"type": "image"}] * len(self.images) + [text_part(self.text)]}
 
 
 def to_turns(row: dict) -> list[Turn]:
-    """A row's turns, from the system's or the first question to the last question; ValueError without one."""
+    """Return a row's turns, from the system's or the first question to the last question; ValueError without one."""
     given = next((row[key] for key in TURN_KEYS if isinstance(row.get(key), list)), None)
     if given is None:
         question = next((row[key] for key in QUESTION_KEYS if row.get(key) is not None), None)
@@ -195,7 +195,7 @@ def to_turns(row: dict) -> list[Turn]:
 
 
 def to_turn(turn: Any) -> Turn:
-    """A turn of LLaVA's or of a chat template's form; image marks in its text stand for images."""
+    """Return a turn of LLaVA's or of a chat template's form; image marks in its text stand for images."""
     fields = turn if isinstance(turn, dict) else {}
     role, content = fields.get("from", fields.get("role")), fields.get("value", fields.get("content"))
     if not isinstance(role, str) or role not in ROLES or not isinstance(content, str | list):
@@ -222,7 +222,7 @@ def place_images(turns: list[Turn], names: list[str]) -> None:
     """Give a row's pictures to the marks for them, or without marks all to the first question.
 
     Raises:
-        ValueError: where there are more or fewer marks than pictures.
+        ValueError: if there are more or fewer marks than pictures.
     """
     marks, rest = sum(turn.images.count(None) for turn in turns), iter(names)
     if not marks:
@@ -235,7 +235,7 @@ def place_images(turns: list[Turn], names: list[str]) -> None:
 
 
 def locate(name: str, image_folder: str | Path | None) -> str:
-    """Path of a file, in the folder if one is given, or a URL; OSError where there is no such file."""
+    """Return the path of a file, in the folder if one is given, or a URL; OSError if there is no such file."""
     if is_url(name):
         return name
     if name.startswith("data:"):

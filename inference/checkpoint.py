@@ -17,7 +17,7 @@ def load(
     device_map: str | None = None,
     attn_implementation: str | None = None,
 ):
-    """Model, in evaluation mode, and processor.
+    """Return the model, in evaluation mode, and processor.
 
     Args:
         model_path: folder or Hub name of a checkpoint; or a `checkpoint-*` of a LoRA run, merged into what it was
@@ -30,7 +30,7 @@ def load(
         attn_implementation: as in `from_pretrained`.
 
     Raises:
-        ValueError: where the device is missing, there is no such checkpoint, it is of another kind or broken, its
+        ValueError: if the device is missing, there is no such checkpoint, it is of another kind or broken, its
             weights don't fit or are not finite, its processor contradicts its configuration, or torchao is missing.
     """
     import torch
@@ -143,7 +143,7 @@ def check_finite(model: Any, model_path: str) -> None:
 
 
 def choose_device(device: str | None) -> str:
-    """The device, by default the GPU if there is one; ValueError where PyTorch does not know it or find it here."""
+    """Return the device, by default the GPU if there is one; ValueError if PyTorch does not know or find it."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -155,7 +155,7 @@ def choose_device(device: str | None) -> str:
 
 
 def check_question_aware(option: str, model_path: str, model) -> None:
-    """ValueError where an option lets questions choose the tokens, but the pruner does not hear them."""
+    """Raise ValueError if an option lets questions choose the tokens, but the pruner does not hear them."""
     if model.config.score != "question":
         raise ValueError(
             f'{option} needs a pruner of score="question", and that of {model_path} has "{model.config.score}": '

@@ -10,7 +10,7 @@ FULL_PRECISION = ["model.vision_tower", "model.pruner", "model.multi_modal_proje
 
 
 def int8_config(backend: str = "torchao") -> TorchAoConfig | BitsAndBytesConfig:
-    """For `from_pretrained(…, quantization_config=…)`: the language model's linear layers with int8 weights.
+    """Return a configuration for `from_pretrained`: the language model's linear layers with int8 weights.
 
     Vision encoder, pruner, projector and output layer stay as they are. Their names are whole, because a part of one
     would match other layers, or none.
@@ -19,7 +19,7 @@ def int8_config(backend: str = "torchao") -> TorchAoConfig | BitsAndBytesConfig:
         backend: "torchao", on any device; or "bitsandbytes", LLM.int8 (Dettmers et al. 2022), made for CUDA.
 
     Raises:
-        ValueError: where the backend is unknown, or torchao is not installed.
+        ValueError: if the backend is unknown, or torchao is not installed.
     """
     if backend == "bitsandbytes":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=FULL_PRECISION)
@@ -33,7 +33,7 @@ def int8_config(backend: str = "torchao") -> TorchAoConfig | BitsAndBytesConfig:
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """For `from_pretrained`: the language model's linear layers in four bits, as in QLoRA (Dettmers et al. 2023)."""
+    """Return a configuration for `from_pretrained`: the language model's linear layers in four bits, as in QLoRA."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -50,7 +50,7 @@ def encode_and_rank(
     count: int | None,
     question_ids: torch.LongTensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `encode_and_prune` needs, without a loop over images: one graph for any number of them.
+    """Return what `encode_and_prune` needs, without a loop over images: one graph for any number of them.
 
     Args:
         model: without its language model head.
@@ -75,7 +75,7 @@ def encode_and_rank(
 def compile_for_inference(model: LightVLM, **options) -> LightVLM:
     """Compile, in place, what a first token waits for: encoder and pruner at a static K, and prefill.
 
-    The first calls compile, for minutes where a model is large: once for a number of images, K, batch size and
+    The first calls compile, for minutes if a model is large: once for a number of images, K, batch size and
     prompt length, and once more for those that vary. Images in any number and of any K then run in the same few
     graphs, of which one image, one row, and all patches have their own. Whether a prompt has as many placeholders
     as its images have tokens, which a processor sees to, is not checked any more: the host would wait for it.
@@ -100,7 +100,7 @@ def compile_for_inference(model: LightVLM, **options) -> LightVLM:
         )
 
     def prefill_joined(mm_encoder_outputs, **inputs):
-        """`prefill` with one tensor for all images, so that its graph does not depend on their number."""
+        """Run `prefill` with one tensor for all images, so that its graph does not depend on their number."""
         tokens = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
         return prefill(mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[tokens])}, **inputs)
 

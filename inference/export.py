@@ -29,7 +29,7 @@ class ImageTokens(nn.Module):
         self.model._modules = {name: part for name, part in model.model._modules.items() if name != "language_model"}
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of (images, channels, height, width): tokens (images, K, hidden), and which patches, (images, K), they are.
+        """Return tokens (images, K, hidden) of pixels (images, channels, height, width), and their patches.
 
         Both are in raster order, as `get_image_features` returns them.
         """
@@ -39,7 +39,7 @@ class ImageTokens(nn.Module):
 
 
 def check(model: LightVLM, path: Path, num_image_tokens: int, int8: bool) -> None:
-    """ValueError where this cannot be exported, or not to a file of this name."""
+    """Raise ValueError if this cannot be exported, or not to a file of this name."""
     if path.suffix not in PACKAGES:
         raise ValueError(f"{path}: end the name in {', '.join(PACKAGES)}, for torch.export, ONNX or OpenVINO.")
     if model.config.image_newline:
@@ -73,7 +73,7 @@ def export_image_tokens(
         int8: products with weights are of int8, of activations by the range that each has; .onnx only, of float32.
 
     Raises:
-        ValueError: where the name ends otherwise, K is out of range, or the format's package is missing.
+        ValueError: if the name ends otherwise, K is out of range, or the format's package is missing.
     """
     path = Path(path)
     check(model, path, num_image_tokens, int8)
@@ -94,11 +94,11 @@ def export_image_tokens(
 
 
 def save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """The program as ONNX, with all weights in one file."""
+    """Save the program as ONNX, with all weights in one file."""
     from onnxscript import opset18
 
     def stable_sort(values, stable: bool = True, dim: int = -1, descending: bool = False):
-        """PyTorch has no ONNX function for it. TopK is stable: of equal values the first comes first."""
+        """Sort by TopK, as PyTorch has no ONNX function for stable sorts: of equal values the first comes first."""
         size = opset18.Constant(value_ints=[values.shape[dim]])
         return opset18.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
 
@@ -130,7 +130,7 @@ def quantize_onnx(path: Path) -> None:
 
 
 def save_openvino(program: torch.export.ExportedProgram, path: Path) -> None:
-    """The program as OpenVINO's intermediate representation, its weights as they are and not halved."""
+    """Save the program as OpenVINO's intermediate representation, its weights as they are and not halved."""
     import openvino
 
     graph = openvino.convert_model(program)

@@ -24,8 +24,10 @@ PADDING = 64  # tokens that a prompt may be padded by; a longer one by as many a
 
 
 def expand_images(names: list[str]) -> list[str]:
-    """Paths and URLs of images, given as such, as folders, as patterns such as "photos/*.jpg", or by - on standard
-    input, one a line; ValueError where there are none."""
+    """Return paths and URLs of images; ValueError if there are none.
+
+    They are given as such, as folders, as patterns such as "photos/*.jpg", or by - on standard input, one a line.
+    """
     found: list[str] = []
     for name in names:
         if not name.strip():
@@ -49,7 +51,7 @@ def expand_images(names: list[str]) -> list[str]:
 
 
 def find_done(log: AnswerLog, asks: list[Ask], num_image_tokens: int | str | None) -> dict[tuple[int, int], dict]:
-    """The lines of earlier runs at a K, by row and turn.
+    """Return the lines of earlier runs at a K, by row and turn.
 
     Raises:
         ValueError: if they are no answers, or to other questions, or if the files of their images have changed.
@@ -76,7 +78,7 @@ def find_done(log: AnswerLog, asks: list[Ask], num_image_tokens: int | str | Non
 
 
 def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcessor) -> Iterator[list[Ask]]:
-    """Batches of prompts of like length about pictures of as many views, those about the same one together."""
+    """Yield batches of prompts of like length about pictures of as many views, those about the same one together."""
 
     def views(ask: Ask) -> int:
         counts = [attempt(count_views, image, processor) for image in ask.images if not is_url(image)]
@@ -94,29 +96,29 @@ def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcesso
 
 
 def text_lengths(asks: list[Ask], processor: LightVLMProcessor) -> list[int]:
-    """Tokens of each prompt, in which an image counts as one."""
+    """Count the tokens of each prompt, in which an image counts as one."""
     prompts = processor.apply_chat_template([ask.messages() for ask in asks], add_generation_prompt=True)
     return [len(ids) for ids in processor.tokenizer(prompts, verbose=False)["input_ids"]]
 
 
 def count_views(image: str, processor: LightVLMProcessor) -> int:
-    """Tiles that an image is cut into."""
+    """Count the tiles that an image is cut into."""
     rows, columns = processor.grids.tiles(upright_size(image))
     return rows * columns
 
 
 def open_named(names: list[str]) -> list[Image.Image]:
-    """The images of paths and URLs; ValueError, with the name, where one cannot be read."""
+    """Return the images of paths and URLs; ValueError, with the name, if one cannot be read."""
     return open_images([name if is_url(name) else Path(name) for name in names])
 
 
 def to_conversation(
     ask: Ask, opened: dict[str, Image.Image], model: LightVLM, processor: LightVLMProcessor, options: tuple
 ) -> list[dict]:
-    """Messages with images, opened once, for `answer` with these options.
+    """Return messages with images, opened once, for `answer` with these options.
 
     Raises:
-        ValueError: where an image cannot be read, or the language model has not enough positions.
+        ValueError: if an image cannot be read, or the language model has not enough positions.
     """
     for name in ask.images:
         if name not in opened:
@@ -138,10 +140,10 @@ def to_conversation(
 def answer_each(
     model: LightVLM, processor: LightVLMProcessor, conversations: list[list[dict]], options: tuple
 ) -> list[str | Exception]:
-    """Answers, as of `answer`, to a batch; where it is refused each is asked alone, and has an error of its own.
+    """Return answers, as of `answer`, to a batch; if it is refused each is asked alone, and has its own error.
 
     Raises:
-        ValueError: where not even the largest image can have K.
+        ValueError: if not even the largest image can have K.
     """
     found = attempt(answer, model, processor, conversations, *options)
     if not isinstance(found, Exception):
@@ -182,7 +184,7 @@ def answer_all(
     wanted: dict | None = None,
     seed: int = 0,
 ) -> dict[int, Exception]:
-    """Add the answers that the log has not yet; the errors of images that cannot be read, by row.
+    """Add the answers that the log has not yet; return the errors of images that cannot be read, by row.
 
     Args:
         model: in evaluation mode.

@@ -99,14 +99,14 @@ class Chat(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; `chat` takes its processor from the same revision and place."""
+        """Load as `PreTrainedModel.from_pretrained`; `chat` takes its processor from the same revision and place."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         return loaded
 
     def processor_beside_weights(self) -> Any:
-        """The processor of the folder or repository that this model was loaded from, loaded once."""
+        """Return the processor of the folder or repository that this model was loaded from, loaded once."""
         if not hasattr(self, "_processor"):
             place = self.config.name_or_path
             if not place:

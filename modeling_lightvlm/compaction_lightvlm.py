@@ -36,7 +36,7 @@ class Compaction:
 
     @classmethod
     def of_nothing(cls, like: Tensor) -> "Compaction":
-        """Return that of an empty sequence with as many rows as a tensor has."""
+        """Return the compaction of an empty sequence with as many rows as a tensor has."""
         nothing = torch.zeros(len(like), 0, dtype=torch.long, device=like.device)
         return cls(nothing, nothing.bool(), 0)
 
@@ -50,7 +50,7 @@ class Compaction:
         )
 
     def repeat(self, copies: int) -> "Compaction":
-        """Return that of several sequences of each row."""
+        """Return the compaction of several sequences of each row."""
         source, stays = (each.repeat_interleave(copies, dim=0) for each in (self.source, self.stays))
         return Compaction(source, stays, self.length)
 
@@ -160,12 +160,12 @@ class Record:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the cache holds what its caller has, at consecutive positions."""
+        """Return whether the cache holds what its caller has, at consecutive positions."""
         return self.compaction is None and self.shift is None
 
     @property
     def whole_length(self) -> int:
-        """Positions of the whole sequence that the cached ones stand for."""
+        """Return how many positions of the whole sequence the cached ones stand for."""
         if self.compaction is None:
             return self.cached
         return self.cached + self.compaction.length - self.compaction.source.shape[1]

@@ -116,12 +116,12 @@ class LightVLMConfig(LlavaConfig):
 
     @property
     def patches_per_side(self) -> int:
-        """Rows, and columns, of the patch grid."""
+        """Return the rows, and columns, of the patch grid."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Patches of a view, and so the tokens of an image of one view before pruning."""
+        """Return the number of patches of a view, and so of the tokens of an image of one view before pruning."""
         return self.patches_per_side**2
 
     def checked_encoder_keep(self) -> dict[int, float]:
@@ -141,28 +141,28 @@ class LightVLMConfig(LlavaConfig):
 
     @property
     def encoder_counts(self) -> dict[int, int]:
-        """How many patches of a view go on from a layer of the encoder, by its index."""
+        """Return how many patches of a view go on from a layer of the encoder, by its index."""
         shares = self.checked_encoder_keep()
         return {layer: max(1, round(share * self.num_patches)) for layer, share in shares.items()}
 
     @property
     def encoded_patches(self) -> int:
-        """Patches of a view that have features."""
+        """Return the number of patches of a view that have features."""
         return min(self.encoder_counts.values(), default=self.num_patches)
 
     @property
     def grids(self) -> Grids:
-        """How large images are cut into views."""
+        """Return how large images are cut into views."""
         view, pinpoints = self.vision_config.image_size, self.image_grid_pinpoints or []
         return Grids(pinpoints, view, self.patches_per_side, self.image_newline)
 
     @property
     def max_image_tokens(self) -> int:
-        """Tokens, before pruning, of the largest image that `image_grid_pinpoints` allow."""
+        """Return the number of tokens, before pruning, of the largest image that `image_grid_pinpoints` allow."""
         return self.grids.max_tokens
 
     def check_length(self, length: int, new_tokens: int) -> None:
-        """ValueError if a prompt of so many tokens and so many new ones are more than the language model reads."""
+        """Raise ValueError if so many prompt tokens and so many new ones are more than the language model reads."""
         positions = self.text_config.max_position_embeddings
         if length + new_tokens > positions:
             raise ValueError(

@@ -21,7 +21,7 @@ QUESTION_RANK = 32  # so that the pruner of a 7B model stays below a million par
 
 
 def log_prior(prior: Tensor) -> Tensor:
-    """The score before any learned term: the logarithm of the encoder's attention, in float32.
+    """Return the score before any learned term: the logarithm of the encoder's attention, in float32.
 
     A negative prior says that the patch was dropped in the encoder: it has no features, and the score -inf.
     """
@@ -29,7 +29,7 @@ def log_prior(prior: Tensor) -> Tensor:
 
 
 def select_topk(scores: Tensor, features: Tensor, count: int) -> Tensor:
-    """The patches with the best scores.
+    """Select the patches with the best scores.
 
     Every selector returns an order whose beginning is the selection for a smaller count, so that one call serves
     images of different K.
@@ -46,19 +46,19 @@ def select_topk(scores: Tensor, features: Tensor, count: int) -> Tensor:
 
 
 def similarity(directions: Tensor, others: Tensor) -> Tensor:
-    """Of unit vectors (batch, patches, dim) and others (batch, others, dim): (batch, patches, others) in float32."""
+    """Compare unit vectors (batch, patches, dim) with (batch, others, dim): (batch, patches, others) in float32."""
     with torch.autocast(directions.device.type, enabled=False):  # selects the same patches as in inference
         return directions @ others.transpose(1, 2)
 
 
 def cosine_similarity(features: Tensor) -> Tensor:
-    """Between all patches of an image: (batch, patches, dim) to (batch, patches, patches) in float32."""
+    """Compare all patches of an image: (batch, patches, dim) to (batch, patches, patches) in float32."""
     directions = nn.functional.normalize(features.float(), dim=-1)
     return similarity(directions, directions)
 
 
 def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: float = 0.8) -> Tensor:
-    """Patches that are important and unlike every more important one: density peaks (Rodriguez & Laio 2014).
+    """Select patches that are important and unlike every more important one: density peaks (Rodriguez & Laio 2014).
 
     With q = exp(score), patches are ordered by q^alpha * min over those of higher score of (1 - cosine), computed here
     as a logarithm: a constant added to an image's scores changes nothing. Weighted k-center, which asks each patch to
@@ -83,21 +83,21 @@ SELECTORS = {"topk": select_topk, "diverse": select_density_peaks}
 
 
 def pool_important(features: Tensor, scores: Tensor) -> Tensor:
-    """Mean of an image's patches, weighted by the square root of importance, so that background does not dominate.
+    """Return an image's mean patch, weighted by the square root of importance, so that background does not dominate.
 
     Args:
         features: (batch, patches, dim).
         scores: (batch, patches), logarithms of importance.
 
     Returns:
-        (batch, dim) in float32, of normalised features.
+        (batch, dim) in float32, of normalized features.
     """
     weights = (scores.float() / 2).softmax(dim=-1)
     return (weights[:, None] @ nn.functional.layer_norm(features.float(), features.shape[-1:]))[:, 0]
 
 
 def allot_budgets(complexity: Tensor, means: Tensor, dynamic_budget: dict[str, Any]) -> Tensor:
-    """K of each image by its complexity: clip(round(kappa * exp(exponent * complexity)), minimum, maximum).
+    """Return K of each image by its complexity: clip(round(kappa * exp(exponent * complexity)), minimum, maximum).
 
     Kappa is interpolated, on logarithmic scales, between the means that were calibrated.
 
@@ -146,7 +146,7 @@ ZERO_MODULES = (ZeroLinear, ZeroEmbedding)
 
 
 def embed_places(embedding: nn.Module, places: Tensor) -> Tensor:
-    """Embeddings (..., dim) at places (...) between the whole numbers that have one, by linear interpolation."""
+    """Return embeddings (..., dim) at places (...) between whole numbers that have one, by linear interpolation."""
     below = places.floor()
     share = (places - below)[..., None]
     low, high = embedding(below.long()), embedding(places.ceil().long())
@@ -154,7 +154,7 @@ def embed_places(embedding: nn.Module, places: Tensor) -> Tensor:
 
 
 def only_row(embedding: nn.Module, device: torch.device) -> Tensor:
-    """The row, (1, dim), of an embedding that has one."""
+    """Return the row, (1, dim), of an embedding that has one."""
     return embedding(torch.zeros(1, dtype=torch.long, device=device))
 
 
@@ -220,7 +220,7 @@ class TokenPruner(nn.Module):
     def score(
         self, features: Tensor, prior: Tensor, questions: Tensor | None = None, layout: Layout | None = None
     ) -> Tensor:
-        """Importance of each patch.
+        """Return the importance of each patch.
 
         Args:
             features: (batch, patches, dim) of the vision encoder.
@@ -249,7 +249,7 @@ class TokenPruner(nn.Module):
         """Add the question's term to scores that `score` returned without it; arguments as in `score`."""
         if questions is None or self.patch_projection is None:
             return scores
-        # Normalised, because features and embeddings have no fixed scale. The mean of all questions is subtracted: it
+        # Normalized, because features and embeddings have no fixed scale. The mean of all questions is subtracted: it
         # does not distinguish them, and would otherwise be most of what the projection learns. Embeddings are called
         # rather than their weights read, because offloading and sharding load weights when a module is called.
         asked = questions - only_row(self.question_center, features.device)
@@ -260,14 +260,14 @@ class TokenPruner(nn.Module):
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
     def embed_grid(self, row: nn.Module, column: nn.Module, device: torch.device, layout: Layout | None) -> Tensor:
-        """The sum of two embeddings at each patch: (1, patches, dim), or (batch, tokens, dim) with a layout."""
+        """Return the sum of two embeddings at each patch: (1, patches, dim), or (batch, tokens, dim) with a layout."""
         if layout is not None:
             return embed_places(row, layout.rows) + embed_places(column, layout.columns)
         side = torch.arange(self.patches_per_side, device=device)
         return (row(side)[:, None] + column(side)).flatten(0, 1)[None]
 
     def estimate_complexity(self, features: Tensor, scores: Tensor) -> Tensor:
-        """Logarithm of the number of tokens that each image needs, by a linear layer on its pooled features.
+        """Estimate the logarithm of the number of tokens each image needs, by a linear layer on pooled features.
 
         Args:
             features: (batch, patches, dim) of the vision encoder.
@@ -287,7 +287,7 @@ class TokenPruner(nn.Module):
         return self.complexity(pool_important(features, scores))[:, 0]
 
     def allot(self, features: Tensor, scores: Tensor, budgets: list[int], means: list[int] | Tensor) -> list[int]:
-        """K of each image, estimated where a mean is given. Waits for the GPU: all later shapes depend on K.
+        """Return K of each image, estimated if a mean is given. This waits for the GPU: all later shapes depend on K.
 
         Args:
             features, scores: as in `estimate_complexity`.
@@ -357,7 +357,7 @@ class TokenPruner(nn.Module):
         return tokens + self.scale_up(self.row_embedding(rows) + self.column_embedding(columns))
 
     def add_layout(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """As `add_positions`, for the tokens (batch, tokens, hidden) of a layout; tiles have a further embedding."""
+        """Add embeddings to tokens (batch, tokens, hidden) of a layout as `add_positions` does, and one for tiles."""
         if self.row_score is None:
             return tokens
         places = embed_places(self.row_embedding, layout.rows) + embed_places(self.column_embedding, layout.columns)
@@ -366,6 +366,5 @@ class TokenPruner(nn.Module):
 
     @staticmethod
     def scale_up(places: Tensor) -> Tensor:
-        """Scaled as word embeddings in Vaswani et al. 2017: at the learning rate of weight matrices, positions would
-        stay too small relative to the projected features."""
+        """Scale as in Vaswani et al. 2017: at weight matrices' learning rate, positions would stay too small."""
         return places * places.shape[-1] ** 0.5

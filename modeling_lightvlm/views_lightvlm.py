@@ -24,7 +24,7 @@ class Layout:
         source: (images, tokens), the patch that each token is, counted over all views of all images; 0 for no patch.
         is_patch: (images, tokens), False at newline tokens and padding.
         is_tile: (images, tokens), False in the thumbnail.
-        rows, columns: (images, tokens), where a patch's centre is in the whole picture, in patches of the thumbnail.
+        rows, columns: (images, tokens), where a patch's center is in the whole picture, in patches of the thumbnail.
         lengths: tokens of each image.
         views: of each image.
     """
@@ -38,17 +38,17 @@ class Layout:
     views: list[int]
 
     def gather(self, values: Tensor) -> Tensor:
-        """(views, patches, ...) of the encoder as (images, tokens, ...), zero where there is no patch."""
+        """Return (views, patches, ...) of the encoder as (images, tokens, ...), zero where there is no patch."""
         values = values.flatten(0, 1)[self.source]
         return values * self.is_patch.view(*self.is_patch.shape, *[1] * (values.dim() - 2)).to(values)
 
     def in_picture(self, patches: int) -> Tensor:
-        """Which patches (views, patches) are tokens: all but the padding that fits an image to its grid."""
+        """Return which patches (views, patches) are tokens: all but the padding that fits an image to its grid."""
         counts = torch.zeros(sum(self.views) * patches, dtype=torch.long, device=self.source.device)
         return counts.index_add(0, self.source.flatten(), self.is_patch.flatten().long()).view(-1, patches) > 0
 
     def cut(self, pixel_values: Tensor) -> Tensor:
-        """Pixels (views, ...) of the views that there are, of (images, most views, ...); ValueError if any lack."""
+        """Return pixels (views, ...) of existing views, of (images, most views, ...); ValueError if any lack."""
         if max(self.views) > pixel_values.shape[1]:
             raise ValueError(
                 f"pixel_values has {pixel_values.shape[1]} views of an image that has {max(self.views)} here: give "
@@ -57,7 +57,7 @@ class Layout:
         return torch.cat([image[:count] for image, count in zip(pixel_values, self.views, strict=True)])
 
     def view_importance(self, scores: Tensor) -> Tensor:
-        """How important each view's part of the picture is by the scores (images, patches) of the thumbnails.
+        """Return how important each view's part of the picture is by the scores (images, patches) of the thumbnails.
 
         Returns (images, views): of a tile the sum of its area's probabilities, of the thumbnail, the first, infinity,
         and -1 for views that an image has not.
@@ -72,7 +72,7 @@ class Layout:
         return by_image
 
     def choose_views(self, scores: Tensor, max_views: Tensor) -> Tensor:
-        """Which views, (views,), are worth encoding: the thumbnails, and the most important tiles.
+        """Return which views, (views,), are worth encoding: the thumbnails, and the most important tiles.
 
         Args:
             scores: (images, patches) of the thumbnails, logarithms of importance.
@@ -83,13 +83,13 @@ class Layout:
         return torch.cat([row[:count] for row, count in zip(is_kept, self.views, strict=True)])
 
     def without_views(self, is_kept: Tensor, patches: int) -> "Layout":
-        """The same tokens, of which those of the views that are not kept, (views,), are no patches any more."""
+        """Return the same tokens, of which those of the views that are not kept, (views,), are no patches any more."""
         view = self.source // patches
         source = (is_kept.cumsum(0) - 1)[view] * patches + self.source % patches
         return replace(self, source=source * is_kept[view], is_patch=self.is_patch & is_kept[view])
 
     def at(self, kept: list[Tensor]) -> "Layout":
-        """That of the kept tokens, in one row: (1, sum of K)."""
+        """Return the layout of the kept tokens, in one row: (1, sum of K)."""
         image = torch.cat([indices.new_full(indices.shape, index) for index, indices in enumerate(kept)])
         tokens = torch.cat(kept)
         source, is_patch, is_tile, rows, columns = (
@@ -108,7 +108,7 @@ def joined_tiles(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
 
 
 def encoded_tokens(size: tuple[int, int], config: LightVLMConfig, max_views: int | None = None) -> int:
-    """How many of an image's patches are sure to have features, whatever the image shows.
+    """Return how many of an image's patches are sure to have features, whatever the image shows.
 
     Of each view those in the picture, at most as many as `encoder_keep` leaves. The image decides which tiles
     `max_views` encodes, so that the tiles with the fewest patches count.
@@ -122,7 +122,7 @@ def encoded_tokens(size: tuple[int, int], config: LightVLMConfig, max_views: int
 
 
 def token_rows(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
-    """`source` (-1 for a newline), `is_tile`, `rows` and `columns` of one image's tokens: (4, tokens)."""
+    """Return `source` (-1 for a newline), `is_tile`, `rows` and `columns` of one image's tokens: (4, tokens)."""
     side = config.patches_per_side
     source = torch.arange(config.num_patches)
     tokens = torch.stack([source, torch.zeros_like(source), source // side, source % side]).double()
@@ -139,7 +139,7 @@ def token_rows(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
 
 
 def lay_out(sizes: Iterable[tuple[int, int]], config: LightVLMConfig, device: torch.device) -> Layout:
-    """The layout of images of these sizes, whose views follow each other: thumbnail, then tiles in raster order."""
+    """Return the layout of images of these sizes, whose views follow each other: thumbnail, tiles in raster order."""
     sizes = list(sizes)
     images = [token_rows(size, config) for size in sizes]
     lengths, views = [image.shape[1] for image in images], [config.grids.count_views(size) for size in sizes]

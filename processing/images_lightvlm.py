@@ -128,7 +128,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB of an image of any mode: EXIF-rotated, 16-bit, transparent (on white), palette, grey, CMYK."""
+    """Return upright 8-bit RGB of an image of any mode: EXIF, 16-bit, transparent (on white), palette, gray, CMYK."""
     image.load()
     image = turn_upright(image)
     if image.mode.startswith(("I", "F")):

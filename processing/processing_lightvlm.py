@@ -38,7 +38,7 @@ class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
 
 
 def read_texts(messages: list[dict[str, Any]], template: str, where: str = "") -> Iterator[str]:
-    """The texts of a conversation; ValueError with the place of what is neither text nor an image."""
+    """Yield the texts of a conversation; ValueError with the place of what is neither text nor an image."""
     for number, message in enumerate(messages):
         place, content, calls = f"Message {number}{where}", message.get("content"), message.get("tool_calls")
         if calls and "tool_calls" not in template:
@@ -58,9 +58,9 @@ def read_texts(messages: list[dict[str, Any]], template: str, where: str = "") -
 
 
 def check_max_views(max_views: Any) -> int | None:
-    """The number of views of a call; ValueError unless it is None or a whole number from 1."""
+    """Return the number of views of a call; ValueError unless it is None or a positive integer."""
     if max_views is not None and (type(max_views) is not int or max_views < 1):
-        raise ValueError(f"max_views={max_views!r}: give a whole number from 1, or None for all views.")
+        raise ValueError(f"max_views must be a positive integer, or None for all views, got {max_views!r}.")
     return max_views
 
 
@@ -111,7 +111,7 @@ class LightVLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in `ProcessorMixin`; ValueError, as by `check`, if it contradicts the config.json beside it."""
+        """Load as `ProcessorMixin` does; ValueError, as by `check`, if it contradicts the config.json beside it."""
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         place = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
         try:
@@ -152,12 +152,12 @@ class LightVLMProcessor(ProcessorMixin):
 
     @property
     def grid_pinpoints(self) -> list[list[int]]:
-        """The sizes that images are fitted to; none if each image is one view."""
+        """Return the sizes that images are fitted to; none if each image is one view."""
         return getattr(self.image_processor, "image_grid_pinpoints", None) or []
 
     @property
     def grids(self) -> Grids:
-        """How large images are cut into views."""
+        """Return how large images are cut into views."""
         view = (self.image_processor.crop_size or self.image_processor.size)["height"] if self.grid_pinpoints else 0
         return Grids(self.grid_pinpoints, view, isqrt(self.num_patches), self.image_newline)
 
@@ -166,21 +166,21 @@ class LightVLMProcessor(ProcessorMixin):
         return self.grids.count_tokens(size)
 
     def largest_budget(self, size: tuple[int, int], max_views: int | None) -> int:
-        """The largest K of an image of this (height, width): all its tokens, or with `max_views` those of a view."""
+        """Return the largest K of an image of this (height, width): all tokens, or with `max_views` a view's."""
         return self.count_tokens(size) if max_views is None else self.num_patches
 
     @property
     def max_image_tokens(self) -> int:
-        """The largest K: the tokens of an image of the largest grid."""
+        """Return the largest K: the tokens of an image of the largest grid."""
         return self.grids.max_tokens
 
     def resolve_budgets(
         self, num_image_tokens: int | str | list[int | str] | None, num_images: int
     ) -> tuple[list[int], list[int]]:
-        """K of each image, and the requested mean if K is dynamic, otherwise 0.
+        """Return K of each image, and the requested mean if K is dynamic, otherwise 0.
 
         Raises:
-            ValueError: if it is neither a whole number from 1 to `max_image_tokens` nor "dynamic" with such a mean.
+            ValueError: if it is neither an integer from 1 to `max_image_tokens` nor "dynamic" with such a mean.
         """
         if num_image_tokens is None:
             num_image_tokens = self.num_image_tokens
@@ -196,7 +196,7 @@ class LightVLMProcessor(ProcessorMixin):
                 budget = largest if kind == "dynamic" and 1 <= mean <= largest else budget
             if type(budget) is not int or not 1 <= budget <= largest:
                 raise ValueError(
-                    f"num_image_tokens={num_image_tokens!r}: give a whole number from 1 to {largest}, "
+                    f"num_image_tokens={num_image_tokens!r}: give an integer from 1 to {largest}, "
                     '"dynamic" or, with another mean, "dynamic:64", or a list with one of these for each image.'
                 )
             budgets.append(budget)
@@ -204,14 +204,14 @@ class LightVLMProcessor(ProcessorMixin):
         return budgets, means
 
     def prepare_inputs_layout(self, images: ImageInput | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `ProcessorMixin`, but opens files itself, which keeps 16 bits and transparency."""
+        """Prepare inputs as `ProcessorMixin` does, but open files here, which keeps 16 bits and transparency."""
         images = None if images is None else open_images(images)
         if isinstance(images, list) and all(isinstance(row, list) and not row for row in images):
             images = None
         return super().prepare_inputs_layout(images, *args, **kwargs)
 
     def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
-        """As in `ProcessorMixin`, and row by row if images come in rows, or are as many as the texts."""
+        """Validate inputs as `ProcessorMixin` does, row by row if images come in rows, or are as many as the texts."""
         super().validate_inputs(images, text, *args, **kwargs)
         if text is None or not isinstance(images, (list, tuple)):
             return
@@ -224,13 +224,13 @@ class LightVLMProcessor(ProcessorMixin):
             if marks != num_images:
                 raise ValueError(
                     f"Row {index} has {marks} {self.image_token} marks and {num_images} images: give one mark for "
-                    "each image, and where a row has more or fewer than one image, a list of images for each row."
+                    "each image, and if a row has more or fewer than one image, a list of images for each row."
                 )
 
     def apply_chat_template(  # type: ignore[override]
         self, conversation: Any, chat_template: Any = None, tools: Any = None, documents: Any = None, **kwargs: Any
     ) -> Any:
-        """As in `ProcessorMixin`, but nothing is left out of the prompt.
+        """Apply it as `ProcessorMixin` does, but leave nothing out of the prompt.
 
         Raises:
             ValueError: if a part of a message is neither text nor an image, a text has an image mark, which would be
@@ -257,7 +257,7 @@ class LightVLMProcessor(ProcessorMixin):
             raise ValueError(f"The chat template cannot be applied: {error}") from error
 
     def prepare_image(self, image: Image.Image, name: str, shrinks: bool = True) -> Image.Image:
-        """Upright RGB of an image, resized as the image processor would; ValueError if it is broken or too thin."""
+        """Return upright RGB of an image, resized as by its processor; ValueError if it is broken or too thin."""
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(
                 f"{name} of {image.width} x {image.height} pixels is too long and thin: crop it to an aspect ratio of "
@@ -275,7 +275,7 @@ class LightVLMProcessor(ProcessorMixin):
         question: str | list[str] | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], list[str]]:
-        """Pixel values, budgets and questions of all images, and the placeholders of each."""
+        """Return the pixel values, budgets and questions of all images, and the placeholders of each."""
         images = make_flat_list_of_images(images)
         budgets, means = self.resolve_budgets(num_image_tokens, len(images))
         check_max_views(max_views)
@@ -298,8 +298,7 @@ class LightVLMProcessor(ProcessorMixin):
         return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
 
     def trim_views(self, processed: dict[str, Any], max_views: int | None) -> list[int]:
-        """Fill the padding of tiles, take from LLaVA-NeXT's image inputs the tiles of images that are one view, and
-        return each image's largest K.
+        """Fill tiles' padding, drop the tiles of images that are one view, and return each image's largest K.
 
         If all images are one view, the inputs become those of images without views.
         """
@@ -318,7 +317,7 @@ class LightVLMProcessor(ProcessorMixin):
         return [self.largest_budget(size, max_views) for size in sizes]
 
     def encode_questions(self, question: str | list[str], num_images: int) -> list[list[int]]:
-        """Token ids of each image's question, padded with -1 to the same length."""
+        """Return the token ids of each image's question, padded with -1 to the same length."""
         questions = [question] * num_images if isinstance(question, str) else question
         if len(questions) != num_images:
             raise ValueError(f"question has {len(questions)} texts, but there are {num_images} images.")
@@ -327,11 +326,11 @@ class LightVLMProcessor(ProcessorMixin):
         return [row + [-1] * (length - len(row)) for row in ids]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """The placeholders of one image."""
+        """Return the placeholders of one image."""
         return self.image_token * image_inputs["num_image_tokens"][image_idx]
 
     def _get_num_multimodal_tokens(self, image_sizes: list[Any] | None = None, **kwargs: Any) -> MultiModalData:
-        """Number of placeholders of images of these sizes, for vLLM; ValueError if it would be dynamic."""
+        """Return the number of placeholders of images of these sizes, for vLLM; ValueError if it would be dynamic."""
         if image_sizes is None:
             return MultiModalData()
         budgets, means = self.resolve_budgets(kwargs.get("num_image_tokens"), len(image_sizes))

@@ -33,7 +33,7 @@ class Call:
             hook.remove()
 
     def correct(self, usage: dict) -> dict:
-        """The usage of the prompt that was read, without dropped placeholders, and with K of each image."""
+        """Return the usage of the prompt that was read, without dropped placeholders, and with K of each image."""
         lengths = {name: usage[name] - self.surplus for name in ("prompt_tokens", "total_tokens")}
         return {**usage, **lengths, **({"num_image_tokens": self.kept} if self.kept else {})}
 
@@ -66,13 +66,13 @@ class State(GenerationState):
 
 
 def error_body(message: str, status: int) -> dict:
-    """An error in OpenAI's format."""
+    """Return an error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 def tidy(response: JSONResponse, call: Call) -> JSONResponse:
-    """A complete answer without blanks around it, and with the call's usage."""
+    """Return a complete answer without blanks around it, and with the call's usage."""
     answer = json.loads(response.body)
     message = answer["choices"][0]["message"]
     message["content"] = (message.get("content") or "").strip()
@@ -81,7 +81,7 @@ def tidy(response: JSONResponse, call: Call) -> JSONResponse:
 
 
 async def tidy_stream(events: AsyncGenerator[str, None], call: Call, include_usage: bool) -> AsyncIterator[str]:
-    """The events of an answer without blanks around it, then, if asked for, its usage in a chunk of its own."""
+    """Yield the events of an answer without blanks around it, then, if asked for, its usage in a chunk of its own."""
     started, held = False, ""  # blanks are held back until a word follows
     async with aclosing(events):
         async for text in events:
@@ -108,5 +108,5 @@ async def tidy_stream(events: AsyncGenerator[str, None], call: Call, include_usa
 
 
 def as_event(value: dict) -> str:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return f"data: {json.dumps(value)}\n\n"

@@ -46,7 +46,7 @@ from transformers.cli.serving import Modality, ModelManager, build_server
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers would only be more code that strangers can attack
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other readers would only be more code to attack
 PREPARED = 4  # requests with decoded images at a time; the others wait as they came
 KEPT = 4096 * 4096  # pixels of a request's images together, once they have been resized
 SMALLEST = 1e-10  # temperature above 0, and top_p: logits divided by less do not fit in float32
@@ -190,18 +190,18 @@ class ChatRequest(Checked):
 
 
 def describe(error: ValidationError | RequestValidationError) -> str:
-    """Where a request is wrong first, and how."""
+    """Return where a request is wrong first, and how."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     return (f"{where}: " if where else "") + first["msg"].removeprefix("Value error, ")
 
 
 def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Image:
-    """The image of a data URI as the processor prepares it, no larger than its views need; errors call it `name`.
+    """Return the image of a data URI as the processor prepares it, no larger than needed; errors call it `name`.
 
     Raises:
-        ValueError: where it is of another kind, or no image, or broken, or too thin.
-        HTTPException: 413 where it has more than `max_pixels`.
+        ValueError: if it is of another kind, or no image, or broken, or too thin.
+        HTTPException: 413 if it has more than `max_pixels`.
     """
     head, _, data = url.partition(",")
     if not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
@@ -223,7 +223,7 @@ def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Imag
 
 
 def open_images(urls: list[str], processor, limits: Limits) -> list[Image.Image]:
-    """The images of data URIs, opened one by one; raises as `open_data_uri`, and 413 beyond `KEPT`."""
+    """Open the images of data URIs one by one; raise as `open_data_uri`, and 413 beyond `KEPT`."""
     images = []
     for number, url in enumerate(urls):
         images.append(open_data_uri(url, f"Image {number}", processor, limits.pixels))
@@ -233,11 +233,11 @@ def open_images(urls: list[str], processor, limits: Limits) -> list[Image.Image]
 
 
 def read_request(body: dict, model, processor, limits: Limits) -> dict:
-    """A chat completion request in OpenAI's format, checked, as transformers' handler takes it, with opened images.
+    """Return a checked chat completion request in OpenAI's format, as transformers' handler takes it, with images.
 
     Raises:
-        ValueError: where it is at fault, budget and length included.
-        HTTPException: 413 where it has too many images, pixels, messages or characters.
+        ValueError: if it is at fault, budget and length included.
+        HTTPException: 413 if it has too many images, pixels, messages or characters.
     """
     try:
         json.dumps(body, ensure_ascii=False).encode()
@@ -296,9 +296,7 @@ class OneModel(ModelManager):
         super().__init__()
         self.force_model = name
         self.served = model, processor
-        processor.get_vocab = (
-            processor.tokenizer.get_vocab
-        )  # asked of it, as of a tokenizer, where a request has `stop`
+        processor.get_vocab = processor.tokenizer.get_vocab  # asked of it, as of a tokenizer, if a request has `stop`
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
@@ -348,7 +346,7 @@ class ChatHandler(ChatCompletionHandler):
 
 
 def refusal(status: int, message: str, headers: dict | None = None) -> JSONResponse:
-    """A response in OpenAI's format of errors."""
+    """Return a response in OpenAI's format of errors."""
     return JSONResponse(error_body(message, status), status, headers)
 
 

@@ -22,7 +22,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """A cache of datasets of its own, for subprocesses too."""
+    """Return a cache of datasets of its own, for subprocesses too."""
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
@@ -32,7 +32,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def in_vllm(monkeypatch):
-    """Makes a configuration as vLLM does, and the model's warnings, each as if it were the first, seen by caplog."""
+    """Make a configuration as vLLM does, and the model's warnings, each as if it were the first, seen by caplog."""
     AttentionInterface.register("vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
     for logger in (modeling_lightvlm.logger, logging.getLogger("transformers")):
         monkeypatch.setattr(logger, "propagate", True)
@@ -57,7 +57,7 @@ def processor():
 
 @pytest.fixture(params=["clip-phi", "clip-llama", "siglip-phi"])
 def tiny(request):
-    """A model of each supported kind of parts, and its processor."""
+    """Return a model of each supported kind of parts, and its processor."""
     vision, text = request.param.split("-")
     return make_model(vision, text), make_processor(vision)
 
@@ -71,7 +71,7 @@ def prepare(folder):
 
 @pytest.fixture(scope="session")
 def easy_vqa_folder(tmp_path_factory):
-    """What `prepare_easy_vqa.py` writes of the first 300 images of each split; only for reading."""
+    """Return what `prepare_easy_vqa.py` writes of the first 300 images of each split; only for reading."""
     with pytest.MonkeyPatch.context() as patch:
         for split in ("train", "test"):
             paths = getattr(easy_vqa, f"get_{split}_image_paths")()
@@ -85,13 +85,13 @@ def easy_vqa_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_easy_vqa_folder(tmp_path_factory):
-    """What `prepare_easy_vqa.py` writes, in half a minute; only for reading."""
+    """Return what `prepare_easy_vqa.py` writes, in half a minute; only for reading."""
     return prepare(tmp_path_factory.mktemp("easy-vqa"))
 
 
 @pytest.fixture(scope="module")
 def data_dir(easy_vqa_folder, tmp_path_factory):
-    """The first sixty captions of each split, which are enough for drawing, and quick."""
+    """Return the first sixty captions of each split, which are enough for drawing, and quick."""
     folder = tmp_path_factory.mktemp("cells")
     (folder / "images").mkdir()
     for split in ("train", "test"):

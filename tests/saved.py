@@ -69,7 +69,7 @@ gone
 
 
 def save_parts(folder, vision="clip", text="phi", **text_overrides):
-    """Two pretrained parts, as their own libraries would have saved them."""
+    """Save two pretrained parts, as their own libraries would have saved them."""
     tower_class = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}[vision]
     processor_class = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}[vision]
     tower_class(vision_config(vision)).save_pretrained(folder / "vision")
@@ -99,7 +99,7 @@ def edit_json(file, **fields):
 
 
 def broken_images(folder):
-    """Images that cannot be read, saved in a folder; their names."""
+    """Save images that cannot be read in a folder, and return their names."""
     make_image(size=(300, 300)).save(folder / "whole.png")
     data = (folder / "whole.png").read_bytes()
     contents = {"empty.png": b"", "text.png": b"not an image", "truncated.png": data[: len(data) // 2]}
@@ -123,7 +123,7 @@ def broken_images(folder):
 
 
 def row(data="a", selector="diverse", budget=4, accuracy=0.5, total=8, **more):
-    """A row of what `lightvlm eval --output` writes."""
+    """Return a row of what `lightvlm eval --output` writes."""
     low, high = max(0, accuracy - 0.1), min(1, accuracy + 0.1)
     values = {"total": total, "accuracy": accuracy, "low": low, "high": high, **more}
     return {"data": data, "selector": selector, "num_image_tokens": budget, "command": f"eval {data}", **values}

@@ -9,7 +9,7 @@ from tiny import make_image, make_model, make_processor
 
 
 def make_data(folder):
-    """Eight images, of which the bright ones are answered with yes, a row without an image, and a model."""
+    """Make eight images, of which the bright ones are answered with yes, a row without an image, and a model."""
     rows = [{"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "no"}]}]
     for index in range(8):
         make_image(index).point(lambda value, index=index: value // 4 + 190 * (index % 2)).save(
@@ -24,7 +24,7 @@ def make_data(folder):
 
 
 def command(data, **options):
-    """What is typed behind `sft.py`; an option that is None is left out."""
+    """Return what is typed behind `sft.py`; an option that is None is left out."""
     settings = {
         "model_path": data / "model",
         "data_path": [data / "data.json"],

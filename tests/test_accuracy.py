@@ -82,7 +82,7 @@ def test_answers_about_images_of_many_views_are_those_of_the_model(tmp_path, sel
 
 
 def one_question_each(folder, sizes, processor):
-    """A question about each of several images of these sizes."""
+    """Return a question about each of several images of these sizes."""
     for index, size in enumerate(sizes):
         make_image(index, size).save(folder / f"{index}.png")
     rows = [llava_row(index, f"{index}.png", [("what color?", "red")]) for index in range(len(sizes))]

@@ -14,7 +14,7 @@ ABOUT = {"weights_sha256": "a" * 64, "temperature": 0.0, "encoder_keep": {1: 0.5
 
 @pytest.fixture
 def path(tmp_path):
-    """A log with two answers."""
+    """Return a log with two answers."""
     with AnswerLog(tmp_path / "answers.jsonl", ABOUT) as log:
         log.add({"row": 0, "answer": "first"})
         log.add({"row": 1, "answer": "größer"})

@@ -11,7 +11,7 @@ COCO = "COCO_val2014_000000000042.jpg"
 
 
 def write(folder, files, images):
-    """Files of JSON (of lines of it, where they are a list of rows), and images."""
+    """Write files of JSON (of lines of it, if they are a list of rows), and images."""
     folder.mkdir()
     for name, content in files.items():
         lines = map(json.dumps, content) if isinstance(content, list) else [json.dumps(content)]
@@ -79,7 +79,7 @@ EXPECTED = {
 
 @pytest.fixture(params=BENCHMARKS)
 def benchmark(request, tmp_path):
-    """A benchmark's name, and its files in small."""
+    """Return a benchmark's name, and its files in small."""
     WRITE[request.param](tmp_path / "data")
     return request.param, tmp_path / "data"
 

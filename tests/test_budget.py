@@ -89,7 +89,7 @@ def run(data, monkeypatch, **options):
 
 @pytest.fixture
 def lenient(monkeypatch):
-    """Whatever the estimator explains will do."""
+    """Let whatever the estimator explains do."""
     monkeypatch.setattr(budget, "LEAST_EXPLAINED", -math.inf)
 
 

@@ -44,7 +44,7 @@ def test_an_interval_is_as_narrow_as_the_pairs_are_alike():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint whose budgets differ by image, and questions that it answers right or wrong."""
+    """Return a checkpoint whose budgets differ by image, and questions that it answers right or wrong."""
     model, processor = make_model(dynamic_budget=CALIBRATION), make_processor()
     torch.nn.init.normal_(model.model.pruner.complexity.weight)
     model.save_pretrained(tmp_path / "model")
@@ -69,10 +69,10 @@ def compare(folder, monkeypatch, *options):
 def test_every_way_is_measured_at_each_mean_and_drawn(folder, monkeypatch, capsys):
     report = compare(folder, monkeypatch, "--plot", folder / "out.png")
     found = {(row["budget"], row["mean"]): row for row in report["results"]}
-    ways = ["static", "dynamic", *budgets.RIVALS]
+    ways = ["static", "dynamic", *budgets.BASELINES]
     assert [*found] == [*((way, mean) for mean in (9, 4) for way in ways), ("oracle", None), ("all", None)]
     assert found["all", None]["tokens"] == NUM_PATCHES and found["static", 9]["tokens"] == 9
-    for way in budgets.RIVALS:
+    for way in budgets.BASELINES:
         assert found[way, 9]["tokens"] == pytest.approx(9, abs=1)
     assert {row["questions"] for row in found.values()} == {8}
     assert report["budgets_by_objects"].keys() == {"9", "4"} and report["budgets_by_objects"]["9"].keys() == {"1", "2"}

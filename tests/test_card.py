@@ -53,12 +53,12 @@ def test_it_says_where_nothing_was_measured(checkpoint):
     assert "model-index" not in card.data.to_dict()
 
 
-def test_results_are_the_checkpoints_own_first_and_its_rivals_apart(checkpoint):
+def test_results_are_the_checkpoints_own_first_and_its_baselines_apart(checkpoint):
     results = [row("a", "all", 36), row("a"), row("a", "random"), row("b", "diverse", "dynamic:4", tokens=4.25)]
     card = card_of(checkpoint, results, {"a": "someone/a:task"})
-    own, rivals = card.text.split("<details>")
+    own, others = card.text.split("<details>")
     assert "| diverse, 4 tokens | 50.00 (40.00 – 60.00) |  |" in own and "random" not in own
-    assert "| random, 4 tokens | 50.00 (40.00 – 60.00) |" in rivals
+    assert "| random, 4 tokens | 50.00 (40.00 – 60.00) |" in others
     assert "- `eval a`\n- `eval b`\n" in own
     index = card.data.eval_results
     assert [(each.dataset_type, each.metric_name) for each in index] == [

@@ -154,7 +154,7 @@ def test_budgets_that_are_no_numbers(checkpoint, image, budget, capsys):
     with pytest.raises(SystemExit) as exit_:
         infer(checkpoint, image, "--num-image-tokens", budget)
     assert exit_.value.code == 2
-    assert "whole number" in capsys.readouterr().err
+    assert "must be an integer such as 64, dynamic or dynamic:64, got" in capsys.readouterr().err
 
 
 def test_images_that_cannot_be_read(checkpoint, tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_a_checkpoint_whose_weights_are_no_numbers(checkpoint, image, tmp_path, 
 
 @pytest.fixture
 def data(tmp_path):
-    """Four questions about three images."""
+    """Return four questions about three images."""
     rows = []
     for index in range(3):
         make_image(index).save(tmp_path / f"{index}.png")
@@ -254,13 +254,13 @@ def test_eval_prints_a_table_and_writes_json_and_a_plot(checkpoint, data, capsys
 
 
 def read_results(file):
-    """Of the results, all that does not depend on the machine's speed."""
+    """Return all of the results that does not depend on the machine's speed."""
     results = json.loads(file.read_text())["results"]
     return [{name: value for name, value in row.items() if not name.endswith("_ms")} for row in results]
 
 
 def read_answers(file):
-    """Of kept answers, rows and texts by row, without how long they took."""
+    """Return rows and texts of kept answers by row, without how long they took."""
     return sorted((line["rows"], line["answers"]) for line in map(json.loads, file.read_text().splitlines()))
 
 

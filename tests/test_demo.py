@@ -46,7 +46,7 @@ def path(tmp_path):
 
 
 def last(answerer, talk, text, path=None, kind=FIXED, number=9, by_question=False, **options):
-    """The last words and picture of an answer."""
+    """Return the last words and picture of an answer."""
     message = {"text": text, "files": [str(path)] if path else []}
     views, follow_up, compare = (options.get(name, 0) for name in ("views", "follow_up", "compare"))
     *_, (same, shown, _, picture) = ask(answerer, talk, message, kind, number, by_question, views, follow_up, compare)
@@ -120,7 +120,7 @@ def test_of_a_large_picture_fewer_views_may_be_encoded(tmp_path, monkeypatch):
 
 @pytest.fixture
 def answerer_of_views():
-    """That of a model which cuts large pictures into views of 36 tokens, and has 200 positions."""
+    """Return the answerer of a model which cuts large pictures into views of 36 tokens, and has 200 positions."""
     text = text_config("phi", make_tokenizer(), max_position_embeddings=200)
     model = make_model(image_grid_pinpoints=GRIDS, text_config=text)
     model.generation_config.max_new_tokens = 4

@@ -27,29 +27,29 @@ GONE = r" of (?:commit \w+|the same commit)"  # what follows a script that only 
 
 
 def name_of(page: Path) -> str:
-    """The path of a page in the clone."""
+    """Return the path of a page in the clone."""
     return page.relative_to(ROOT).as_posix()
 
 
 def code_cells(notebook: Path) -> list[dict]:
-    """The cells of a notebook that run."""
+    """Return the cells of a notebook that run."""
     return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub gives the headings of a page."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def find_links(page: Path) -> list[str]:
-    """The links and pictures of a page, without those to other hosts."""
+    """Return the links and pictures of a page, without those to other hosts."""
     links = re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', page.read_text())
     return [link for link in map("".join, links) if not link.startswith("http")]
 
 
 def target(page: Path, link: str) -> Path:
-    """The file that a link of a page leads to."""
+    """Return the file that a link of a page leads to."""
     name = link.partition("#")[0]
     return (page.parent / name).resolve() if name else page
 
@@ -158,13 +158,13 @@ def test_notebooks_show_what_their_cells_printed(notebook):
 
 
 def python_of(page: Path) -> list[str]:
-    """The Python of a page, block by block."""
+    """Return the Python of a page, block by block."""
     return re.findall(r"```python\n(.+?)```", page.read_text(), flags=re.DOTALL)
 
 
 @pytest.fixture
 def red_shape(tmp_path):
-    """The top left of an example: a red rectangle."""
+    """Return the top left of an example: a red rectangle."""
     path = tmp_path / "red.png"
     with Image.open(ROOT / "demo" / "examples" / "flat_3x3_10.jpg") as image:
         image.crop((0, 0, image.width // 3, image.height // 3)).resize((336, 336)).save(path)

@@ -38,7 +38,7 @@ def budgets_of(model, inputs) -> list[int]:
 
 
 def both(model, processor, **options):
-    """A batch with dynamic budgets, and the same with those numbers asked for."""
+    """Return a batch with dynamic budgets, and the same with those numbers asked for."""
     batch = mixed_batch(processor, "dynamic:8", **options)
     budgets = budgets_of(model, batch)
     assert len({*budgets}) == 3
@@ -149,7 +149,7 @@ def test_each_row_generates_as_it_does_alone(dynamic):
 
 
 def follow(inputs, sequences, words) -> dict:
-    """Ids and mask of a conversation that goes on."""
+    """Return ids and mask of a conversation that goes on."""
     input_ids = torch.cat([sequences, words], dim=1)
     new = torch.ones_like(input_ids[:, inputs["input_ids"].shape[1] :])
     return {"input_ids": input_ids, "attention_mask": torch.cat([inputs["attention_mask"], new], dim=1)}
@@ -363,7 +363,7 @@ def test_an_image_mark_is_never_generated(option, budget):
     assert len(new) == 8 and not {model.config.image_token_id, 5} & {*new.tolist()}
 
 
-def labelled(model, batch):
+def labeled(model, batch):
     return batch["input_ids"].where(is_text(model, batch), -100)
 
 
@@ -372,7 +372,7 @@ def test_loss_and_gradients_are_those_of_the_same_numbers_asked_for(dynamic):
     results = []
     for batch in both(model, processor, padding_side="right"):
         model.zero_grad()
-        loss = model(**batch, labels=labelled(model, batch)).loss
+        loss = model(**batch, labels=labeled(model, batch)).loss
         loss.backward()
         gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         results.append((loss, copy.deepcopy(gradients)))

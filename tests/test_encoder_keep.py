@@ -107,7 +107,7 @@ def test_a_batch_answers_as_each_row_alone(budget, grids):
 
 
 def count_empty(features):
-    """Of each image, how many kept tokens have no features: dropped, not encoded, padding or newlines."""
+    """Count how many kept tokens of each image have no features: dropped, not encoded, padding or newlines."""
     pairs = zip(features.last_hidden_state, features.kept_indices, strict=True)
     return [int((image[kept] == 0).all(dim=-1).sum()) for image, kept in pairs]
 
@@ -119,7 +119,7 @@ def refused(model, inputs):
 
 
 def most(model, limits, sizes, max_views=None):
-    """The largest K that dynamic budgets may have."""
+    """Return the largest K that dynamic budgets may have."""
     return Budgets(limits, [1] * len(limits)).limited_to_encoded(model.config, sizes, max_views).limits
 
 

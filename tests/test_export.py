@@ -11,7 +11,7 @@ IMAGES = [make_image(0), make_image(1)]
 
 
 def run_graph(path, pixels):
-    """Tokens and kept indices by the runtime of each format."""
+    """Return tokens and kept indices by the runtime of each format."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()(pixels)
     if path.suffix == ".onnx":

@@ -21,7 +21,7 @@ SIZES = [(84, 84), (250, 240), (60, 84), (120, 250), (168, 168)]  # width, heigh
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """A folder and the rows of five images, which are two to a file and a batch."""
+    """Return a folder and the rows of five images, which are two to a file and a batch."""
     monkeypatch.setattr(features, "SHARD", 2)
     monkeypatch.setattr(features, "BATCH", 1)
     rows = []
@@ -34,7 +34,7 @@ def data(tmp_path, monkeypatch):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """How many views each call of the encoder had."""
+    """Return how many views each call of the encoder had."""
     counts, encode = [], features.encode_shard
 
     def count(model, batches):
@@ -51,7 +51,7 @@ def turn_of(question):
 
 
 def files(folder):
-    """Of features, in the order of their images."""
+    """Return the files of features, in the order of their images."""
     found = (folder / "features").glob("*/*.safetensors")
     return sorted(found, key=lambda file: file.stat().st_mtime_ns)
 

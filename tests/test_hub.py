@@ -122,7 +122,7 @@ def test_language_models_that_change_their_logits_are_refused(tmp_path):
 
 
 def save_llava(folder, layout: str, **overrides) -> LightVLMForConditionalGeneration:
-    """A llava-hf checkpoint in the key layout of transformers 4.51 and before ("old") or after ("new")."""
+    """Return a llava-hf checkpoint in the key layout of transformers 4.51 and before ("old") or after ("new")."""
     model = make_model("clip", "llama", **overrides)
     llava = as_llava(model)
     llava.save_pretrained(folder)
@@ -179,12 +179,12 @@ def test_a_llava_checkpoint_becomes_a_hub_folder(tmp_path):
 
 
 def without(*parts):
-    """The weights whose names have none of these parts."""
+    """Return the weights whose names have none of these parts."""
     return lambda weights: {name: each for name, each in weights.items() if not any(part in name for part in parts)}
 
 
 def in_original_layout(weights):
-    """The names that weights have in the original LLaVA repository."""
+    """Return the names that weights have in the original LLaVA repository."""
     names = {
         "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
         "model.language_model.": "model.",

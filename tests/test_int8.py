@@ -28,7 +28,7 @@ def load_int8(folder, **options):
 
 
 def weight_kinds(model) -> dict:
-    """Each parameter's name, and torch.int8 or the precision that it has."""
+    """Return each parameter's name, and torch.int8 or the precision that it has."""
     return {
         name: value.qdata.dtype if hasattr(value, "qdata") else value.dtype for name, value in model.named_parameters()
     }

@@ -23,7 +23,7 @@ FOLDERS = {f"lightvlm.{path.name}": path.resolve().name for path in PACKAGES} | 
 
 
 def imported_names(source: Path) -> set[str]:
-    """What a file imports, by full names, of all its lines; relative imports count as of the package."""
+    """Return what a file imports, by full names, of all its lines; relative imports count as of the package."""
     names = set()
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
@@ -35,7 +35,7 @@ def imported_names(source: Path) -> set[str]:
 
 
 def imported_folders(source: Path) -> set[str]:
-    """The top-level folders that a file imports from."""
+    """Return the top-level folders that a file imports from."""
     names = [name.split(".") for name in imported_names(source)]
     ours = [name for name in names if name[0] in ("lightvlm", "lightvlm_cli")]
     return {FOLDERS.get(".".join(name[:2]), FOLDERS.get(name[0], "modeling_lightvlm")) for name in ours}

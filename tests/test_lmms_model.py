@@ -19,7 +19,7 @@ def conversation(question: str, *images) -> list[dict]:
 
 @pytest.fixture
 def asked():
-    """A question with no image, one, and two."""
+    """Return a question with no image, one, and two."""
     images = make_image(0), make_image(1)
     return [
         conversation("what?"),
@@ -193,5 +193,5 @@ class TestInLmmsEval:
 
 
 def to_lmms(part: dict) -> dict:
-    """An image part as lmms-eval writes it."""
+    """Return an image part as lmms-eval writes it."""
     return {"type": "image", "url": part["image"]} if part["type"] == "image" else part

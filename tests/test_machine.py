@@ -13,7 +13,7 @@ def parse(*options):
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """Makes a machine without a GPU, with a CPU of these vector units."""
+    """Return a function that makes a machine without a GPU, with a CPU of these vector units."""
 
     def choose(units):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)

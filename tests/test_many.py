@@ -21,7 +21,7 @@ QUESTIONS = ["what color?", "is there a circle in this image?", "what shape is i
 
 @pytest.fixture
 def data(tmp_path):
-    """Six pictures of several sizes, and a checkpoint of many views with dynamic budgets."""
+    """Return six pictures of several sizes, and a checkpoint of many views with dynamic budgets."""
     (tmp_path / "pictures").mkdir()
     for index in range(6):
         size = [(84, 84), (250, 240), (100, 300)][index % 3]
@@ -132,7 +132,7 @@ def test_bad_rows_are_named_by_line_and_the_others_answered(data, capsys):
 
 @pytest.fixture
 def site(data):
-    """The address of the folder of pictures."""
+    """Return the address of the folder of pictures."""
     handler = partial(QuietHandler, directory=data / "pictures")
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -278,7 +278,7 @@ def test_a_killed_run_goes_on_without_asking_twice(data, monkeypatch, capsys):
 
 @pytest.fixture
 def answered(data, capsys):
-    """Options that were run, with an answer about each picture in the output."""
+    """Return options that were run, with an answer about each picture in the output."""
     options = ["--image", data / "pictures", "--prompt", "what?", "--output", data / "answers.jsonl"]
     assert infer(data, *options) == 0
     assert "answers.jsonl: 6 questions answered\n" in capsys.readouterr().err

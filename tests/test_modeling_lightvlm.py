@@ -20,13 +20,13 @@ BUDGETS = [[16, 4], [], [9]]
 
 
 def mixed_batch(processor):
-    """Rows with 2, 0 and 1 images, each with its own K, and left padding."""
+    """Return rows with 2, 0 and 1 images, each with its own K, and left padding."""
     flat = [budget for row in BUDGETS for budget in row]
     return processor(images=IMAGES, text=TEXT, num_image_tokens=flat, padding=True, return_tensors="pt")
 
 
 def single_rows(processor):
-    """The rows of the mixed batch, alone."""
+    """Yield the rows of the mixed batch, alone."""
     for text, images, budgets in zip(TEXT, IMAGES, BUDGETS, strict=True):
         options = {"images": [images], "num_image_tokens": budgets} if images else {}
         yield processor(text=[text], return_tensors="pt", **options)

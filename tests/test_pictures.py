@@ -15,7 +15,7 @@ from tiny import GRIDS, make_image, make_model, make_processor
 
 
 def kept_patches(picture: Image.Image, whole: Image.Image, side: int) -> list[int]:
-    """Patches of which a picture shows every pixel as the picture of the whole image does, but for the last rows."""
+    """Return patches of which a picture shows all pixels as that of the whole image does, but for the last rows."""
     same = (np.asarray(picture) == np.asarray(whole)).all(axis=-1)
     patch = len(same) // side
     return [

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 @pytest.fixture
 def figure(tmp_path, monkeypatch):
-    """The figure of two files, three selectors and two budgets, before it is a picture."""
+    """Return the figure of two files, three selectors and two budgets, before it is a picture."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: figures.append(self))
     rows = []

@@ -17,7 +17,7 @@ def generate(model, inputs, **options):
 
 
 def whole_logits(model, inputs, continuation=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the whole prompt, dropped patches masked as keys in every layer, and which positions are not dropped.
+    """Return the whole prompt's logits, dropped patches masked as keys in every layer, and which positions are kept.
 
     The prompt has a placeholder for each patch and consecutive position ids; what follows it, if given, too.
     """
@@ -42,7 +42,7 @@ def whole_logits(model, inputs, continuation=None) -> tuple[torch.Tensor, torch.
 
 
 def make_original(vision="clip", text="phi", **overrides):
-    """A tiny untrained model whose decoder cannot ignore where a token stands."""
+    """Return a tiny untrained model whose decoder cannot ignore where a token stands."""
     return make_dynamic(vision, text, position_ids="original", **overrides)
 
 

@@ -16,14 +16,14 @@ def read(folder, name):
 
 
 def turns(row):
-    """Questions, without the image mark, and answers."""
+    """Return questions, without the image mark, and answers."""
     values = [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
     return list(zip(values[::2], values[1::2], strict=True))
 
 
 @pytest.fixture(params=["easy_vqa_folder", pytest.param("whole_easy_vqa_folder", marks=pytest.mark.slow)])
 def folder(request):
-    """300 images of each split, and all of them."""
+    """Return a folder of 300 images of each split, or of all of them."""
     return request.getfixturevalue(request.param)
 
 
@@ -32,7 +32,7 @@ def images_of(folder, split) -> set[int]:
 
 
 def asked_about(folder, split) -> list[tuple[str, str, int]]:
-    """The package's own questions about the images of a folder, with answers and images."""
+    """Return the package's own questions about the images of a folder, with answers and images."""
     asked = {"train": easy_vqa.get_train_questions, "test": easy_vqa.get_test_questions}[split]()
     images = images_of(folder, split)
     return [row for row in zip(*asked, strict=True) if row[2] in images]

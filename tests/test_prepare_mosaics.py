@@ -56,7 +56,7 @@ def test_place_names_are_rows_and_columns():
 
 
 def answer(question: str, objects: dict[str, str]) -> str:
-    """The answer, worked out from the question's words."""
+    """Return the answer, worked out from the question's words."""
     names = [name.split() for name in objects.values()]
     words = re.findall(r"[a-z]+", question)
     if question.startswith("how many"):

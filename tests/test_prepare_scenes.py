@@ -26,7 +26,7 @@ from PIL import Image
 
 @pytest.fixture(scope="module")
 def data_dir(data_dir):
-    """With four wallpapers."""
+    """Return a data folder with four wallpapers."""
     folder = data_dir
     plasma = folder / "plasma-workspace-wallpapers/usr/share/wallpapers"
     nature = folder / "mate-backgrounds/usr/share/backgrounds/mate/nature"

@@ -372,8 +372,8 @@ def test_grey_arrays_and_masks_keep_their_contrast(processor):
     expected = pixel_values(processor, Image.fromarray(mask))
     for image in (mask, mask[..., None], torch.from_numpy(mask), mask.astype(np.float32), mask * np.uint8(255)):
         assert torch.equal(pixel_values(processor, image), expected)
-    grey = make_image(size=(90, 90)).convert("L")
-    assert torch.equal(pixel_values(processor, np.asarray(grey) / 255), pixel_values(processor, grey))
+    gray = make_image(size=(90, 90)).convert("L")
+    assert torch.equal(pixel_values(processor, np.asarray(gray) / 255), pixel_values(processor, gray))
 
 
 def test_transparent_arrays_are_on_white(processor):
@@ -427,7 +427,7 @@ def test_unclear_floats_in_an_image_are_refused_too(processor):
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of 4 x 4 white pixels with chunks before its end, each with a valid checksum."""
+    """Return a PNG of 4 x 4 white pixels with chunks before its end, each with a valid checksum."""
     header = struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0)
     rows = zlib.compress((b"\0" + b"\xff" * 12) * 4)
     parts = [(b"IHDR", header), (b"IDAT", rows), *chunks, (b"IEND", b"")]

@@ -88,7 +88,7 @@ class Asked(pruner.PolicyGradient):
 
 
 def asked(batch: int = 32) -> dict:
-    """Two marked patches in each image, of which the question, one of two words, wants one."""
+    """Return two marked patches in each image, of which the question, one of two words, wants one."""
     inputs, mark = marked(batch), torch.randint(2, (batch,))
     places = torch.stack([torch.randperm(NUM_PATCHES)[:2] for _ in range(batch)])
     inputs["features"] = torch.randn(batch, NUM_PATCHES, 32)

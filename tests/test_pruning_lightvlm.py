@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner, pruning_lightvlm
 from lightvlm.encoding_lightvlm import cls_attention, probe_attention, received_attention
-from lightvlm.evaluation.selectors import select_determinantal, select_k_center  # rivals, held to the same tests
+from lightvlm.evaluation.selectors import select_determinantal, select_k_center  # baselines, held to the same tests
 from lightvlm.pruning_lightvlm import cosine_similarity, select_density_peaks, select_topk
 from tiny import make_config, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,7 +48,7 @@ def test_probe_attention_is_the_attention_of_the_pooling_head():
 
 
 def slow_k_center(scores, features, count, alpha=0.8):
-    """One image, as the formula says: argmax of q^alpha * min over the chosen of (1 - cosine)."""
+    """Select patches of one image as the formula says: argmax of q^alpha * min over the chosen of (1 - cosine)."""
     q = scores.softmax(dim=-1) ** alpha
     chosen = [int(q.argmax())]
     while len(chosen) < count:
@@ -61,7 +61,7 @@ def slow_k_center(scores, features, count, alpha=0.8):
 
 
 def slow_determinantal(scores, features, count):
-    """One image, as the definition says: always the patch with the largest determinant of the chosen ones' kernel."""
+    """Select for one image by the definition: always the largest determinant of the chosen ones' kernel."""
     q, directions = scores.softmax(dim=-1).double(), torch.nn.functional.normalize(features.double(), dim=-1)
     kernel = q[:, None] * (directions @ directions.T) * q
     chosen = []
@@ -74,7 +74,7 @@ def slow_determinantal(scores, features, count):
 
 
 def slow_density_peaks(scores, features, count, alpha=0.8):
-    """One image, as the definition says: best q^alpha * distance to the nearest patch of higher score first."""
+    """Select for one image by the definition: best q^alpha * distance to the nearest of higher score first."""
     q, peaks = scores.softmax(dim=-1) ** alpha, []
     for patch in range(len(q)):
         better = [other for other in range(len(q)) if q[other] > q[patch]]
@@ -92,7 +92,7 @@ DIVERSE = [
 
 
 def similar_patches(batch=3):
-    """Scores and features of images whose patches come in six kinds, as those of real images do."""
+    """Return scores and features of images whose patches come in six kinds, as those of real images do."""
     kinds = torch.randn(batch, 6, 32)[:, torch.randint(0, 6, (36,))]
     return torch.randn(batch, 36), kinds + 0.5 * torch.randn(batch, 36, 32)
 

@@ -26,7 +26,7 @@ FILES = HUB_FILES | {"LICENSE", "README.md"}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny checkpoint with a card; only for reading."""
+    """Return a tiny checkpoint with a card; only for reading."""
     folder = tmp_path_factory.mktemp("trained")
     save(make_model(dynamic_budget=CALIBRATION), make_processor(), folder)
     (folder / "README.md").write_text(CARD)
@@ -40,7 +40,7 @@ def checkpoint(trained, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A server that this process takes for the Hub, without xet, whose protocol it does not speak."""
+    """Return a server that this process takes for the Hub, without xet, whose protocol it does not speak."""
     with HubServer() as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
@@ -51,13 +51,13 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Leaves out the fresh process, which takes seconds."""
+    """Leave out the fresh process, which takes seconds."""
     monkeypatch.setattr(push, "check_folder", lambda folder, name: None)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Something to upload."""
+    """Return something to upload."""
     (tmp_path / "hub").mkdir()
     for name in ("README.md", "config.json", "model.safetensors"):
         (tmp_path / "hub" / name).write_text(f"---\nlicense: mit\n---\n{name}")
@@ -79,7 +79,7 @@ print(model.chat(Image.open(sys.argv[1]), "what color?", max_new_tokens=5, do_sa
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_pushed_and_answers_a_stranger_who_loads_it_by_name(hub, checkpoint, tmp_path, capfd):
+def test_a_checkpoint_is_pushed_and_answers_others_who_load_it_by_name(hub, checkpoint, tmp_path, capfd):
     measured = {"command": "lightvlm eval", **fingerprint(checkpoint)}
     (tmp_path / "a.json").write_text(json.dumps(measured | {"results": [row("gqa")]}))
     ran = f"```python\nopen({str(tmp_path / 'ran')!r}, 'xb').write(open('photo.jpg', 'rb').read())\n```\n"
@@ -457,7 +457,7 @@ def test_where_parts_were_loaded_from_is_not_published(checkpoint, tmp_path):
     assert "_name_or_path" not in (tmp_path / "out" / "config.json").read_text()
 
 
-def test_commands_that_measured_name_what_strangers_load(checkpoint, tmp_path):
+def test_commands_that_measured_name_what_others_load(checkpoint, tmp_path):
     command = f"lightvlm eval --model-path {checkpoint}{{}} --data-path a.json"
     write(checkpoint, tmp_path / "out", results=[row() | {"command": command.format("")}])
     assert "`lightvlm eval --model-path me/toy --data-path a.json`" in (tmp_path / "out" / "README.md").read_text()

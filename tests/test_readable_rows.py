@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 @pytest.fixture
 def data(tmp_path):
-    """As of `make_data`, with a picture in row 6, called by its number, that was not downloaded to its end."""
+    """Return the folder of `make_data`, with a picture in row 6, called by its number, that was cut off."""
     make_data(tmp_path)
     cut(tmp_path / "5.png")
     return tmp_path

@@ -25,7 +25,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def run(data, monkeypatch):
-    """A folder with checkpoint-2 and checkpoint-4."""
+    """Return a folder with checkpoint-2 and checkpoint-4."""
     train(data, monkeypatch, **RUN)
     return data / "out"
 
@@ -151,7 +151,7 @@ def test_the_model_that_a_run_starts_from_is_not_overwritten(data, monkeypatch):
 
 @pytest.fixture
 def adapter(data, monkeypatch):
-    """The last checkpoint of a LoRA run, at other positions than the model that it began with, and its outcome."""
+    """Return the last checkpoint of a LoRA run, at other positions than its first model's, and its outcome."""
     make_model(num_image_tokens=9, position_ids="original").save_pretrained(data / "model")
     monkeypatch.chdir(data)
     options = {"model_path": "model", "lora_r": 4, "lora_alpha": 64, "num_image_tokens": 5}

@@ -115,7 +115,7 @@ def test_pool_takes_means_of_cells():
 
 
 def test_max_min_starts_at_the_outlier_and_goes_on_with_the_farthest():
-    angles = torch.tensor([0.0, 0.1, 0.2, 1.0, 2.5, 2.6])  # 1 is 0.8 from its nearest neighbour, the others 0.1
+    angles = torch.tensor([0.0, 0.1, 0.2, 1.0, 2.5, 2.6])  # 1 is 0.8 from its nearest neighbor, the others 0.1
     features = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
     assert select_max_min(torch.zeros(1, 6), features, 4).tolist() == [[3, 5, 0, 2]]
 
@@ -203,7 +203,7 @@ def test_downsample_is_the_encoder_on_a_small_image(vision):
 
 @pytest.fixture(params=["phi", "llama"])
 def language(request):
-    """A model of four language model layers, images' tokens, and prompts of unequal lengths."""
+    """Return a model of four language model layers, images' tokens, and prompts of unequal lengths."""
     processor = make_processor()
     text = text_config(request.param, processor.tokenizer, num_hidden_layers=4)
     model = make_model("clip", request.param, text_config=text)
@@ -215,7 +215,7 @@ def language(request):
 
 @torch.no_grad()
 def slow_fastv(model, input_ids, tokens, count):
-    """One prompt's last logits: eager attention of the second layer, then layer after layer on what is left."""
+    """Return one prompt's last logits: eager attention of the second layer, then layer after layer on what is left."""
     backbone = model.model.language_model
     embeddings = model.get_input_embeddings()(input_ids)
     is_image = input_ids == model.config.image_token_id

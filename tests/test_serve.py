@@ -127,7 +127,7 @@ def post(client, path: str, body, method: str = "POST") -> tuple[int, dict]:
 
 
 def post_fields(client, **fields) -> tuple[int, str]:
-    """Status of a good request with these fields besides, and the message, in OpenAI's format, where it is refused."""
+    """Return the status of a good request with these fields, and in OpenAI's format the message if it is refused."""
     body = {"model": "lightvlm-tiny", "messages": [user("what color?", draw(1))], "max_tokens": 4} | fields
     status, answer = post(client, "/v1/chat/completions", json.dumps(body))
     return status, "" if status == 200 else message_of(answer, status)

@@ -58,12 +58,12 @@ def data(tmp_path):
 
 @pytest.fixture
 def logs(monkeypatch):
-    """What the trainers of a test log."""
+    """Return what the trainers of a test log."""
     return log_trainers(monkeypatch)
 
 
 def curve(logs):
-    """Step, loss and K of each step."""
+    """Return step, loss and K of each step."""
     return [(each["step"], each["loss"], each["kept_image_tokens"]) for each in logs if "loss" in each]
 
 
@@ -78,7 +78,7 @@ def collator(**options):
 
 
 def budgets(count, **options):
-    """So many draws of K."""
+    """Return so many draws of K."""
     generator = torch.Generator().manual_seed(0)
     return [sft.draw_budget(arguments(**options), generator) for _ in range(count)]
 
@@ -303,7 +303,7 @@ def test_processes_share_k_in_the_last_step_too(num_rows):
 
 @pytest.fixture
 def mixed_rows(data):
-    """Rows of a few to many words, most with an image and some with text alone."""
+    """Return rows of a few to many words, most with an image and some with text alone."""
     rows = []
     for index in range(131):
         question = " ".join(["what", "color", "is", "the", "shape"][: 1 + index % 5] * (1 + index % 7))
@@ -324,7 +324,7 @@ def test_rows_are_measured_without_being_decoded(mixed_rows):
 
 
 def share_of_padding(rows, sampler):
-    """Padding among the positions that training computes on, batches of four, two of them in a step."""
+    """Return the padding among the positions that training computes on, batches of four, two of them in a step."""
     batches = DataLoader(StepRows(rows), batch_sampler=BatchSampler(sampler, 4, False), collate_fn=collator())
     masks = [batch["attention_mask"] for batch in batches]
     return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
@@ -698,7 +698,7 @@ ZERO_SCRIPTS = {"zero_to_fp32.py", "zero_to_torch.py"}  # DeepSpeed's own, in it
 
 
 def compare_curves(data, *runs) -> None:
-    """Losses, norms of gradients and K of all four steps are those of the other run."""
+    """Check that losses, norms of gradients and K of all four steps are those of the other run."""
     states = [json.loads((data / run / "checkpoint-4" / "trainer_state.json").read_text()) for run in runs]
     found, expected = (state["log_history"] for state in states)
     assert [each["kept_image_tokens"] for each in found] == [each["kept_image_tokens"] for each in expected]

@@ -211,7 +211,7 @@ def test_the_processes_peak_memory_is_that_since_the_reset():
 
 
 def flops(run) -> dict[str, int]:
-    """FLOPs of the matrix products of each module's linear layers."""
+    """Return FLOPs of the matrix products of each module's linear layers."""
     with FlopCounterMode(display=False) as counter:
         run()
     linear = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)

@@ -20,7 +20,7 @@ MEASURED = {  # prefill and TTFT in ms, tokens decoded in a second
 
 
 def result(images=1, out_of_memory=()) -> dict:
-    """As of `measure`, at batch size 1, but for methods that had no memory."""
+    """Return a result of `measure`, at batch size 1, but for methods that had no memory."""
     rows = []
     for (method, tokens), (prefill, ttft, decoded) in MEASURED.items():
         times = dict.fromkeys([*STAGES, "sum of stages"], 0) | {ENCODER: 50, SCORING: 1, SELECTION: 2}

@@ -1,6 +1,6 @@
 """What transformers asks of its own models and processors, by the tests of its source distribution.
 
-`make test` downloads that distribution, which has the modelling and processor mixins. It has no tests of generation
+`make test` downloads that distribution, which has the modeling and processor mixins. It has no tests of generation
 (this project's own cover each mode of `generate`), export, configurations and pipelines.
 """
 

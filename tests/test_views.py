@@ -36,7 +36,7 @@ def random_sizes(count):
 
 
 def make_views(grids=GRIDS, newline=False, **overrides):
-    """A tiny model and processor of many views, with an estimator of budgets."""
+    """Return a tiny model and processor of many views, with an estimator of budgets."""
     model = make_model(image_grid_pinpoints=grids, image_newline=newline, **overrides)
     return model, make_processor(pinpoints=grids, image_newline=newline)
 
@@ -261,7 +261,7 @@ def test_tokens_know_their_place_in_the_whole_picture_and_their_scale():
 
 
 def spot(corners, size=(252, 252), side=40):
-    """A grey picture with white squares at these places; its patches' prior is made to be their brightness."""
+    """Return a gray picture with white squares at these places; its patches' prior is made to be their brightness."""
     image = Image.new("RGB", size, "gray")
     for corner in corners:
         image.paste("white", (*corner, corner[0] + side, corner[1] + side))
@@ -270,7 +270,7 @@ def spot(corners, size=(252, 252), side=40):
 
 @pytest.fixture
 def bright(monkeypatch):
-    """A model of many views whose scores are the brightness of patches."""
+    """Return a model of many views whose scores are the brightness of patches."""
     model, processor = make_views(score="cls")
     encode, encoded = model.model.encode, []
 
@@ -338,7 +338,7 @@ def test_k_is_at_most_a_view_when_views_are_skipped():
     with pytest.raises(ValueError, match="with max_views give up to 36"):
         model(**inputs | {"num_image_tokens": [99, 36]})
     for wrong in (0, -1):
-        with pytest.raises(ValueError, match="give a whole number from 1"):
+        with pytest.raises(ValueError, match="must be a positive integer"):
             processor(images=MIXED[0], text=TEXT[0], max_views=wrong)
 
 

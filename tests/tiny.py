@@ -111,7 +111,7 @@ def make_image(seed: int = 0, size: tuple[int, int] = (84, 84)) -> Image.Image:
 
 
 def as_llava(model) -> LlavaForConditionalGeneration:
-    """The same weights in transformers' own class, which has no bias in its head."""
+    """Return the same weights in transformers' own class, which has no bias in its head."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
     if model.config.image_newline:
         del config["image_newline"]
@@ -139,7 +139,7 @@ def complexity_of(model, features, prior):
 
 
 def make_dynamic(vision="clip", text="phi", **overrides):
-    """A tiny model whose estimator finds the images of `mixed_batch` simple, middling and complex."""
+    """Return a tiny model whose estimator finds the images of `mixed_batch` simple, middling and complex."""
     model = make_model(vision, text, dynamic_budget=CALIBRATION, **overrides)
     linear = torch.nn.init.normal_(model.model.pruner.complexity.weight), model.model.pruner.complexity.bias
     features, prior = model.model.encode(mixed_batch(make_processor(vision), 9)["pixel_values"])

@@ -18,7 +18,7 @@ NEW_TOKENS = 24
 
 
 def read_questions(data: Path, images: Path, count: int) -> list[tuple[Image.Image, str]]:
-    """Images and first questions of rows from all over a LLaVA file."""
+    """Return images and first questions of rows from all over a LLaVA file."""
     rows = json.loads(data.read_text())
     return [
         (Image.open(images / row["image"]).convert("RGB"), row["conversations"][0]["value"].replace("<image>\n", ""))

@@ -31,7 +31,7 @@ MEANS = (8, 12, 16, 24, 36, 48, 64, 96, 128, 160, 192)
 
 
 def find_kappa(complexity: torch.Tensor, mean: int, dynamic_budget: dict) -> float:
-    """The kappa that gives these images a mean budget, by bisection; their complexity is (images,)."""
+    """Return the kappa that gives these images a mean budget, by bisection; their complexity is (images,)."""
     low, high = -20.0, 20.0  # of its logarithm
     means = torch.full_like(complexity, mean)
     for _ in range(60):
@@ -76,7 +76,7 @@ class BudgetArguments(ImageArguments):
 
 
 def check(args: BudgetArguments, num_patches: int) -> None:
-    """ValueError where the arguments ask for the impossible."""
+    """Raise ValueError if the arguments ask for the impossible."""
     for name in ("sweep", "means"):
         budgets = getattr(args, name)
         if budgets != sorted({*budgets}) or len(budgets) < 2 or not 1 <= budgets[0] <= budgets[-1] < num_patches:
@@ -98,7 +98,7 @@ def needed_tokens(
     sweep: list[int],
     delta: float,
 ) -> torch.Tensor:
-    """The smallest K of a sweep whose answers are nearly as likely as those from all tokens, (images,).
+    """Return the smallest K of a sweep whose answers are nearly as likely as those from all tokens, (images,).
 
     Args:
         model: whose own selector chooses.
@@ -124,7 +124,7 @@ def needed_tokens(
 
 
 def fit_ridge(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (dim,) and bias of the ridge regression of targets (rows,) on standardised inputs (rows, dim).
+    """Return weights (dim,) and bias of the ridge regression of targets (rows,) on standardized inputs (rows, dim).
 
     Args:
         inputs: (rows, dim).
@@ -140,7 +140,7 @@ def fit_ridge(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> tu
 
 
 def choose_penalty(inputs: torch.Tensor, targets: torch.Tensor, penalties: list[float]) -> float:
-    """The penalty of `fit_ridge` with the least squared error on rows that were held out, by cross-validation."""
+    """Return the penalty of `fit_ridge` with the least squared error on held-out rows, by cross-validation."""
     fold = torch.arange(len(inputs), device=inputs.device) % FOLDS
 
     def held_out_error(penalty: float) -> float:
@@ -155,14 +155,14 @@ def choose_penalty(inputs: torch.Tensor, targets: torch.Tensor, penalties: list[
 
 
 def explained_variance(predictions: torch.Tensor, targets: torch.Tensor) -> float:
-    """Share of the variance of targets (rows,) that predictions explain; negative if their mean is better."""
+    """Return the share of variance of targets (rows,) that predictions explain; negative if their mean is better."""
     variance = targets.var(correction=0)
     left = (predictions - targets).square().mean()
     return (1 - left / variance).item() if variance > 1e-12 else 0.0
 
 
 def check_explained(explained: float, need: torch.Tensor, images: int) -> None:
-    """ValueError where the estimator explains nothing of the tokens (rows,) that images need that it has not seen."""
+    """Raise ValueError if the estimator explains nothing of the tokens (rows,) that unseen images need."""
     if not explained >= LEAST_EXPLAINED:
         low, high = int(need.min()), int(need.max())
         raise ValueError(

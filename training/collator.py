@@ -22,7 +22,7 @@ SPREAD = 256  # rows at a stream's start that replace others, because those are 
 
 
 def measure_rows(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row how many characters its messages have, and how many images it has; nothing is decoded."""
+    """Return how many characters each row's messages have, and how many images it has; nothing is decoded."""
     lengths, images = [np.zeros(0, int)], [np.zeros(0, int)]
     for table in rows.select_columns(["messages", "images"]).with_format("arrow").iter(10_000):
         messages = table["messages"].combine_chunks()
@@ -36,7 +36,7 @@ def measure_rows(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
 def group_rows(
     order: list[int], lengths: np.ndarray, images: np.ndarray, rows_per_step: int, generator: torch.Generator
 ) -> list[int]:
-    """The same rows in another order: those of an optimizer step are of like length, and all with images or none.
+    """Return the rows in another order: those of an optimizer step of like length, and all with images or none.
 
     As in LLaVA, steps that share both come in random order. Rows that fill no step of their kind come last.
 
@@ -170,7 +170,7 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
         self.independent_turns, self.pixel_dtype = independent_turns, pixel_dtype
 
     def torch_call(self, examples: list[dict]) -> dict:
-        """A batch whose images all have the same K."""
+        """Return a batch whose images all have the same K."""
         if "num_image_tokens" not in examples[0]:
             return self.collate(examples)
         of_this_k = copy.copy(self)
@@ -179,7 +179,7 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
         return of_this_k.collate(examples)
 
     def collate(self, examples: list[dict]) -> dict:
-        """A batch whose images have the processor's K."""
+        """Return a batch whose images have the processor's K."""
         batch = self.pack(examples) if self.independent_turns else self.begin(super().torch_call(examples))
         if "pixel_values" not in batch:
             batch = add_blank_image(batch, self.processor)
@@ -191,7 +191,7 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
         return batch
 
     def begin(self, batch: dict) -> dict:
-        """A batch of TRL's, with what begins every text, such as <s>: TRL leaves it out, and generation does not."""
+        """Return TRL's batch, with what begins every text, such as <s>: TRL leaves it out, and generation does not."""
         first = self.processor.tokenizer("")["input_ids"]
         if batch["input_ids"][0, : len(first)].tolist() != first:
             for name, value in {"input_ids": 0, "attention_mask": 1, "labels": -100}.items():
@@ -200,7 +200,7 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
         return batch
 
     def pack(self, examples: list[dict]) -> dict:
-        """A batch of `pack_turns`, with the images."""
+        """Return a batch of `pack_turns`, with the images."""
         conversations, images = [row["messages"] for row in examples], [row["images"] for row in examples]
         flat = [image for row in images for image in row]
         inputs = self.processor(images=flat, return_tensors="pt") if flat else {}
@@ -209,7 +209,7 @@ class LightVLMCollator(DataCollatorForVisionLanguageModeling):
 
 
 def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
-    """The same batch of text alone, with an image behind its first row that nothing attends to.
+    """Return the same batch of text alone, with an image behind its first row that nothing attends to.
 
     FSDP and ZeRO-3 gather each module's weights on all processes at once: one that skips the vision encoder, without
     an image, would leave the others waiting forever.

@@ -57,7 +57,7 @@ class DecoderTrainingArguments(RunsHere, TrainingArguments):
 
 
 def check(training_args: DecoderTrainingArguments) -> None:
-    """ValueError for what would be ignored, or leave folders that nothing loads."""
+    """Raise ValueError for what would be ignored, or leave folders that nothing loads."""
     if training_args.save_strategy != "no" or training_args.resume_from_checkpoint:
         raise ValueError("a run takes minutes, and its end alone is saved: leave save_strategy at no, don't resume")
 
@@ -88,7 +88,7 @@ class Reader(nn.Module):
     def forward(
         self, features: torch.Tensor, prior: torch.Tensor, sizes: torch.Tensor, kept: torch.Tensor, **inputs
     ) -> dict[str, torch.Tensor]:
-        """The mean loss of the answers' tokens.
+        """Return the mean loss of the answers' tokens.
 
         Args:
             features, prior, sizes: of `stack_features`.

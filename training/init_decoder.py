@@ -19,14 +19,14 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def texts(paths: list[Path]) -> Iterator[str]:
-    """Every turn of every conversation."""
+    """Yield every turn of every conversation."""
     for path in paths:
         for row in json.loads(path.read_text()):
             yield from (turn["value"].replace("<image>\n", "") for turn in row["conversations"])
 
 
 def train_tokenizer(corpus: Iterator[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: frequent words become one token, and any other text can still be written."""
+    """Train a byte-level BPE: frequent words become one token, and any other text can still be written."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     # "top left" is one word: of a place named by two tokens, small decoders learn the row and confuse the column.
@@ -60,7 +60,7 @@ def main() -> None:
     set_seed(args.seed)
     tokenizer = train_tokenizer(texts(args.data_path))
     config = PhiConfig(
-        vocab_size=-(-(len(tokenizer) + 1) // 64) * 64,  # room for <image>, rounded up to a multiple of 64
+        vocab_size=-(-(len(tokenizer) + 1) // 64) * 64,  # with <image>, rounded up to a multiple of 64
         hidden_size=args.hidden_size,
         intermediate_size=4 * args.hidden_size,
         num_hidden_layers=args.num_layers,

@@ -8,12 +8,12 @@
     {split}.json              train: one row an image, with all its questions and its caption; test: one question a row
     {split}_captions.json     one caption an image, "a small red circle in the top left", as in LLaVA's first stage
 
-The shape in a caption comes from the image's questions and answers, colour, size and place from its pixels.
+The shape in a caption comes from the image's questions and answers, color, size and place from its pixels.
 
-Seven colours in eight that a question names are not the image's, so that a model can answer four yes-or-no questions
+Seven colors in eight that a question names are not the image's, so that a model can answer four yes-or-no questions
 in five without looking; and half the questions are negated, so that a match alone says neither yes nor no. Each
-training row therefore borrows `--extra-questions` whose answer is a plain yes, about its own colour or shape, from
-training images of the same colour and shape. The test split stays as it is.
+training row therefore borrows `--extra-questions` whose answer is a plain yes, about its own color or shape, from
+training images of the same color and shape. The test split stays as it is.
 """
 
 import argparse
@@ -43,20 +43,20 @@ PALETTE = {
 
 
 def foreground(image: Image.Image) -> np.ndarray:
-    """Mask of the shape, (height, width) bool: the pixels far from the background, the most frequent colour."""
+    """Return the mask of the shape, (height, width) bool: pixels far from the background, the most frequent color."""
     pixels = np.asarray(image.convert("RGB")).astype(np.int32)
     colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     return np.abs(pixels - colors[counts.argmax()]).max(axis=-1) > 40
 
 
 def color_name(image: Image.Image, mask: np.ndarray) -> str:
-    """Name of the palette colour nearest to the masked pixels."""
+    """Return the name of the palette color nearest to the masked pixels."""
     pixel = np.median(np.asarray(image.convert("RGB"))[mask], axis=0)
     return min(PALETTE, key=lambda name: np.abs(pixel - PALETTE[name]).sum())
 
 
 def shape_name(questions: list[tuple[str, str]]) -> str | None:
-    """The shape that an image's questions and answers give away, if they do."""
+    """Return the shape that an image's questions and answers give away, if they do."""
     excluded = set()
     for question, answer in questions:
         words = set(re.findall(r"[a-z]+", question))
@@ -73,7 +73,7 @@ def shape_name(questions: list[tuple[str, str]]) -> str | None:
 
 
 def caption(color: str, shape: str, mask: np.ndarray) -> str:
-    """Name the shape, its size as a share of the image's side, and the ninth of the image that holds its centre."""
+    """Name the shape, its size as a share of the image's side, and the ninth of the image that holds its center."""
     rows, columns = np.nonzero(mask)
     height, width = mask.shape
     extent = max(np.ptp(rows) / height, np.ptp(columns) / width)
@@ -83,12 +83,12 @@ def caption(color: str, shape: str, mask: np.ndarray) -> str:
 
 
 def is_match(question: str, answer: str, color: str, shape: str) -> bool:
-    """Whether the question asks, without a not, if there is this very colour or shape."""
+    """Return whether the question asks, without a not, if there is this very color or shape."""
     return answer == "yes" and bool({color, shape} & set(re.findall(r"[a-z]+", question)))
 
 
 def llava_row(row_id: str, image: str, turns: list[tuple[str, str]]) -> dict:
-    """One LLaVA conversation of (question, answer) turns, `<image>` in the first."""
+    """Return one LLaVA conversation of (question, answer) turns, `<image>` in the first."""
     conversations = []
     for index, (question, answer) in enumerate(turns):
         conversations.append({"from": "human", "value": ("<image>\n" if index == 0 else "") + question})

@@ -71,7 +71,7 @@ class Mosaic:
 
 
 def places(grid: int) -> list[str]:
-    """Names of a grid's cells in raster order; a single cell has no name."""
+    """Return the names of a grid's cells in raster order; a single cell has no name."""
     if grid == 1:
         return [""]
     rows, columns = (ROWS, COLUMNS) if grid == 3 else (ROWS[::2], COLUMNS[::2])
@@ -79,7 +79,7 @@ def places(grid: int) -> list[str]:
 
 
 def load_cells(data_dir: Path, split: str) -> list[Cell]:
-    """The easy-VQA images of a split that have a caption (`prepare_easy_vqa.py`)."""
+    """Return the easy-VQA images of a split that have a caption (`prepare_easy_vqa.py`)."""
     cells = []
     for row in json.loads((data_dir / f"{split}_captions.json").read_text()):
         with Image.open(data_dir / "images" / row["image"]) as image:
@@ -90,13 +90,13 @@ def load_cells(data_dir: Path, split: str) -> list[Cell]:
 
 
 def recolor(photograph: Image.Image) -> list[Image.Image]:
-    """A photograph with its channels in each order, and the negatives of these: twelve, where there was one."""
+    """Return a photograph with its channels in each order, and the negatives of these: twelve, where there was one."""
     ordered = [Image.merge("RGB", channels) for channels in itertools.permutations(photograph.split())]
     return [*ordered, *map(ImageOps.invert, ordered)]
 
 
 def load_photographs(split: str) -> list[Image.Image]:
-    """The photographs behind a split's shapes; those of the training split, which are few, in many colours."""
+    """Return the photographs behind a split's shapes; those of the training split, which are few, in many colors."""
     photographs = []
     for name in PHOTOGRAPHS[split]:
         pixels = load_sample_image(name) if name.endswith(".jpg") else getattr(skimage.data, name)()
@@ -107,7 +107,7 @@ def load_photographs(split: str) -> list[Image.Image]:
 
 
 def crop(photograph: Image.Image, image_size: int, rng: random.Random) -> Image.Image:
-    """A square of a photograph, 0.4 to 1 of its shorter side, mirrored half of the time."""
+    """Return a square of a photograph, 0.4 to 1 of its shorter side, mirrored half of the time."""
     side = round(min(photograph.size) * rng.uniform(0.4, 1))
     left, top = rng.randint(0, photograph.width - side), rng.randint(0, photograph.height - side)
     image = photograph.resize((image_size, image_size), box=(left, top, left + side, top + side))
@@ -115,7 +115,7 @@ def crop(photograph: Image.Image, image_size: int, rng: random.Random) -> Image.
 
 
 def cut_out(cell: Cell, extent: int) -> tuple[Image.Image, Image.Image]:
-    """A shape in one colour, its longer side `extent` pixels, and its smooth-edged opacity."""
+    """Return a shape in one color, its longer side `extent` pixels, and its smooth-edged opacity."""
     rows, columns = np.nonzero(cell.mask)
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     width, height = box[2] - box[0], box[3] - box[1]
@@ -128,7 +128,7 @@ def cut_out(cell: Cell, extent: int) -> tuple[Image.Image, Image.Image]:
 def draw_mosaic(
     cells: list[Cell], photographs: list[Image.Image], variant: str, grid: int, rng: random.Random, image_size: int
 ) -> Mosaic:
-    """One mosaic with at least one object.
+    """Draw one mosaic with at least one object.
 
     Args:
         cells: to choose from.
@@ -152,7 +152,7 @@ def draw_mosaic(
             shape = np.asarray(Image.fromarray(cell.mask).resize((side, side)))
         else:
             piece, opacity = cut_out(cell, round(rng.uniform(0.12 * image_size, min(0.8 * side, 0.45 * image_size))))
-            # Near enough to the cell's centre for its place to be beyond doubt.
+            # Near enough to the cell's center for its place to be beyond doubt.
             top, left = (
                 corner + round((side - length) * rng.uniform(0.25, 0.75))
                 for corner, length in ((top, piece.height), (left, piece.width))
@@ -165,7 +165,7 @@ def draw_mosaic(
 
 
 def caption(objects: dict[str, str], rng: random.Random) -> str:
-    """Every object behind its place, in random order.
+    """Return every object behind its place, in random order.
 
     "top left red circle" is one look-up away from the place's name; a decoder that learned it answers questions that
     name a place, which are two, and which it did not learn from captions in raster order or with the place at the end.
@@ -176,7 +176,7 @@ def caption(objects: dict[str, str], rng: random.Random) -> str:
 
 
 def ask_place(objects: dict[str, str], rng: random.Random) -> tuple[str, str]:
-    """Colour or shape of the object in one place."""
+    """Ask for the color or shape of the object in one place."""
     place, name = rng.choice(list(objects.items()))
     color, shape = name.split()
     where = f" in the {place}" if place else ""
@@ -186,7 +186,7 @@ def ask_place(objects: dict[str, str], rng: random.Random) -> tuple[str, str]:
 
 
 def ask_existence(names: list[str], rng: random.Random) -> tuple[str, str]:
-    """Whether a colour, a shape or both are there: one yes to one no, as far as the image allows."""
+    """Ask whether a color, a shape or both are there: one yes to one no, as far as the image allows."""
     everything = [list(PALETTE), list(SHAPES), OBJECTS]
     shown = [sorted({name.split()[0] for name in names}), sorted({name.split()[1] for name in names})]
     shown.append(sorted({*names}))
@@ -199,7 +199,7 @@ def ask_existence(names: list[str], rng: random.Random) -> tuple[str, str]:
 
 
 def ask_count(names: list[str], rng: random.Random) -> tuple[str, str]:
-    """How many objects there are, of any kind, of a shape, or of a colour."""
+    """Ask how many objects there are, of any kind, of a shape, or of a color."""
     words = [name.split() for name in names]
     kind = rng.choice(("all", "shape", "color"))
     if kind == "all":
@@ -212,7 +212,7 @@ def ask_count(names: list[str], rng: random.Random) -> tuple[str, str]:
 
 
 def ask(objects: dict[str, str], names: list[str], count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Up to `count` different questions and answers: half name a place, a quarter ask what exists, a quarter count.
+    """Ask up to `count` different questions: half name a place, a quarter ask what exists, a quarter count.
 
     Args:
         objects: those that a place has a name for, by place; may be empty.
@@ -258,7 +258,7 @@ class MosaicFiles(Dataset):
 
 
 def write_train(images: dict[str, dict[str, str]], data_dir: Path, questions: int, rng: random.Random) -> None:
-    """One conversation an image, and its caption in a file of their own."""
+    """Write one conversation an image, and its caption in a file of their own."""
     rows, described = [], []
     for name, objects in images.items():
         turns = [(DESCRIBE, caption(objects, rng)), *ask(objects, [*objects.values()], questions, rng)]
@@ -271,7 +271,7 @@ def write_train(images: dict[str, dict[str, str]], data_dir: Path, questions: in
 
 
 def write_calibration(images: dict[str, dict[str, str]], data_dir: Path, questions: int, rng: random.Random) -> None:
-    """One conversation an image."""
+    """Write one conversation an image."""
     rows = [
         llava_row(name, name, ask(objects, [*objects.values()], questions, rng)) for name, objects in images.items()
     ]
@@ -280,7 +280,7 @@ def write_calibration(images: dict[str, dict[str, str]], data_dir: Path, questio
 
 
 def write_test(images: dict[str, dict[str, str]], data_dir: Path, questions: int, rng: random.Random) -> None:
-    """One question a row, with the number of objects in its image, in a file for each variant and grid."""
+    """Write one question a row, with the number of objects in its image, in a file for each variant and grid."""
     for variant in VARIANTS:
         for grid in GRIDS:
             kind = f"{variant}_{grid}x{grid}"

@@ -3,11 +3,11 @@
     make data/wallpapers/ready
     python training/prepare_scenes.py --data-dir data/easy-vqa --wallpapers data/wallpapers
 
-A scene has one to twenty shapes, of 40 to 60 px where it is a test, on a picture of up to 1008 px in many shapes. In
+A scene has one to twenty shapes, of 40 to 60 px if it is a test, on a picture of up to 1008 px in many shapes. In
 one view of 336 px such a shape is one patch. Questions are those of `prepare_mosaics.py`; a place is asked about where
 it has one shape.
 
-Backgrounds: `flat`, a pale colour; `photo`, photographs; `drawn`, gradients, noise, stripes, text, strokes. Those of
+Backgrounds: `flat`, a pale color; `photo`, photographs; `drawn`, gradients, noise, stripes, text, strokes. Those of
 the test's photographs are of another source (mate-backgrounds; plasma-workspace-wallpapers in training).
 
 `data/easy-vqa` (of `prepare_easy_vqa.py`) then holds, for the splits of `prepare_mosaics.py`:
@@ -79,7 +79,7 @@ class Scene:
 
 
 def load_wallpapers(folder: Path, split: str) -> list[Image.Image]:
-    """The photographs and drawings of a split's package, at most 1600 px long."""
+    """Return the photographs and drawings of a split's package, at most 1600 px long."""
     wallpapers = []
     for place in sorted(folder.glob(WALLPAPERS[split])):
         file = max(place.iterdir(), key=lambda path: path.stat().st_size) if place.is_dir() else place
@@ -93,7 +93,7 @@ def load_wallpapers(folder: Path, split: str) -> list[Image.Image]:
 
 
 def crop(photograph: Image.Image, size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """A part of a photograph, each side 0.4 to 1 of what fits in the shape of `size`; mirrored half of the time."""
+    """Return a part of a photograph, each side 0.4 to 1 of what fits in `size`'s shape; mirrored half of the time."""
     fits = min(photograph.width / size[0], photograph.height / size[1])
     width, height = (max(1, int(side * fits * rng.uniform(0.4, 1))) for side in size)
     left, top = rng.randint(0, photograph.width - width), rng.randint(0, photograph.height - height)
@@ -106,13 +106,13 @@ def any_color(rng: random.Random) -> tuple[int, int, int]:
 
 
 def between_colors(share: np.ndarray, rng: random.Random) -> Image.Image:
-    """From one colour, where the share (height, width, 1 or 3) is 0, to another where it is 1."""
+    """Blend from one color, where the share (height, width, 1 or 3) is 0, to another where it is 1."""
     start, end = np.array(any_color(rng)), np.array(any_color(rng))
     return Image.fromarray((start + share * (end - start)).clip(0, 255).astype(np.uint8))
 
 
 def draw_gradient(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """From one colour to another, in any direction."""
+    """Draw a gradient from one color to another, in any direction."""
     columns, rows = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
     angle = rng.uniform(0, 2 * math.pi)
     share = ((columns * math.cos(angle) + rows * math.sin(angle)) / 2.83 + 0.5)[..., None]
@@ -120,7 +120,7 @@ def draw_gradient(size: tuple[int, int], rng: random.Random) -> Image.Image:
 
 
 def draw_noise(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Clouds of two colours, or of all, with grains of any size."""
+    """Draw clouds of two colors, or of all, with grains of any size."""
     numbers = np.random.default_rng(rng.randrange(2**32))
     channels, total = rng.choice((1, 3)), np.zeros((size[1], size[0], 3))
     smoothness, weight = rng.uniform(0.4, 1.4), 0.0
@@ -136,7 +136,7 @@ def draw_noise(size: tuple[int, int], rng: random.Random) -> Image.Image:
 
 
 def draw_stripes(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Stripes or a chequered pattern of two colours, in any direction."""
+    """Draw stripes or a checkered pattern of two colors, in any direction."""
     columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     angle, period = rng.uniform(0, math.pi), rng.uniform(8, 120)
     along = np.sin((columns * math.cos(angle) + rows * math.sin(angle)) * 2 * math.pi / period)
@@ -147,7 +147,7 @@ def draw_stripes(size: tuple[int, int], rng: random.Random) -> Image.Image:
 
 
 def draw_text(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Lines of letters on a plain ground."""
+    """Draw lines of letters on a plain ground."""
     image = Image.new("RGB", size, any_color(rng))
     pen, ink, height = ImageDraw.Draw(image), any_color(rng), rng.randint(10, 40)
     font = ImageFont.load_default(height)
@@ -158,7 +158,7 @@ def draw_text(size: tuple[int, int], rng: random.Random) -> Image.Image:
 
 
 def draw_strokes(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Lines and arcs, none of them closed, over another background."""
+    """Draw lines and arcs, none of them closed, over another background."""
     image = rng.choice((draw_gradient, draw_noise))(size, rng)
     pen = ImageDraw.Draw(image)
     for _ in range(rng.randint(10, 120)):
@@ -179,14 +179,14 @@ DRAWN = (draw_gradient, draw_noise, draw_noise, draw_stripes, draw_text, draw_st
 def draw_background(
     kind: str, photographs: list[Image.Image], size: tuple[int, int], rng: random.Random
 ) -> Image.Image:
-    """A background of `BACKGROUNDS` of (width, height) pixels."""
+    """Draw a background of `BACKGROUNDS` of (width, height) pixels."""
     if kind == "flat":
         return Image.new("RGB", size, tuple(rng.choices(range(225, 256), k=3)))
     return crop(rng.choice(photographs), size, rng) if kind == "photo" else rng.choice(DRAWN)(size, rng)
 
 
 def choose_centers(size: tuple[int, int], extent: float, rng: random.Random) -> list[tuple[float, float]]:
-    """Centres of one to twenty objects that do not touch: at most one in each ninth of the picture, or anywhere."""
+    """Choose centers of one to twenty objects that do not touch: one in each ninth of the picture, or anywhere."""
     width, height = size
     if rng.random() < 0.5:
         cells = rng.sample(range(9), rng.randint(1, 9))
@@ -203,7 +203,7 @@ def choose_centers(size: tuple[int, int], extent: float, rng: random.Random) -> 
 
 
 def name_places(centers: list[tuple[float, float]], names: list[str], size: tuple[int, int]) -> dict[str, str]:
-    """Objects by place, where one is alone in a ninth of the picture and not near its edge."""
+    """Return objects by place, if one is alone in a ninth of the picture and not near its edge."""
     cells = [(center[0] * 3 / size[0], center[1] * 3 / size[1]) for center in centers]
     numbers = [int(row) * 3 + int(column) for column, row in cells]
     clear = [0.15 < column % 1 < 0.85 and 0.15 < row % 1 < 0.85 for column, row in cells]
@@ -212,7 +212,7 @@ def name_places(centers: list[tuple[float, float]], names: list[str], size: tupl
 
 
 def draw_scene(cells: list[Cell], background: Image.Image, extents: tuple[float, float], rng: random.Random) -> Scene:
-    """A scene with at least one object.
+    """Draw a scene with at least one object.
 
     Args:
         cells: to choose objects from.
@@ -251,7 +251,7 @@ class Pictures(Dataset):
         self.cells = load_cells(data_dir, SPLITS[split])
         self.photographs = load_wallpapers(wallpapers, SPLITS[split])
         if SPLITS[split] == "train":  # the test's are a source that nothing else has
-            self.photographs += load_photographs("train")[::12]  # one of the colours of each
+            self.photographs += load_photographs("train")[::12]  # one of the colors of each
         for kind in ("scenes", "grounds"):
             (self.folder / kind / split).mkdir(parents=True, exist_ok=True)
 
@@ -280,7 +280,7 @@ class Pictures(Dataset):
 
 
 def scene_names(count: int, split: str, rng: random.Random) -> list[str]:
-    """Scenes of each background, of 1008 px for a test and of all sizes otherwise."""
+    """Return scenes of each background, of 1008 px for a test and of all sizes otherwise."""
     names = []
     for background in BACKGROUNDS[:2] if split == "test" else BACKGROUNDS:
         for number in range(count):
@@ -290,13 +290,13 @@ def scene_names(count: int, split: str, rng: random.Random) -> list[str]:
 
 
 def ground_names(count: int, split: str) -> list[str]:
-    """Mosaics of each grid: on photographs for a test, on all but flat backgrounds otherwise."""
+    """Return mosaics of each grid: on photographs for a test, on all but flat backgrounds otherwise."""
     backgrounds = ("photo",) if split == "test" else ("photo", "drawn")
     return [f"grounds/{each}_{grid}x{grid}_{n}" for each in backgrounds for grid in GRIDS for n in range(count)]
 
 
 def kind_of(question: str) -> str:
-    """What a question of `prepare_mosaics.py` asks for."""
+    """Return what a question of `prepare_mosaics.py` asks for."""
     begins = {"what color": "color", "what shape": "shape", "is there": "existence", "how many": "count"}
     return next(kind for words, kind in begins.items() if question.startswith(words))
 
@@ -307,13 +307,13 @@ def write(file: Path, rows: list[dict]) -> None:
 
 
 def write_conversations(file: Path, pictures: list[tuple[str, dict[str, str], list[str]]], questions: int, seed: str):
-    """A conversation about each picture."""
+    """Write a conversation about each picture."""
     rng = random.Random(seed)
     write(file, [llava_row(name, name, ask(named, names, questions, rng)) for name, named, names in pictures])
 
 
 def write_questions(folder: Path, stem: str, pictures: list[tuple[str, dict[str, str], list[str]]], seed: str) -> None:
-    """One of up to eight questions about each picture in a row, in a file for each kind."""
+    """Write one of up to eight questions about each picture in a row, in a file for each kind."""
     rng, rows = random.Random(seed), {}
     for name, named, names in pictures:
         for number, turn in enumerate(ask(named, names, TEST_QUESTIONS, rng)):

@@ -9,7 +9,7 @@ Images are drawn as mosaics of one to nine objects, flat or on photographs, whos
 auxiliary loss asks each patch of the feature layer which object it shows. The first steps run at half resolution, with
 interpolated position embeddings, the last at full resolution. Position embeddings start as two-dimensional sine-cosine
 waves: at the usual 0.02 they drown in the patch embeddings. Shapes are told apart on flat mosaics first: on
-photographs, where colours are learned at once, they were not within 600 steps.
+photographs, where colors are learned at once, they were not within 600 steps.
 """
 
 import argparse
@@ -49,7 +49,7 @@ FEATURE_LAYER = -2
 
 
 def sine_cosine_positions(side: int, dim: int, amplitude: float) -> torch.Tensor:
-    """Waves over the row in one half of the channels, over the column in the other. (side * side, dim)"""
+    """Return waves over the row in one half of the channels, over the column in the other. (side * side, dim)"""
     frequencies = 100 ** (-torch.arange(dim // 4) / (dim // 4))
     waves = torch.arange(side)[:, None] * frequencies
     waves = amplitude * torch.cat((waves.sin(), waves.cos()), dim=-1)  # (side, dim / 2)
@@ -85,7 +85,7 @@ class Mosaics(IterableDataset):
 
 
 class CLIPWithPatchLabels(CLIPModel):
-    """CLIP, and linear classifiers of colour, shape and background on the patches of the feature layer."""
+    """CLIP, and linear classifiers of color, shape and background on the patches of the feature layer."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config)
@@ -137,7 +137,7 @@ class VisionTrainer(Trainer):
 
 
 def build_model(tokenizer) -> CLIPWithPatchLabels:
-    """2.9M parameters of vision encoder; a small text encoder that is thrown away afterwards."""
+    """Build 2.9M parameters of vision encoder, and a small text encoder that is thrown away afterwards."""
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,
@@ -168,7 +168,7 @@ def build_model(tokenizer) -> CLIPWithPatchLabels:
 
 @torch.no_grad()
 def test(model: CLIPWithPatchLabels, batches: DataLoader, count: int = 8) -> dict[str, float]:
-    """Losses and accuracies, averaged over the first batches."""
+    """Return losses and accuracies, averaged over the first batches."""
     model.eval()
     results = [
         model(**{name: value.to(model.device) for name, value in batch.items()}) for batch in islice(batches, count)

@@ -77,7 +77,7 @@ class PrunerTrainingArguments(RunsHere, TrainingArguments):
 
 
 def sample_orders(scores: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """Patches in random order, drawn one after the other with probabilities that follow the scores.
+    """Draw patches in random order, one after the other, with probabilities that follow the scores.
 
     The Plackett-Luce distribution, sampled by Gumbel noise (Kool et al. 2019).
 
@@ -93,19 +93,19 @@ def sample_orders(scores: torch.Tensor, num_samples: int) -> torch.Tensor:
 
 
 def order_log_probability(scores: torch.Tensor, orders: torch.Tensor, budget: int) -> torch.Tensor:
-    """Log-probability of the first `budget` patches of each order. (samples, batch) of `sample_orders`'s shapes."""
+    """Return each order's log-probability of its first `budget` patches. (samples, batch), as in `sample_orders`."""
     ordered = scores.expand(len(orders), -1, -1).gather(-1, orders)
     remaining = ordered.flip(-1).logcumsumexp(dim=-1).flip(-1)  # of a patch and all that come after it
     return (ordered - remaining)[..., :budget].sum(dim=-1)
 
 
 def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
-    """How much better than the mean of the image's other samples each one did. (samples, batch), samples >= 2."""
+    """Return how much better than the mean of its image's other samples each is. (samples, batch), samples >= 2."""
     return (rewards - rewards.mean(dim=0)) * len(rewards) / (len(rewards) - 1)
 
 
 def join_images(batches: list[LightVLMImageFeatures]) -> LightVLMImageFeatures:
-    """The images of several batches as one batch."""
+    """Return the images of several batches as one batch."""
     lengths = [batch.lengths for batch in batches]
     return LightVLMImageFeatures(
         pooler_output=[tokens for batch in batches for tokens in batch.pooler_output],
@@ -134,7 +134,7 @@ class PolicyGradient(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "PolicyGradient":
-        """Evaluation mode, whatever the trainer asks for: dropout would be noise in the rewards."""
+        """Set evaluation mode, whatever the trainer asks for: dropout would be noise in the rewards."""
         return super().train(False)
 
     def forward(
@@ -146,7 +146,7 @@ class PolicyGradient(nn.Module):
         question_ids: torch.LongTensor | None = None,
         **inputs: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The loss, and the mean reward of all samples.
+        """Return the loss, and the mean reward of all samples.
 
         Args:
             features, prior, sizes: of `stack_features`.
@@ -168,7 +168,7 @@ class PolicyGradient(nn.Module):
     def reward(
         self, features: torch.Tensor, kept: torch.LongTensor, inputs: dict, layout: Layout | None = None
     ) -> torch.Tensor:
-        """Mean log-probability of the answers' tokens, of each no less than -6, when only some patches are seen.
+        """Return the mean log-probability of answers' tokens, each no less than -6, if only some patches are seen.
 
         Args:
             features: (batch, patches, dim).
@@ -240,7 +240,7 @@ class PrunerCollator:
 
 
 def check(args: PrunerArguments, training_args: PrunerTrainingArguments, config: LightVLMConfig) -> None:
-    """ValueError where the arguments ask for the impossible."""
+    """Raise ValueError if the arguments ask for the impossible."""
     if not args.image_tokens or not all(1 <= budget < config.num_patches for budget in args.image_tokens):
         raise ValueError(f"image_tokens={args.image_tokens}: give numbers from 1 to {config.num_patches - 1}.")
     if args.num_samples < 2:
@@ -256,14 +256,14 @@ def check(args: PrunerArguments, training_args: PrunerTrainingArguments, config:
 
 
 def draw_turns(messages: list[dict], count: int | None) -> list[dict]:
-    """Up to `count` questions of a conversation, by chance, with their answers; all of them if None."""
+    """Return up to `count` questions of a conversation, by chance, with their answers; all of them if None."""
     starts = range(0, len(messages), 2)
     chosen = starts if count is None else random.sample(starts, min(count, len(starts)))
     return [message for start in chosen for message in messages[start : start + 2]]
 
 
 def extend_card(model_path: str, output_dir: str | Path, line: str) -> None:
-    """The card of the checkpoint that a run started from, if it has one, with a line about this run."""
+    """Write a line about this run into the card of the checkpoint that it started from, if it has one."""
     card = Path(model_path, "README.md")
     if card.is_file():
         Path(output_dir, "README.md").write_text(f"{card.read_text().rstrip()}\n{line}\n")
@@ -280,7 +280,7 @@ def save_checkpoint(
 
 
 def summarize(args: PrunerArguments, state: TrainerState) -> str:
-    """A line for the card about this run."""
+    """Return a line for the card about this run."""
     files = ", ".join(Path(path).name for path in args.data_path)
     term = "the question's term of the score" if args.question_aware else "the score"
     rewards = [logs["reward"] for logs in state.log_history if "reward" in logs]

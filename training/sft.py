@@ -107,7 +107,7 @@ class LightVLMArguments:
     position_ids: str | None = field(
         default=None,
         metadata={
-            "help": "consecutive or original; by default consecutive where the pruner's embeddings of places learn, "
+            "help": "consecutive or original; by default consecutive if the pruner's embeddings of places learn, "
             "which make original ones needless, and otherwise as loaded"
         },
     )
@@ -129,12 +129,12 @@ class LightVLMArguments:
     )
     save_dtype: str = field(default="float32", metadata={"help": "of the saved weights, such as bfloat16"})
     base_model: list[str] | None = field(
-        default=None, metadata={"help": "Hub names for the card, where model_path is a folder made of them"}
+        default=None, metadata={"help": "Hub names for the card, if model_path is a folder made of them"}
     )
 
     @property
     def full_parts(self) -> list[str]:
-        """The parts that learn in full, which in a LoRA run the language model and its head do not."""
+        """Return the parts that learn in full, which in a LoRA run the language model and its head do not."""
         adapted = ("language_model", "lm_head") if self.lora_r else ()
         return [part for part in self.train_parts if part not in adapted]
 
@@ -150,7 +150,7 @@ class TrainingConfig(RunsHere, SFTConfig):
 
 
 def budget_problems(args: LightVLMArguments, largest: int) -> dict[str, bool]:
-    """Messages, and whether they are true of the numbers of image tokens."""
+    """Return messages, and whether they are true of the numbers of image tokens."""
     bounds = [args.min_image_tokens, args.log_uniform_max, args.max_image_tokens]
     bounds = [budget for budget in bounds if budget is not None]
     budgets = [*bounds, *(args.eval_image_tokens or [])]
@@ -166,7 +166,7 @@ def budget_problems(args: LightVLMArguments, largest: int) -> dict[str, bool]:
 
 
 def data_problems(args: LightVLMArguments, training_args: TrainingConfig) -> dict[str, bool]:
-    """Messages, and whether they are true of the data and how often it is evaluated."""
+    """Return messages, and whether they are true of the data and how often it is evaluated."""
     evaluates = training_args.eval_strategy != "no"
     cuts = training_args.max_length is not None
     strategy = training_args.train_sampling_strategy
@@ -183,7 +183,7 @@ def data_problems(args: LightVLMArguments, training_args: TrainingConfig) -> dic
 
 
 def model_problems(args: LightVLMArguments, training_args: TrainingConfig) -> dict[str, bool]:
-    """Messages, and whether they are true of what learns and what is saved."""
+    """Return messages, and whether they are true of what learns and what is saved."""
     has_projector = "multi_modal_projector" in args.train_parts
     has_rate = args.projector_learning_rate is not None
     loads_best = training_args.load_best_model_at_end
@@ -211,7 +211,7 @@ def same_folder(one: str | None, other: str | None) -> bool:
 
 
 def check_arguments(args: LightVLMArguments, training_args: TrainingConfig, largest: int) -> None:
-    """ValueError with all that is wrong with the arguments, before anything heavy is loaded."""
+    """Raise ValueError with all that is wrong with the arguments, before anything heavy is loaded."""
     problems = budget_problems(args, largest)
     problems |= data_problems(args, training_args) | model_problems(args, training_args)
     if any(problems.values()):
@@ -219,7 +219,7 @@ def check_arguments(args: LightVLMArguments, training_args: TrainingConfig, larg
 
 
 def draw_budget(args: LightVLMArguments, generator: torch.Generator) -> int:
-    """K of an optimizer step: `num_image_tokens`, or drawn where `min_image_tokens` is given.
+    """Return K of an optimizer step: `num_image_tokens`, or drawn if `min_image_tokens` is given.
 
     The largest K in `full_share` of the draws, the smallest in `min_share`, else log-uniform between.
     """
@@ -256,12 +256,12 @@ def freeze_all_but(model: LightVLMForConditionalGeneration, parts: list[str]) ->
 
 
 def is_sharded() -> bool:
-    """Whether weights are spread over processes."""
+    """Return whether weights are spread over processes."""
     return is_fsdp_enabled() or is_deepspeed_zero3_enabled()
 
 
 def base_dtype(args: LightVLMArguments, training_args: TrainingConfig) -> torch.dtype:
-    """Of the weights that a LoRA run leaves alone: bf16, half of the memory, where it computes in bf16 anyway.
+    """Return the precision of weights that a LoRA run leaves alone: bf16, half of the memory, if it computes in it.
 
     FSDP keeps weights of one layer together, in one dtype, and DeepSpeed has a dtype of its own: float32 for them.
     """
@@ -269,7 +269,7 @@ def base_dtype(args: LightVLMArguments, training_args: TrainingConfig) -> torch.
 
 
 def make_lora_config(model: LightVLMForConditionalGeneration, args: LightVLMArguments) -> LoraConfig:
-    """Adapters on all linear layers of the language model, beside the modules that learn in full."""
+    """Return adapters on all linear layers of the language model, beside the modules that learn in full."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     learning = {name.rpartition(".")[0] for name, weight in model.named_parameters() if weight.requires_grad}
     return LoraConfig(
@@ -303,7 +303,7 @@ class LightVLMTrainer(SFTTrainer):
         self._metrics[mode]["kept_image_tokens"] += [len(indices) for indices in kept]
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer's, with rows that know K of their optimizer step."""
+        """Load as Trainer does, with rows that know K of their optimizer step."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         draw = partial(draw_budget, self.arguments)
         rows_per_step = self.get_total_train_batch_size(self.args)
@@ -325,12 +325,12 @@ class LightVLMTrainer(SFTTrainer):
         return self._get_dataloader(rows, "Training", self._train_batch_size, sampler, is_training=True)
 
     def _get_dataloader(self, dataset: Dataset | StepRows | StepStream, *args, **kwargs) -> DataLoader:
-        """As Trainer's; rows to evaluate on are read as those to train on are."""
+        """Load as Trainer does; rows to evaluate on are read as those to train on are."""
         rows = ReadableRows(dataset, self.arguments.skip_bad_rows) if isinstance(dataset, Dataset) else dataset
         return super()._get_dataloader(rows, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As Trainer's, with the projector's own learning rate."""
+        """Create it as Trainer does, with the projector's own learning rate."""
         optimizer = super().create_optimizer(model)
         rate = self.arguments.projector_learning_rate
         if rate is not None:
@@ -343,7 +343,7 @@ class LightVLMTrainer(SFTTrainer):
         return optimizer
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        """As Trainer's. The mask of independent turns is made on the device: workers would send its square bytes."""
+        """Prepare as Trainer does, but make independent turns' mask on the device: workers would send its square."""
         inputs = super()._prepare_inputs(inputs)
         replaced = inputs.pop("is_replacement", None)  # there with skip_bad_rows alone
         if replaced is not None and self.model.training:
@@ -351,25 +351,25 @@ class LightVLMTrainer(SFTTrainer):
         return mask_blocks(inputs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As SFTTrainer's, with the number of rows so far that took the place of one that cannot be read."""
+        """Log as SFTTrainer does, with the number of rows so far that took the place of one that cannot be read."""
         if self.arguments.skip_bad_rows and "loss" in logs:
             logs["replaced_rows"] = self.replaced_rows
         super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """As SFTTrainer's, with FSDP as well."""
+        """Compute it as SFTTrainer does, with FSDP as well."""
         head = self.model.get_output_embeddings()
         if isinstance(head, FSDPModule):
             head.unshard()  # SFTTrainer reads its weights uncalled: a process would learn from its own rows alone
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
-        """As Trainer's, or beside it, while a checkpoint is written."""
+        """Return Trainer's folder, or one beside it while a checkpoint is written."""
         folder = super()._get_output_dir(trial)
         return str(Path(folder, UNFINISHED)) if self.is_saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """As Trainer's, but a kill leaves no half of a checkpoint under the name of a whole one."""
+        """Save as Trainer does, but let a kill leave no half of a checkpoint under the name of a whole one."""
         self.is_saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -384,7 +384,7 @@ class LightVLMTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer's, beside an adapter the configuration that it was trained with, too.
+        """Save as Trainer does, and beside an adapter the configuration that it was trained with.
 
         FSDP wraps in a class of its own, whose name and file would be the checkpoint's.
         """
@@ -396,7 +396,7 @@ class LightVLMTrainer(SFTTrainer):
             self.model.config.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As Trainer's, which would skip whole models: their weights are saved under LLaVA's names."""
+        """Load as Trainer does, which would skip whole models: their weights are saved under LLaVA's names."""
         if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -425,7 +425,7 @@ class LightVLMTrainer(SFTTrainer):
             shutil.rmtree(gathered)
 
     def create_model_card(self, *_args, **_kwargs) -> None:
-        """README.md: what the checkpoint is, how to use it and how it was trained."""
+        """Write README.md: what the checkpoint is, how to use it and how it was trained."""
         args, config, losses = self.arguments, self.model.config, {}
         for logs in self.state.log_history:
             losses |= {name: value for name, value in logs.items() if name.endswith("loss")}
@@ -464,7 +464,7 @@ class LightVLMTrainer(SFTTrainer):
 
 
 def load_rows(args: LightVLMArguments) -> tuple[Dataset | IterableDataset, dict[str, Dataset] | None]:
-    """Rows to train on; and those to evaluate on, once for each K, called k144 for K = 144."""
+    """Return rows to train on; and those to evaluate on, once for each K, called k144 for K = 144."""
     options = {"image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
     rows = concatenate_datasets([load_llava(path, streaming=args.streaming, **options) for path in args.data_path])
     rows = begin_readable(rows, args.skip_bad_rows)
@@ -476,7 +476,7 @@ def load_rows(args: LightVLMArguments) -> tuple[Dataset | IterableDataset, dict[
 
 
 def check_optimizer_state(checkpoint: Path, trainer: LightVLMTrainer) -> None:
-    """ValueError where it was written by another kind of run: Trainer would fail at it, or go on without a word."""
+    """Raise ValueError if it was written by another kind of run: Trainer would fail at it, or go on without a word."""
     shards = len([*checkpoint.glob("global_step*/*_optim_states.pt")])
     is_sharded = any((checkpoint / name).exists() for name in ("optimizer.bin", "optimizer_0"))
     processes = trainer.args.world_size if trainer.is_deepspeed_enabled else 0

@@ -15,7 +15,7 @@ ENCODERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # an
 
 
 def cls_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
-    """How much the [CLS] token of a CLIP encoder layer attends to each patch, averaged over the heads.
+    """Return how much the [CLS] token of a CLIP encoder layer attends to each patch, averaged over the heads.
 
     One row of the layer's attention matrix, computed from the layer's input: exact, and without eager attention.
 
@@ -36,13 +36,13 @@ def cls_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
 
 
 def probe_attention(head: SiglipMultiheadAttentionPoolingHead, hidden_states: Tensor) -> Tensor:
-    """How much the probe of SigLIP's pooling head attends to each patch, averaged over the heads.
+    """Return how much the probe of SigLIP's pooling head attends to each patch, averaged over the heads.
 
     SigLIP has no [CLS] token; the probe pools its patches instead (Zhai et al. 2023).
 
     Args:
         head: a `SiglipMultiheadAttentionPoolingHead`.
-        hidden_states: normalised patches, (batch, patches, dim).
+        hidden_states: normalized patches, (batch, patches, dim).
 
     Returns:
         (batch, patches) in float32; a row sums to one.
@@ -52,7 +52,7 @@ def probe_attention(head: SiglipMultiheadAttentionPoolingHead, hidden_states: Te
 
 
 def received_attention(layer: SiglipEncoderLayer, hidden_states: Tensor) -> Tensor:
-    """How much attention each patch receives in a SigLIP encoder layer, averaged over heads and queries.
+    """Return how much attention each patch receives in a SigLIP encoder layer, averaged over heads and queries.
 
     Used if a SigLIP checkpoint has no pooling head. Computes the full attention matrix of one layer.
 
@@ -72,14 +72,14 @@ def received_attention(layer: SiglipEncoderLayer, hidden_states: Tensor) -> Tens
 
 
 class WholeCLIPAttention(CLIPAttention):
-    """As its base class. vLLM fuses and shards what a class's own source calls; the prior needs it whole."""
+    """CLIP's attention. vLLM fuses and shards what a class's own source calls; the prior needs it whole."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
 
 class WholeSiglipAttention(SiglipAttention):
-    """As `WholeCLIPAttention`."""
+    """SigLIP's attention, whole like `WholeCLIPAttention`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
@@ -130,7 +130,7 @@ def encode_patches(
 
 
 def attention_to_patches(tower: Any, index: int, state: Tensor) -> Tensor:
-    """How much attention patches, (batch, patches), have in a layer with this input, or from SigLIP's pooling head."""
+    """Return how much attention patches, (batch, patches), have in a layer with this input, or by SigLIP's head."""
     if tower.config.model_type == "clip_vision_model":
         return cls_attention(tower.encoder.layers[index], state)
     if tower.use_head:
@@ -141,7 +141,7 @@ def attention_to_patches(tower: Any, index: int, state: Tensor) -> Tensor:
 def hidden_states_at(
     tower: Any, pixel_values: Tensor, indices: set[int], keep: dict[int, int], in_picture: Tensor | None = None
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The encoder's hidden states at these indices alone: all of them would be most of the memory that images take.
+    """Return the encoder's hidden states at these indices alone: all would be most of the memory that images take.
 
     Also which patches each of them has, (batch, patches left), in raster order, if `keep` drops any.
     """

@@ -20,7 +20,7 @@ IMAGE_INPUTS = ("pixel_values", "num_image_tokens", "mean_image_tokens", "questi
 
 
 def refuse_cached_images(input_ids: Tensor, image_token_id: int, num_placeholders: int | None) -> None:
-    """ValueError if images come with a KV cache, and the positions after it have no, or other, placeholders."""
+    """Raise ValueError if images come with a KV cache, and the positions after it have no, or other, placeholders."""
     count = int((input_ids == image_token_id).sum())
     if count == 0 or num_placeholders not in (None, count):
         raise ValueError(
@@ -31,7 +31,7 @@ def refuse_cached_images(input_ids: Tensor, image_token_id: int, num_placeholder
 
 
 def infer_attention_mask(input_ids: Tensor, settings: GenerationConfig, pad: int | None) -> Tensor:
-    """The mask, (batch, length), that `generate` infers if none is given: 0 at padding, unless it also ends texts."""
+    """Return the mask, (batch, length), that `generate` infers by default: 0 at padding, unless it also ends texts."""
     pad = settings.pad_token_id if pad is None else pad
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
@@ -51,7 +51,7 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As `GenerationMixin.generate`, and on the short prompt if budgets are dynamic.
+        """Generate as `GenerationMixin.generate` does, and on the short prompt if budgets are dynamic.
 
         Returned sequences begin with the prompt as it was given, and lengths are counted with it. Streamers, logits
         processors and stopping criteria see the short prompt. `<image>` is never generated: it would be read as an
@@ -103,7 +103,7 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
     def prepare_prompt(
         self, prompt: Tensor, record: Record, settings: GenerationConfig, given: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any], Record]:
-        """Ids without surplus placeholders, the other arguments of `generate` for them, and the cache's new record.
+        """Return ids without surplus placeholders, `generate`'s other arguments for them, and the cache's new record.
 
         Args:
             prompt: (batch, length), of which the first positions may be in the cache already.
@@ -140,7 +140,7 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
         return input_ids, {**kwargs, **more, "attention_mask": mask}, record
 
     def take_features(self, kwargs: dict[str, Any]) -> tuple[Any, list[int], list[int]]:
-        """Encoded images among the arguments of `generate`, or those that it encodes, their placeholders and tokens.
+        """Return encoded images among `generate`'s arguments, or those it encodes, their placeholders and tokens.
 
         Left in the arguments are the tokens alone: their positions are known then.
         """

@@ -53,5 +53,5 @@ class Grids:
 
     @property
     def max_tokens(self) -> int:
-        """The tokens of the largest picture."""
+        """Return the tokens of the largest picture."""
         return max([self.side**2, *(self.count_tokens((height, width)) for height, width in self.pinpoints)])

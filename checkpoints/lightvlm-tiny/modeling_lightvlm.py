@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 
 class LightVLMPreTrainedModel(LlavaPreTrainedModel):
-    """LLaVA's base class, and the initialisation of a new pruner."""
+    """LLaVA's base class, and the initialization of a new pruner."""
 
     config: LightVLMConfig
 
@@ -66,7 +66,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         whole_attention = WholeCLIPAttention if vision_type == "clip_vision_model" else WholeSiglipAttention
         for layer in self.vision_tower.encoder.layers:
             # vLLM reads the class; the module itself stays, because a second one would draw random weights once more
-            # and so change the initialisation of everything after it.
+            # and so change the initialization of everything after it.
             layer.self_attn.__class__ = whole_attention
         self.is_in_vllm = config.text_config._attn_implementation == "vllm"
         if config.position_ids == "original" and self.is_in_vllm:
@@ -82,7 +82,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         self.post_init()
 
     def lay_out(self, pixel_values: Tensor, image_sizes: Any) -> Layout | None:
-        """Which tokens the views of all images have; None if each image is one view.
+        """Return which tokens the views of all images have; None if each image is one view.
 
         Args:
             pixel_values: (images, channels, height, width), or (images, views, ...) padded to the most views.
@@ -105,7 +105,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         return lay_out(sizes, self.config, pixel_values.device)
 
     def embed_questions(self, question_ids: Tensor) -> Tensor:
-        """Mean embedding of each question's tokens, (questions, hidden), of ids (questions, words) padded with -1."""
+        """Return each question's mean embedding, (questions, hidden), by ids (questions, words) padded with -1."""
         is_word = (question_ids >= 0)[..., None]
         embeddings = self.get_input_embeddings()(question_ids.clamp_min(0)) * is_word
         return embeddings.sum(dim=1) / is_word.sum(dim=1).clamp_min(1)
@@ -180,7 +180,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         budgets: list[int],
         question_ids: Tensor | None,
     ) -> LightVLMImageFeatures:
-        """`encode` and `prune` with static budgets of images of one view: no step waits for the device."""
+        """Run `encode` and `prune` with static budgets of images of one view: no step waits for the device."""
         return self.prune(*self.encode(pixel_values, vision_feature_layer), None, budgets, question_ids)
 
     def encode(
@@ -189,7 +189,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         in_picture: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Features and prior of `encode_patches`, by default at the configuration's layers."""
+        """Return the features and prior of `encode_patches`, by default at the configuration's layers."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         tower = self.vision_tower
         place = {} if tower.device.type == "meta" else {"device": tower.device}  # offloaded modules move their inputs
@@ -205,7 +205,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         max_views: Tensor | None,
         question_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Layout | None]:
-        """`encode` of all views, or of `max_views` of each image, and the layout of these."""
+        """Run `encode` on all views, or on `max_views` of each image, and return these views' layout, too."""
         if layout is None:
             return *self.encode(pixel_values, vision_feature_layer), None
         views, in_picture = layout.cut(pixel_values), layout.in_picture(self.config.num_patches)
@@ -221,7 +221,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         max_views: Tensor,
         question_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Layout]:
-        """`encode` of the thumbnails, then of the tiles that they choose, and the layout of these views."""
+        """Run `encode` on thumbnails, then on the tiles that they choose, and return these views' layout, too."""
         is_thumbnail = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
         starts = torch.tensor([0, *layout.views[:-1]], device=pixel_values.device).cumsum(0)
         is_thumbnail[starts] = True
@@ -280,7 +280,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         )
 
     def place(self, tokens: Tensor, kept: Layout) -> Tensor:
-        """Tokens (sum of K, hidden) with the embeddings of their places, and newline tokens as they are."""
+        """Return tokens (sum of K, hidden) with the embeddings of their places, and newline tokens as they are."""
         tokens = self.pruner.add_layout(tokens[None], kept)[0]
         return tokens if self.image_newline is None else tokens.where(kept.is_patch[0, :, None], self.image_newline)
 
@@ -301,7 +301,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `LlavaModel.forward`, with what the processor returns for `get_image_features`.
+        """Run as `LlavaModel.forward`, with what the processor returns for `get_image_features`.
 
         With dynamic budgets the language model runs on fewer positions than `input_ids` has. Its last hidden states
         are returned at the positions of `input_ids`, with zeros at what was dropped, and so match the labels.
@@ -335,18 +335,18 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         return self.forward_short(inputs, written) if has_surplus else self.forward_moved(inputs)
 
     def moves_positions(self, features: LightVLMImageFeatures | BaseModelOutputWithPooling | None) -> bool:
-        """Whether these images' tokens, and what follows them, have other positions than they are counted."""
+        """Return whether these images' tokens, and what follows them, have other positions than they are counted."""
         return self.config.position_ids == "original" and getattr(features, "kept_indices", None) is not None
 
     def count_dropped(self, input_ids: Tensor, features: Any) -> Tensor | None:
-        """Dropped tokens before each of these ids, and before what follows; None if positions are consecutive."""
+        """Count dropped tokens before each of these ids and what follows; None if positions are consecutive."""
         if not self.moves_positions(features):
             return None
         lengths = features.lengths or [self.config.num_patches] * len(features.kept_indices)
         return count_dropped(input_ids == self.config.image_token_id, features.kept_indices, lengths)
 
     def forward_moved(self, inputs: dict[str, Any]) -> Any:
-        """`forward` with kept tokens, and what follows them, at their original positions."""
+        """Run `forward` with kept tokens, and what follows them, at their original positions."""
         input_ids, positions, record = (
             inputs["input_ids"],
             inputs["position_ids"],
@@ -360,7 +360,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         return outputs
 
     def forward_short(self, inputs: dict[str, Any], written: list[int]) -> Any:
-        """`forward` without surplus positions, with hidden states at the positions of the whole prompt."""
+        """Run `forward` without surplus positions, with hidden states at the positions of the whole prompt."""
         input_ids, mask, record = inputs["input_ids"], inputs["attention_mask"], Record.of(inputs["past_key_values"])
         if record.cached and (mask is None or mask.dim() != 2):
             raise ValueError("With past_key_values, a dynamic budget takes an attention_mask of two dimensions.")
@@ -380,13 +380,13 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor, inputs_embeds: Tensor, image_features: Tensor
     ) -> Tensor:
-        """As LLaVA's, (batch, length, 1), but a compiled graph does not count placeholders: the host would wait."""
+        """Return LLaVA's mask, (batch, length, 1), but count no placeholders in a graph: the host would wait."""
         if input_ids is None or not torch.compiler.is_compiling():
             return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return (input_ids == self.config.image_token_id)[..., None]
 
     def prefill(self, **inputs: Any) -> Any:
-        """`LlavaModel.forward` of a prompt whose images are encoded."""
+        """Run `LlavaModel.forward` on a prompt whose images are encoded."""
         return super().forward(**inputs)
 
 
@@ -424,7 +424,7 @@ class LightVLMForConditionalGeneration(  # type: ignore[misc]  # a more precise 
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `LlavaForConditionalGeneration.forward`, with what the processor returns for `get_image_features`.
+        """Run as `LlavaForConditionalGeneration.forward`, with what the processor returns for `get_image_features`.
 
         Every name is written out because `generate` and the trainers read this signature.
         """

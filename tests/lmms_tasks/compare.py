@@ -17,7 +17,7 @@ DATA = Path("data/easy-vqa")
 
 
 def in_lmms_eval(budget: int | str, limit: int, batch_size: int, output: Path) -> dict[int, str]:
-    """Answers by question number, of one run of the command line."""
+    """Return answers by question number, of one run of the command line."""
     model_args = f"pretrained={SHIPPED},num_image_tokens={budget},dtype=float32"
     command = [sys.executable, "-m", "lmms_eval", "--model", "lightvlm", "--model_args", model_args]
     command += ["--tasks", "lightvlm_mosaics", "--include_path", str(HERE), "--batch_size", str(batch_size)]
@@ -31,7 +31,7 @@ def in_lmms_eval(budget: int | str, limit: int, batch_size: int, output: Path) -
 
 @torch.no_grad()
 def in_lightvlm_eval(questions: Questions, model, budget: int | str) -> dict[int, str]:
-    """Answers by question number, as `lightvlm eval` generates them."""
+    """Return answers by question number, as `lightvlm eval` generates them."""
     answers = {}
     for rows in questions.batches(64):
         batch = Batch(model, questions, rows, question_aware=False)

@@ -1,6 +1,6 @@
 """Run by `push` in a process of its own: load a Hub folder as one who has transformers only, and run its card's code.
 
-    HOME=EMPTY_FOLDER python -I hub_upload/stranger.py FOLDER NAME
+    HOME=EMPTY_FOLDER python -I hub_upload/loading_check.py FOLDER NAME
 
 NAME is what the card calls the folder. Python blocks are run one by one, so that memory holds one model at a time.
 """
@@ -23,7 +23,7 @@ class Hide(importlib.abc.MetaPathFinder):
 
 
 def python_blocks(folder: str | Path) -> list[str]:
-    """The Python code of a folder's card, block by block."""
+    """Return the Python code of a folder's card, block by block."""
     card = Path(folder, "README.md").read_text(encoding="utf-8")
     return re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
 
