@@ -32,7 +32,7 @@ from lightvlm.training.prepare_mosaics import (
 from lightvlm.training.prepare_scenes import CONTRAST, draw_background, kind_of, load_wallpapers
 from PIL import Image
 
-SIZES = [  # (width, height); the first three have no padding, and the first is one view
+SIZES = [  # widths and heights; the first three have no padding, and the first is one view
     *[(336, 336), (672, 672), (1008, 1008), (518, 336), (336, 518), (400, 300), (300, 400), (500, 400), (640, 427)],
     *[(427, 640), (640, 480), (800, 600), (600, 800), (1280, 720), (720, 1280), (900, 300), (300, 900), (1500, 500)],
     *[(1200, 400), (1100, 900), (1024, 576)],
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data/easy-vqa"), help="of prepare_easy_vqa.py")
     parser.add_argument("--wallpapers", type=Path, default=Path("data/wallpapers"), help="unpacked Debian packages")
     parser.add_argument("--num-image-tokens", type=int, default=144)
+    parser.add_argument("--sizes", nargs="+", default=["x".join(map(str, size)) for size in SIZES], help="of pictures")
     parser.add_argument("--pictures", type=int, default=96, help="of each shape, with four questions each")
     parser.add_argument("--padding", choices=["edge", "black"], default="edge")
     parser.add_argument("--output", type=Path, required=True, help="JSON")
@@ -115,7 +116,7 @@ def main() -> None:
     about = {"num_image_tokens": args.num_image_tokens, "pictures": args.pictures, "padding": args.padding}
     about |= fingerprint(args.model_path)
     rows = []
-    for size in SIZES:
+    for size in (tuple(map(int, text.split("x"))) for text in args.sizes):
         started = time.time()
         rows.append(measure(model, processor, size, args, *sources))
         print(rows[-1], f"{time.time() - started:.0f} s", flush=True)

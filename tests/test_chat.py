@@ -33,6 +33,19 @@ class Collector:
         self.ended = True
 
 
+def test_the_answer_is_what_the_model_generates(model):
+    processor = make_processor()
+    content = [{"type": "image", "image": make_image()}, {"type": "text", "text": "what color?"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], processor_kwargs={"num_image_tokens": 4}, **options
+    )
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.decode(ids, skip_special_tokens=True).strip()
+    assert model.chat(make_image(), "what color?", num_image_tokens=4, max_new_tokens=8, do_sample=False) == expected
+    assert expected and expected != model.chat(make_image(3), "what?", num_image_tokens=4, max_new_tokens=8)
+
+
 def test_the_processor_is_found_beside_the_weights(model):
     expected = model.chat(make_image(), "what color?", max_new_tokens=4, processor=make_processor())
     assert model.chat(make_image(), "what color?", max_new_tokens=4) == expected
