@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from lightvlm import LightVLM, modeling_lightvlm
+from lightvlm import LightVLM, encoding_lightvlm
 from lightvlm.images_lightvlm import shrink, to_rgb
 from lightvlm.inference.compilation import compile_for_inference
 from lightvlm.views_lightvlm import encoded_tokens, token_rows
@@ -110,9 +110,9 @@ def stages_of(model: LightVLM) -> list[tuple]:
     backbone = model.model
     return [
         (backbone, "encode", ENCODER),
-        (modeling_lightvlm, "cls_attention", SCORING),
-        (modeling_lightvlm, "probe_attention", SCORING),
-        (modeling_lightvlm, "received_attention", SCORING),
+        (encoding_lightvlm, "cls_attention", SCORING),
+        (encoding_lightvlm, "probe_attention", SCORING),
+        (encoding_lightvlm, "received_attention", SCORING),
         (backbone.pruner, "score", SCORING),
         (backbone.pruner, "add_question", SCORING),
         (backbone.pruner, "allot", SCORING),

@@ -135,18 +135,20 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(results, indent=2) if args.format == "json" else table(results))
 
 
-def decisive(args: argparse.Namespace, model) -> dict:
+def decisive(args: argparse.Namespace, model, processor) -> dict:
     """Return what answers depend on, besides the questions and K, which stand beside each answer."""
     from lightvlm.inference.fingerprint import fingerprint
 
     options = {"max_views": args.max_views, "question_aware": args.question_aware, **generation(args)}
     options |= {"seed": args.seed} if options["do_sample"] else {}
+    options |= {name: getattr(processor, name) for name in ("num_image_tokens", "mean_image_tokens")}
     return fingerprint(args.model_path) | {"dtype": str(model.dtype), "int8": args.int8, **options}
 
 
 def write_answers(args: argparse.Namespace, model, processor, names: list[str]) -> None:
     """Answer everything into the output file; ValueError, at the end, with what could not be answered."""
     from lightvlm.inference.answer_log import AnswerLog, on_main
+    from lightvlm.inference.answers import check_budget
     from lightvlm.inference.asks import Ask, read_asks
     from lightvlm.inference.many import answer_all
 
@@ -156,11 +158,15 @@ def write_answers(args: argparse.Namespace, model, processor, names: list[str]) 
         pairs = enumerate(itertools.product(names, args.prompt))
         asks, refused = [Ask(row, row, [name], prompt, line=row + 1) for row, (name, prompt) in pairs], {}
     errors = {}
-    with AnswerLog(args.output, on_main(decisive, args, model)) as log:
-        for budget in dict.fromkeys(args.num_image_tokens):
+    with AnswerLog(args.output, on_main(decisive, args, model, processor)) as log:
+        budgets = dict.fromkeys(args.num_image_tokens)
+        for budget in list(budgets)[1:]:  # before the first answers; the first is told as soon
+            check_budget(model, processor, budget, args.max_views)
+        for budget in budgets:
             limits = (budget, args.max_views, args.question_aware, args.batch_size)
-            errors |= answer_all(model, processor, asks, log, *limits, generation(args), args.seed)
-            tell_fewer(args.output, asks, budget)
+            found = answer_all(model, processor, asks, log, *limits, generation(args), args.seed)
+            errors = found | errors  # the first of a row
+            tell_fewer(args.output, [ask for ask in asks if ask.row not in found], budget)
     if not log.state.is_main_process:
         return
     lines = {ask.row: ask.line for ask in asks}

@@ -5,9 +5,11 @@ import reprlib
 from typing import Any
 
 IMAGE_FIELDS = ("image", "images")
+TURN_FIELDS = ("conversations", "messages", "prompt")  # whoever reads their turns looks for pictures in these
+IMAGE_PARTS = ("image", "image_url", "input_image", "video")
 PICTURE = re.compile(r"\S+\.(jpe?g|png|gif|webp|bmp|tiff?|heic|avif|mp4|webm|mov)|data:image/.*", re.I | re.S)
 ENDING = r"(s|_?(id|name|path|file|url|uri)s?)?_?\d*(?![a-z])"
-PICTURE_KEY = re.compile(rf"(?<![a-z])(image|img|picture|pic|photo|screenshot|frame|video){ENDING}")
+PICTURE_KEY = re.compile(rf"(?<![a-z])(image|img|picture|pic|photo|screenshot|frame|video|pixel|base64|b64){ENDING}")
 PLACE_KEY = re.compile(rf"(?<![a-z])(file|path|url|uri){ENDING}")
 
 
@@ -29,12 +31,23 @@ def image_names(row: dict) -> list[str]:
     names = lists[0] if lists else []
     if any(others != names for others in lists):
         raise ValueError("image and images differ: give one of them")
-    if unread := [key for key in row if key not in IMAGE_FIELDS and names_picture(key, row[key], names)]:
+    others = {key: value for key, value in row.items() if key not in IMAGE_FIELDS}
+    if unread := [key for key, value in others.items() if hides_picture(key, value, names)]:
         raise ValueError(
             f"{reprlib.repr(unread[0])} looks like a picture that is not read: call it "
             f"{' or '.join(IMAGE_FIELDS)}, or leave it out"
         )
     return names
+
+
+def hides_picture(key: str, value: Any, read: list[str]) -> bool:
+    """Return whether a field, or an object in it, looks as if it named a picture that is not read."""
+    if isinstance(value, dict):
+        is_part = value.get("type") in IMAGE_PARTS
+        return is_part or any(hides_picture(inner, part, read) for inner, part in value.items())
+    if isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
+        return key not in TURN_FIELDS and any(hides_picture(key, part, read) for part in value)
+    return names_picture(key, value, read)
 
 
 def names_picture(key: str, value: Any, read: list[str]) -> bool:

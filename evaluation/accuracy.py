@@ -51,7 +51,7 @@ def wilson_interval(correct: float, total: int, z: float = 1.96) -> tuple[float,
     center = share + z * z / (2 * total)
     margin = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     low, high = (center - margin) / denominator, (center + margin) / denominator
-    return min(low, share), max(high, share)  # rounding would leave a share of 0 or 1 a little outside
+    return max(0.0, min(low, share)), max(high, share)  # rounding would leave a share of 0 or 1 a little outside
 
 
 class Questions:
@@ -203,6 +203,7 @@ class Batch:
             encoded = [layout.gather(values) for values in encoded]
         features, prior, _ = encoded
         attention, scores = log_prior(prior), backbone.pruner.score(features, prior, layout=layout)
+        self.importance = torch.full((len(rows), 1), torch.inf, device=scores.device)  # of the one view
         if layout is not None:
             attention = attention.masked_fill(~layout.is_patch, -torch.inf)
             thumbnails = scores[:, : model.config.num_patches]  # their tokens are the first
@@ -265,8 +266,10 @@ class Batch:
         """Return the first K tokens, (rows, K), of the checkpoint's own order when each view has a share of them."""
         scores, quotas = self.scores[""], share(self.importance, budget)
         order = self.model.model.pruner.select(scores, self.features, self.features.shape[1])
-        views = self.layout.source // self.model.config.num_patches
-        views = views - views[:, :1]  # counted within the image, from the thumbnail on
+        views = torch.zeros_like(order)
+        if self.layout is not None:
+            views = self.layout.source // self.model.config.num_patches
+            views = views - views[:, :1]  # counted within the image, from the thumbnail on
         views = views.where(scores > -torch.inf, quotas.shape[1])  # what has no features is of no view
         return spend_quotas(order, views, functional.pad(quotas, (0, 1)), budget)
 

@@ -49,7 +49,7 @@ def check_measured(paths: list[str | Path], checkpoint: Path, config: LightVLMCo
         checkpoint: its folder.
         config: its configuration.
     """
-    own = fingerprint(checkpoint)["weights_sha256"] if paths else None
+    own = fingerprint(checkpoint) if paths else {}
     for path in paths:
         report = json.loads(Path(path).read_text())
         if "weights_sha256" not in report:
@@ -57,9 +57,14 @@ def check_measured(paths: list[str | Path], checkpoint: Path, config: LightVLMCo
                 f"{path} does not say which weights it measured, as older versions did not: measure again with "
                 "`lightvlm eval --output`, or leave it out."
             )
-        if report["weights_sha256"] != own:
+        if report["weights_sha256"] != own["weights_sha256"]:
             raise ValueError(
                 f"{path} measured other weights than those of {checkpoint}: measure these, or leave it out."
+            )
+        if report["configuration_sha256"] != own["configuration_sha256"]:
+            raise ValueError(
+                f"{path} measured these weights with another configuration, tokenizer or chat template than that of "
+                f"{checkpoint}: measure again, or leave it out."
             )
         if (kept := report.get("encoder_keep")) != json.loads(json.dumps(config.encoder_keep)):
             raise ValueError(

@@ -27,6 +27,7 @@ CONFIGURATION = (  # by name: whoever writes results into the folder does not ch
     "vocab.txt",
     "merges.txt",
 )
+CHOSEN_LATER = ("num_image_tokens", "mean_image_tokens")  # K, which stands beside each answer and result
 THREADS = 32  # as for images in llava_data.py: a network disk takes milliseconds to answer
 
 
@@ -54,6 +55,18 @@ def hash_together(paths: Iterable[Path]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def hash_configuration(paths: Iterable[Path]) -> str:
+    """Return one sha256 of configuration files, without K, which may be chosen after it was measured."""
+    found = []
+    for path in paths:
+        content = path.read_text(encoding="utf-8", errors="surrogateescape")
+        if path.name in ("config.json", "processor_config.json"):
+            fields = json.loads(content)
+            content = json.dumps({name: value for name, value in fields.items() if name not in CHOSEN_LATER})
+        found.append([path.name, content])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
 def checkpoint_folders(model_path: str | Path) -> list[Path]:
     """Return the folder of a checkpoint, in the cache if it is the Hub's, and behind an adapter's that of its base."""
     is_folder = Path(model_path).is_dir()
@@ -72,13 +85,14 @@ def fingerprint(model_path: str | Path) -> dict[str, str]:
     Returns:
         `weights_sha256`, of the weight files, those of an adapter and its base included (`sha256sum
         model.safetensors`, or of several files `sha256sum *.safetensors | sha256sum`); `configuration_sha256`, of the
-        files that configure model, generation, processor, tokenizer and chat template; `lightvlm`, the version.
+        files that configure model, generation, processor, tokenizer and chat template, but for K; `lightvlm`, the
+        version.
     """
     folders = checkpoint_folders(model_path)
     weights = [path for folder in folders for pattern in WEIGHTS for path in sorted(folder.glob(pattern))]
     configuration = [folder / name for folder in folders for name in CONFIGURATION if (folder / name).is_file()]
     return {
         "weights_sha256": hash_together(weights),
-        "configuration_sha256": hash_together(configuration),
+        "configuration_sha256": hash_configuration(configuration),
         "lightvlm": version("lightvlm"),
     }

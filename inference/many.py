@@ -202,6 +202,8 @@ def answer_all(
     """
     done = find_done(log, asks, num_image_tokens)
     left, errors = [ask for ask in asks if ask.key not in done], {}
+    for ask in asks:
+        ask.kept = None  # of the K before
     processor.resolve_budgets(num_image_tokens, 1)
     options = (wanted or {}, num_image_tokens, question_aware, max_views)
     share = math.ceil(len(left) / log.state.num_processes)

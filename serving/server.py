@@ -257,7 +257,9 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
         if count > getattr(limits, name):
             raise HTTPException(413, f"{count:,} {name}: at most {getattr(limits, name):,} in a request.")
     budgets, means = processor.resolve_budgets(request.num_image_tokens, len(urls))
-    images = iter(open_images(urls, processor, limits))
+    opened = open_images(urls, processor, limits)
+    whole = [processor.count_tokens((image.height, image.width)) for image in opened]
+    images = iter(opened)
     messages = [
         {
             "role": message.role,
@@ -273,7 +275,10 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
 
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     length = len(processor.tokenizer(prompt)["input_ids"]) - len(urls)
-    length += sum(mean or budget for budget, mean in zip(budgets, means, strict=True))
+    if model.config.position_ids == "original":
+        length += sum(whole)
+    else:
+        length += sum(min(mean or budget, most) for budget, mean, most in zip(budgets, means, whole, strict=True))
     room = model.config.text_config.max_position_embeddings - length
     new_tokens = request.max_completion_tokens or request.max_tokens or max(1, min(limits.new_tokens, room))
     if new_tokens > limits.new_tokens:

@@ -167,6 +167,9 @@ def test_views_may_have_shares_of_their_own(tmp_path):
         assert len(kept) == 20
         assert views.unique(return_counts=True)[1].tolist() == ([20] if row in (0, 2) else [2] * 10)
     assert all(len(kept) == 20 for kept in batch.choose("thumbnail-views", 20).kept_indices)
+    of_one_view = Batch(model, batch.questions, [1, 3], False)
+    for selector in ("equal-views", "thumbnail-views"):
+        assert all(len(kept) == 20 for kept in of_one_view.choose(selector, 20).kept_indices)
 
 
 def test_a_selector_may_score_by_the_encoders_attention_alone(tmp_path):

@@ -126,3 +126,8 @@ def test_a_checkpoint_that_lacks_weights_is_not_trained(data, monkeypatch):
     lose_weights(data / "model", "lm_head.weight")
     with pytest.raises(ValueError, match="1 missing .lm_head.weight"):
         train(data, monkeypatch)
+
+
+def test_a_run_shorter_than_its_logging_steps_is_saved(data, monkeypatch):
+    train(data, monkeypatch, max_steps=1, logging_steps=500)
+    assert "- decoder: 1 steps on 5 images" in (data / "out" / "README.md").read_text()

@@ -42,9 +42,19 @@ def test_one_file_of_weights_has_its_own_sha256_and_several_that_of_sha256sums_l
 )
 def test_what_configures_a_checkpoint_counts(checkpoint, name):
     before = fingerprint(checkpoint)
-    (checkpoint / name).write_text((checkpoint / name).read_text() + " ")
+    text = (checkpoint / name).read_text()
+    is_json = name in ("config.json", "processor_config.json")
+    (checkpoint / name).write_text(json.dumps(json.loads(text) | {"new": 1}) if is_json else text + " ")
     after = fingerprint(checkpoint)
     assert before.pop("configuration_sha256") != after.pop("configuration_sha256") and before == after
+
+
+def test_k_may_be_chosen_after_it_was_measured(checkpoint):
+    before = fingerprint(checkpoint)
+    for name in ("config.json", "processor_config.json"):
+        fields = json.loads((checkpoint / name).read_text()) | {"num_image_tokens": 64, "mean_image_tokens": 48}
+        (checkpoint / name).write_text(json.dumps(fields))
+    assert fingerprint(checkpoint) == before
 
 
 def test_what_else_lies_in_the_folder_does_not_count(checkpoint):

@@ -13,6 +13,8 @@ from lightvlm.data.image_fields import image_names
         ({"image": None, "images": ["a.png"]}, ["a.png"]),
         ({"image": "a.png", "images": ["a.png"]}, ["a.png"]),
         ({"text": "who are you?"}, []),
+        ({"image": "a.png", "meta": {"url": "http://a.b/page", "size": [3, 4]}, "tags": ["x", {"n": 1}]}, ["a.png"]),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": ["a.png"]}, ["a.png"]),
         ({"images": [], "prompt": "what does photo.png in a README mean? see a.png"}, []),
         ({"image": None, "img": None, "profile": "x", "category": "files", "pathology": "no"}, []),
         ({"image": "val/1.jpg", "image_id": 1, "file_name": "1.jpg", "coco_url": "http://a.b/1.jpg"}, ["val/1.jpg"]),
@@ -73,6 +75,10 @@ def test_a_key_that_looks_like_a_picture_is_refused_by_its_name(key):
         {"data": "data:image/png;base64,aGVsbG8="},
         {"image": "a.png", "image2": "b.png"},
         {"image": "a.png", "depth_image": "d/a_depth.png"},
+        {"input": {"image": "0.png"}},
+        {"media": [{"type": "image", "url": "a"}]},
+        {"content": [{"type": "text", "text": "what?"}, {"type": "image"}]},
+        {"data": {"base64": "aGVsbG8="}},
     ],
 )
 def test_a_picture_under_any_other_name_is_refused(row):

@@ -226,6 +226,9 @@ def test_fewer_tokens_than_k_are_told(data, capsys):
     assert infer(data, *options[:1], data / "pictures/0.png", *options[2:]) == 0
     assert "36 of 36 tokens, K = 100" in capsys.readouterr().out
     assert infer(data, *options[:-1], "36", "--output", data / "less.jsonl") == 0
+    assert (
+        infer(data, *options[:-1], "9,36,dynamic:4", "--output", data / "less.jsonl") == 0
+    )  # 36 are answered already
     assert "more tokens than" not in capsys.readouterr().err
 
 

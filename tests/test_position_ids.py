@@ -220,3 +220,10 @@ def test_generate_with_a_cache_asks_for_the_whole_sequence():
     with pytest.raises(ValueError, match="give `generate` the whole sequence"):
         cache = output.past_key_values
         model.generate(output.sequences[:, -1:], attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+
+
+def test_a_prompt_that_ends_in_an_image_is_not_continued_at_a_wrong_position():
+    model, processor = make_original(), make_processor()
+    inputs = processor(images=[make_image(0)], text=["what? <image>"], num_image_tokens=9, return_tensors="pt")
+    with pytest.raises(ValueError, match="put a word behind its last image"):
+        generate(model, inputs)

@@ -117,7 +117,7 @@ def test_a_dry_run_writes_the_folder_and_uploads_nothing(hub, checkpoint, unchec
     ("change", "message"),
     [
         ({}, None),
-        ({"configuration_sha256": "b" * 64}, None),  # K was chosen by what was measured, and written into config.json
+        ({"configuration_sha256": "b" * 64}, "a.json measured these weights with another configuration"),
         ({"weights_sha256": "b" * 64}, "a.json measured other weights than "),
         ({"weights_sha256": None}, "a.json does not say which weights it measured"),
         ({"encoder_keep": {"1": 0.5}}, "measured with encoder_keep {'1': 0.5}, and config.json has None: write that"),

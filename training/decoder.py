@@ -147,8 +147,10 @@ def main() -> None:
         line = (
             f"- decoder: {trainer.state.global_step} steps on {len(examples):,} images of {files}, encoded once, K "
             f"log-uniform from {args.min_image_tokens} to {args.log_uniform_max}, or all of a view's in "
-            f"{args.full_share:.0%} of the steps; the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
+            f"{args.full_share:.0%} of the steps"
         )
+        if losses:  # there are none if logging_steps are more than steps
+            line += f"; the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
         with folder_written_beside(training_args.output_dir) as folder:
             model.to(config.dtype or torch.float32).save_pretrained(folder)
             processor.save_pretrained(folder)

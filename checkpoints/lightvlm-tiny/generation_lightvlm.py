@@ -134,6 +134,8 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
         dropped = self.model.count_dropped(input_ids[:, cached:], features)
         if positions is None and (dropped is not None or record.shift is not None):
             positions = record.add_shift(count_positions(mask))
+        if dropped is not None and not torch.equal(dropped[:, -1], dropped[:, -2]):
+            raise ValueError("With original position ids, a prompt ends in text: put a word behind its last image.")
         if dropped is not None:  # positions of what is cached are not read
             positions, record = positions + pad(dropped[:, :-1], (cached, 0)), record.moved_by(dropped[:, -1:])
         more = {} if positions is None else {"position_ids": positions}
