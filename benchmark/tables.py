@@ -251,6 +251,18 @@ def views_full(folder: Path) -> str:
     return markdown_table(heads, once_each(lines))
 
 
+def picture_shapes(folder: Path) -> str:
+    """Return the accuracy on one scene in pictures of many shapes."""
+    kinds, lines = ("color", "shape", "existence", "count", "all"), []
+    for row in read(folder, "once/picture_shapes")["results"]:
+        (width, height), (rows, columns) = row["size"], row["tiles"]
+        tiles = f"{rows}x{columns}" if rows else "one view"
+        cells = [f"{row[kind]:.1f}" for kind in kinds]
+        lines.append([f"{width}x{height}", tiles, f"{max(row['padding']):,}", *cells, str(row["black"])])
+    heads = ["picture", "tiles", "padding, px", *kinds[:-1], "mean", "wrongly black"]
+    return markdown_table(heads, lines, 2)
+
+
 def untrained(folder: Path) -> str:
     """Return the accuracy on questions about places of a decoder that never saw fewer than all tokens."""
     found = {
@@ -280,7 +292,7 @@ def training(folder: Path) -> str:
 
 WRITERS: Iterable[Callable[[Path], str]] = (
     *(readme, accuracy, selectors, easy_vqa, budgets, speed_short, speed_cpu, speed_gpu, encoder_keep, first_token),
-    *(ceilings, runtimes, views_slice, views_full, untrained, training),
+    *(ceilings, runtimes, views_slice, views_full, picture_shapes, untrained, training),
 )
 TABLES = {writer.__name__.replace("_", "-"): writer for writer in WRITERS}
 
