@@ -283,8 +283,7 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
     new_tokens = request.max_completion_tokens or request.max_tokens or max(1, min(limits.new_tokens, room))
     if new_tokens > limits.new_tokens:
         raise ValueError(f"{new_tokens} new tokens: at most {limits.new_tokens} are given.")
-    if new_tokens > room:
-        raise ValueError(f"{length} tokens and {new_tokens} new ones: {new_tokens - room} more than the model reads.")
+    model.config.check_length(length, new_tokens)
 
     body = request.model_dump(include=PASSED_ON, exclude_none=True)
     body |= {"messages": messages, "max_completion_tokens": new_tokens}
