@@ -18,13 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightvlm import LightVLMForConditionalGeneration
+from lightvlm.data.files import write_json
+from lightvlm.evaluation.selectors import select_max_min, select_random, select_uniform
 from lightvlm.inference.checkpoint import SHIPPED
+from lightvlm.pruning_lightvlm import select_density_peaks, select_topk
 from lightvlm.training.prepare_easy_vqa import DESCRIBE, PALETTE, SHAPES
 from lightvlm.training.prepare_mosaics import ask, caption, draw_mosaic, load_cells, load_photographs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy, mse_loss
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PaddleOCRVLProcessor, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -36,6 +39,7 @@ FULL = 336
 SHARD = 64
 CYCLE = (168, FULL, 112, FULL, 168, FULL, 84, FULL)  # what the encoder learns from, by turns
 READ_CYCLE = (FULL, 168, FULL, 112, FULL, FULL, 84, FULL)  # and the decoder
+READ_SIZES = (FULL, 168, 112, 84)
 SPECIAL = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 TEMPLATE = (
     "{%- for message in messages -%}"
@@ -190,13 +194,12 @@ def blocks(grid: Tensor) -> Tensor:
     return grid.transpose(2, 3).reshape(batch * height * width, *rest)
 
 
-def look_at(visual: Qwen3VLVisionModel, pixels: Tensor):
-    """Return the encoder's outputs of pictures of one size, (batch, 3, size, size)."""
+def cut(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return patches of pictures of one size (batch, 3, size, size), as the processor does, and their grids."""
     batch, _, size, _ = pixels.shape
     side = size // PATCH
-    patches = pixels.reshape(batch, 3, side, PATCH, side, PATCH).permute(0, 2, 4, 1, 3, 5)
-    patches = blocks(patches)[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)
-    return visual(patches, grid_thw=torch.tensor([[1, side, side]] * batch))
+    patches = blocks(pixels.reshape(batch, 3, side, PATCH, side, PATCH).permute(0, 2, 4, 1, 3, 5))
+    return patches[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1), torch.tensor([[1, side, side]] * batch)
 
 
 class Seer(nn.Module):
@@ -217,7 +220,7 @@ class Seer(nn.Module):
             labels: (batch, merged tokens).
             targets: (batch, height, width, channels), what CLIP sees at each patch.
         """
-        seen = look_at(self.visual, pixels)
+        seen = self.visual(*cut(pixels))
         targets = blocks(targets)
         losses = {"clip": mse_loss(seen.last_hidden_state, targets) / targets.var(dim=0).mean()}
         for name, features, head in zip(
@@ -328,7 +331,7 @@ def see(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def level(visual: Qwen3VLVisionModel, pictures: Pictures) -> None:
     """Scale what the mergers return to a mean of 0 in each channel, and a mean square of 1."""
-    seen = look_at(visual, pictures.draw(FULL, 32, "level")[0])
+    seen = visual(*cut(pictures.draw(FULL, 32, "level")[0]))
     mergers = [visual.merger, *visual.deepstack_merger_list]
     for features, merger in zip([seen.pooler_output, *seen.deepstack_features], mergers, strict=True):
         scale = 1 / features.std(dim=0).square().mean().sqrt()
@@ -347,11 +350,11 @@ def save(model: Qwen3VLForConditionalGeneration, processor: PaddleOCRVLProcessor
 
 
 @torch.no_grad()
-def encode(visual: Qwen3VLVisionModel, pixels: Tensor) -> Tensor:
-    """Return merged tokens of each stream, half precision: (batch, 1 + deepstack, tokens, channels)."""
-    seen = look_at(visual, pixels)
+def encode(visual: Qwen3VLVisionModel, patches: Tensor, grids: Tensor) -> Tensor:
+    """Return pictures' merged tokens in each stream, in half precision: (batch, 1 + deepstack, tokens, channels)."""
+    seen = visual(patches, grids)
     streams = torch.stack([seen.pooler_output, *seen.deepstack_features])
-    return streams.unflatten(1, (len(pixels), -1)).transpose(0, 1).half().contiguous()
+    return streams.unflatten(1, (len(grids), -1)).transpose(0, 1).half().contiguous()
 
 
 class Features:
@@ -368,7 +371,7 @@ class Features:
         if not file.exists():
             size = READ_CYCLE[number % len(READ_CYCLE)]
             pixels, labels, objects = self.pictures.draw(size, SHARD, f"read-{number}")
-            features = torch.cat([encode(self.visual, some) for some in pixels.split(8)])
+            features = torch.cat([encode(self.visual, *cut(some)) for some in pixels.split(8)])
             objects = torch.frombuffer(bytearray(json.dumps(objects).encode()), dtype=torch.uint8)
             unfinished = file.with_suffix(".part")
             save_file({"features": features, "labels": labels.to(torch.int8), "objects": objects}, unfinished)
@@ -478,9 +481,8 @@ def read(args: argparse.Namespace) -> None:
     shards = Features(visual, pictures, args.output_dir / "features")
     reader = Reader(model, processor)
     run = Run(reader, [{"params": [*reader.parameters()], "lr": 1e-3}], args.output_dir, "read", args.steps)
-    tests = [*load_test(args.data_dir, "photo_3x3").items()][:60]
-    images = [Image.open(args.data_dir / "images" / name).convert("RGB") for name, _ in tests]
-    test_features = torch.cat([encode(visual, pictures.normalize([image])) for image in images])
+    tests = dict([*load_test(args.data_dir, "photo_3x3").items()][:60])
+    test_features = encode_test(model, processor, args, [*tests], FULL)
     while run.step < args.steps:
         random.seed(run.step)
         torch.manual_seed(run.step)
@@ -493,7 +495,7 @@ def read(args: argparse.Namespace) -> None:
         run.take(cross_entropy(logits, tokens), {"right": (logits.argmax(dim=-1) == tokens).float().mean().item()})
         if run.step % 50 == 0:
             every = torch.arange(test_features.shape[2]).expand(len(tests), -1)
-            right = answer_right(reader, test_features, every, [turns for _, turns in tests])
+            right = answer_right(reader, test_features, every, [*tests.values()])
             run.log({"stage": "test", "step": run.step, "photo_3x3": round(sum(right) / len(right), 4)})
         if run.step % 200 == 0:
             save(model, processor, args.output_dir / "model")
@@ -506,17 +508,111 @@ def draw_turns(objects: dict[str, str]) -> list[tuple[str, str]]:
     return [(DESCRIBE, caption(objects, rng)), *ask(objects, [*objects.values()], 7, rng)]
 
 
+def distance(features: Tensor) -> Tensor:
+    """Return how far each token is from the picture's mean token, as a logarithm. (batch, tokens)"""
+    return (features - features.mean(dim=1, keepdim=True)).norm(dim=-1).log()
+
+
+def cosine_distance(features: Tensor) -> Tensor:
+    """Return how unlike the direction of the picture's mean token each token's is, as a logarithm. (batch, tokens)"""
+    return (1 - cosine_similarity(features, features.mean(dim=1, keepdim=True), dim=-1)).clamp_min(1e-6).log()
+
+
+def norm(features: Tensor) -> Tensor:
+    return features.norm(dim=-1).log()
+
+
+def nothing(features: Tensor) -> Tensor:
+    return torch.zeros(features.shape[:2])
+
+
+WAYS = {  # a score of merged tokens, and how tokens are chosen by it
+    "distance from mean": (distance, select_topk),
+    "distance from mean, density peaks": (distance, select_density_peaks),
+    "cosine to mean": (cosine_distance, select_topk),
+    "cosine to mean, density peaks": (cosine_distance, select_density_peaks),
+    "norm": (norm, select_topk),
+    "norm, density peaks": (norm, select_density_peaks),
+    "max-min": (nothing, select_max_min),
+    "random": (nothing, select_random),
+    "random, density peaks": (lambda features: torch.rand(features.shape[:2]).log(), select_density_peaks),
+    "uniform": (nothing, select_uniform),
+}
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure which ways of choosing tokens without training keep what the decoder needs, and smaller pictures."""
+    processor = build_processor()
+    model = Qwen3VLForConditionalGeneration.from_pretrained(args.output_dir / "model", dtype=torch.float32).eval()
+    reader, rows = Reader(model, processor), []
+    for test in args.tests:
+        pictures = dict([*load_test(args.data_dir, test).items()][: args.images])
+        turns = list(pictures.values())
+        sizes = {size: encode_test(model, processor, args, [*pictures], size) for size in READ_SIZES}
+        full = sizes[FULL]
+        every = torch.arange(full.shape[2]).expand(len(full), -1)
+        rows.append(answer_all(reader, full, every, turns) | {"test": test, "way": "all", "tokens": full.shape[2]})
+        for count in args.counts:
+            for way, (score, select) in WAYS.items():
+                square = round(math.sqrt(count)) ** 2
+                tokens = square if select is select_uniform else count
+                for seed in range(3 if "random" in way else 1):
+                    torch.manual_seed(seed)
+                    merged = full[:, 0].float()
+                    kept = select(score(merged), merged, tokens).sort(dim=1).values
+                    about = {"test": test, "way": way, "tokens": tokens, "seed": seed}
+                    rows.append(answer_all(reader, full, kept, turns) | about)
+                    print(rows[-1], flush=True)
+        for size in READ_SIZES[1:]:
+            small = sizes[size]
+            every = torch.arange(small.shape[2]).expand(len(small), -1)
+            about = {"test": test, "way": "smaller picture", "tokens": small.shape[2]}
+            rows.append(answer_all(reader, small, every, turns) | about)
+    write_json(args.output_dir / "measured.json", rows)
+
+
+def encode_test(model, processor, args: argparse.Namespace, names: list[str], size: int) -> Tensor:
+    """Return features of test pictures, scaled to a size as their processor does."""
+    images = (Image.open(args.data_dir / "images" / name).convert("RGB") for name in names)
+    scaled = (image.resize((size, size), Image.Resampling.BICUBIC) for image in images)
+    inputs = (processor.image_processor(images=[image], return_tensors="pt") for image in scaled)
+    return torch.cat([encode(model.model.visual, each["pixel_values"], each["image_grid_thw"]) for each in inputs])
+
+
+def answer_all(
+    reader: Reader, features: Tensor, kept: Tensor, turns: list[list[tuple[str, str]]]
+) -> dict[str, float | int]:
+    """Return the accuracy, with the standard error of pictures that are drawn by chance."""
+    right, start = [], 0
+    for some, places in zip(features.split(20), kept.split(20), strict=True):
+        asked = turns[start : start + len(some)]
+        answers = iter(answer_right(reader, some, places, asked))
+        right += [[next(answers) for _ in each] for each in asked]
+        start += len(some)
+    hits, counts = torch.tensor([[sum(each), len(each)] for each in right]).double().T
+    accuracy = hits.sum() / counts.sum()
+    error = (hits - accuracy * counts).square().sum().sqrt() / counts.sum()
+    return {
+        "accuracy": round(100 * accuracy.item(), 2),
+        "standard_error": round(100 * error.item(), 2),
+        "questions": int(counts.sum()),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("see", "read"))
+    parser.add_argument("stage", choices=("see", "read", "measure"))
     parser.add_argument("--data-dir", type=Path, default=Path("data/easy-vqa"), help="of prepare_mosaics.py")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--shards", type=int, default=80, help=f"of {SHARD} pictures for the decoder")
+    parser.add_argument("--tests", nargs="+", default=["photo_3x3", "photo_2x2", "flat_3x3"])
+    parser.add_argument("--images", type=int, default=260, help="of each test")
+    parser.add_argument("--counts", type=int, nargs="+", default=[36, 14, 7])
     args = parser.parse_args()
     torch.manual_seed(0)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    {"see": see, "read": read}[args.stage](args)
+    {"see": see, "read": read, "measure": measure}[args.stage](args)
 
 
 if __name__ == "__main__":
