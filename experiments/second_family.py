@@ -1,7 +1,9 @@
 """Train a tiny vision-language model of a second family, with Qwen3-VL's classes, that sees mosaics.
 
-    python experiments/second_family.py see    # the encoder: starts as the shipped CLIP, learns what each place shows
-    python experiments/second_family.py read   # the decoder, on features encoded once, random subsets of them kept
+    python experiments/second_family.py see      # the encoder: starts as the shipped CLIP, learns what each place shows
+    python experiments/second_family.py read     # the decoder, on features encoded once, random subsets of them kept
+    python experiments/second_family.py teach    # a scorer of merged tokens, by policy gradient
+    python experiments/second_family.py measure  # ways of choosing tokens
 
 The same command resumes each. `--output-dir` then has `log.jsonl`, and a folder `model` that
 `AutoModelForImageTextToText` and `AutoProcessor` load. A picture of 336 px has 576 patches and 144 merged tokens.
@@ -21,9 +23,10 @@ from lightvlm import LightVLMForConditionalGeneration
 from lightvlm.data.files import write_json
 from lightvlm.evaluation.selectors import select_max_min, select_random, select_uniform
 from lightvlm.inference.checkpoint import SHIPPED
-from lightvlm.pruning_lightvlm import select_density_peaks, select_topk
+from lightvlm.pruning_lightvlm import ZeroLinear, select_density_peaks, select_topk
 from lightvlm.training.prepare_easy_vqa import DESCRIBE, PALETTE, SHAPES
 from lightvlm.training.prepare_mosaics import ask, caption, draw_mosaic, load_cells, load_photographs
+from lightvlm.training.pruner import leave_one_out, order_log_probability, sample_orders
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -508,6 +511,50 @@ def draw_turns(objects: dict[str, str]) -> list[tuple[str, str]]:
     return [(DESCRIBE, caption(objects, rng)), *ask(objects, [*objects.values()], 7, rng)]
 
 
+def build_scorer(width: int) -> nn.Module:
+    """Return a scorer of merged tokens that starts as their distance from the mean."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 512), nn.GELU(), ZeroLinear(512, 1))
+
+
+def teach(args: argparse.Namespace) -> None:
+    """Teach a scorer by policy gradient, as `training/pruner.py` does; the model stays as it is."""
+    processor = build_processor()
+    model = Qwen3VLForConditionalGeneration.from_pretrained(args.output_dir / "model", dtype=torch.float32)
+    model.requires_grad_(False)
+    reader = Reader(model, processor)
+    files = [file for file in sorted((args.output_dir / "features").glob("*.safetensors"))]
+    shards = [shard for shard in map(load_file, files) if shard["features"].shape[2] == (FULL // CELL) ** 2]
+    scorer = build_scorer(shards[0]["features"].shape[-1])
+    run = Run(scorer, [{"params": [*scorer.parameters()], "lr": 2e-3}], args.output_dir, "teach", args.steps)
+    while run.step < args.steps:
+        random.seed(run.step)
+        torch.manual_seed(run.step)
+        shard, count = random.choice(shards), random.choice(args.counts)
+        chosen = torch.randperm(SHARD)[:16]
+        about = json.loads(shard["objects"].numpy().tobytes())
+        turns = [draw_turns(about[number])[1:] for number in chosen.tolist()]
+        features = shard["features"][chosen]
+        merged = features[:, 0].float()
+        scores = distance(merged) + scorer(merged).squeeze(-1)
+        orders = sample_orders(scores.detach(), 4)
+        with torch.no_grad():
+            kept = orders[..., :count].sort(dim=-1).values
+            rewards = torch.stack([reward(reader, features, each, turns) for each in kept])
+        loss = -(leave_one_out(rewards) * order_log_probability(scores, orders, count)).mean()
+        run.take(loss, {"reward": rewards.mean().item()})
+    save_file(scorer.state_dict(), args.output_dir / "scorer.safetensors")
+
+
+def reward(reader: Reader, features: Tensor, kept: Tensor, turns: list[list[tuple[str, str]]]) -> Tensor:
+    """Return the mean log-probability of each picture's answers, token by token at least -6. (batch,)"""
+    logits, tokens = reader(features, kept, turns)
+    found = -cross_entropy(logits, tokens, reduction="none").clamp_max(6)
+    numbers = (tokens == reader.end).cumsum(0) - (tokens == reader.end).long()  # of each token's question
+    rows = torch.arange(len(turns)).repeat_interleave(torch.tensor([len(each) for each in turns]))[numbers]
+    total = torch.zeros(len(turns)).index_add(0, rows, found)
+    return total / rows.bincount(minlength=len(turns))
+
+
 def distance(features: Tensor) -> Tensor:
     """Return how far each token is from the picture's mean token, as a logarithm. (batch, tokens)"""
     return (features - features.mean(dim=1, keepdim=True)).norm(dim=-1).log()
@@ -601,7 +648,7 @@ def answer_all(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("see", "read", "measure"))
+    parser.add_argument("stage", choices=("see", "read", "teach", "measure"))
     parser.add_argument("--data-dir", type=Path, default=Path("data/easy-vqa"), help="of prepare_mosaics.py")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
@@ -612,7 +659,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    {"see": see, "read": read, "measure": measure}[args.stage](args)
+    {"see": see, "read": read, "teach": teach, "measure": measure}[args.stage](args)
 
 
 if __name__ == "__main__":
