@@ -1,6 +1,6 @@
 """Train a tiny vision-language model of a second family, with Qwen3-VL's classes, that sees mosaics.
 
-    python experiments/second_family.py see      # the encoder: starts as the shipped CLIP, learns what each place shows
+    python experiments/second_family.py see      # the encoder starts as the shipped CLIP, and learns to tell shapes
     python experiments/second_family.py read     # the decoder, on features encoded once, random subsets of them kept
     python experiments/second_family.py teach    # a scorer of merged tokens, by policy gradient
     python experiments/second_family.py measure  # ways of choosing tokens
@@ -522,7 +522,7 @@ def teach(args: argparse.Namespace) -> None:
     model = Qwen3VLForConditionalGeneration.from_pretrained(args.output_dir / "model", dtype=torch.float32)
     model.requires_grad_(False)
     reader = Reader(model, processor)
-    files = [file for file in sorted((args.output_dir / "features").glob("*.safetensors"))]
+    files = sorted((args.output_dir / "features").glob("*.safetensors"))
     shards = [shard for shard in map(load_file, files) if shard["features"].shape[2] == (FULL // CELL) ** 2]
     scorer = build_scorer(shards[0]["features"].shape[-1])
     run = Run(scorer, [{"params": [*scorer.parameters()], "lr": 2e-3}], args.output_dir, "teach", args.steps)
