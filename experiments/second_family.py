@@ -489,8 +489,8 @@ def read(args: argparse.Namespace) -> None:
     while run.step < args.steps:
         random.seed(run.step)
         torch.manual_seed(run.step)
-        there = min(args.shards, 8 + run.step // 4)
-        shard = shards[there - 1 if run.step % 4 == 0 else random.randrange(there)]
+        there = min(args.shards, 8 + run.step // 8)
+        shard = shards[there - 1 if run.step % 8 == 0 else random.randrange(there)]
         chosen = torch.randperm(SHARD)[:16]
         about = json.loads(shard["objects"].numpy().tobytes())
         turns = [draw_turns(about[number]) for number in chosen.tolist()]
@@ -500,7 +500,7 @@ def read(args: argparse.Namespace) -> None:
             every = torch.arange(test_features.shape[2]).expand(len(tests), -1)
             right = answer_right(reader, test_features, every, [*tests.values()])
             run.log({"stage": "test", "step": run.step, "photo_3x3": round(sum(right) / len(right), 4)})
-        if run.step % 200 == 0:
+        if run.step % 100 == 0:
             save(model, processor, args.output_dir / "model")
     save(model, processor, args.output_dir / "model")
 
