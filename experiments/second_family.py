@@ -14,6 +14,7 @@ import json
 import math
 import random
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from lightvlm import LightVLMForConditionalGeneration
 from lightvlm.data.files import write_json
 from lightvlm.evaluation.selectors import select_max_min, select_random, select_uniform
 from lightvlm.inference.checkpoint import SHIPPED
-from lightvlm.pruning_lightvlm import ZeroLinear, select_density_peaks, select_topk
+from lightvlm.pruning import TokenScorer
+from lightvlm.pruning.choosing import log_distance
+from lightvlm.pruning_lightvlm import select_density_peaks, select_topk
 from lightvlm.training.prepare_easy_vqa import DESCRIBE, PALETTE, SHAPES
 from lightvlm.training.prepare_mosaics import ask, caption, draw_mosaic, load_cells, load_photographs
 from lightvlm.training.pruner import leave_one_out, order_log_probability, sample_orders
@@ -511,11 +514,6 @@ def draw_turns(objects: dict[str, str]) -> list[tuple[str, str]]:
     return [(DESCRIBE, caption(objects, rng)), *ask(objects, [*objects.values()], 7, rng)]
 
 
-def build_scorer(width: int) -> nn.Module:
-    """Return a scorer of merged tokens that starts as their distance from the mean."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 512), nn.GELU(), ZeroLinear(512, 1))
-
-
 def teach(args: argparse.Namespace) -> None:
     """Teach a scorer by policy gradient, as `training/pruner.py` does; the model stays as it is."""
     processor = build_processor()
@@ -524,7 +522,8 @@ def teach(args: argparse.Namespace) -> None:
     reader = Reader(model, processor)
     files = sorted((args.output_dir / "features").glob("*.safetensors"))
     shards = [shard for shard in map(load_file, files) if shard["features"].shape[2] == (FULL // CELL) ** 2]
-    scorer = build_scorer(shards[0]["features"].shape[-1])
+    scorer = TokenScorer(shards[0]["features"].shape[-1], question_rank=0, base_model="experiments/second_family.py")
+    question = torch.zeros(scorer.config["hidden_size"])  # is not read
     run = Run(scorer, [{"params": [*scorer.parameters()], "lr": 2e-3}], args.output_dir, "teach", args.steps)
     while run.step < args.steps:
         random.seed(run.step)
@@ -534,15 +533,14 @@ def teach(args: argparse.Namespace) -> None:
         about = json.loads(shard["objects"].numpy().tobytes())
         turns = [draw_turns(about[number])[1:] for number in chosen.tolist()]
         features = shard["features"][chosen]
-        merged = features[:, 0].float()
-        scores = distance(merged) + scorer(merged).squeeze(-1)
+        scores = torch.stack([scorer.score(tokens, question) for tokens in features[:, 0].float()])
         orders = sample_orders(scores.detach(), 4)
         with torch.no_grad():
             kept = orders[..., :count].sort(dim=-1).values
             rewards = torch.stack([reward(reader, features, each, turns) for each in kept])
         loss = -(leave_one_out(rewards) * order_log_probability(scores, orders, count)).mean()
         run.take(loss, {"reward": rewards.mean().item()})
-    save_file(scorer.state_dict(), args.output_dir / "scorer.safetensors")
+    scorer.save_pretrained(args.output_dir / "scorer")
 
 
 def reward(reader: Reader, features: Tensor, kept: Tensor, turns: list[list[tuple[str, str]]]) -> Tensor:
@@ -556,8 +554,8 @@ def reward(reader: Reader, features: Tensor, kept: Tensor, turns: list[list[tupl
 
 
 def distance(features: Tensor) -> Tensor:
-    """Return how far each token is from the picture's mean token, as a logarithm. (batch, tokens)"""
-    return (features - features.mean(dim=1, keepdim=True)).norm(dim=-1).log()
+    """Return `log_distance` of each picture's tokens, (batch, tokens)."""
+    return torch.stack([log_distance(tokens) for tokens in features])
 
 
 def cosine_distance(features: Tensor) -> Tensor:
@@ -571,6 +569,11 @@ def norm(features: Tensor) -> Tensor:
 
 def nothing(features: Tensor) -> Tensor:
     return torch.zeros(features.shape[:2])
+
+
+def learned(scorer: TokenScorer, features: Tensor) -> Tensor:
+    question = torch.zeros(features.shape[-1])  # is not read
+    return torch.stack([scorer.score(tokens, question) for tokens in features])
 
 
 WAYS = {  # a score of merged tokens, and how tokens are chosen by it
@@ -591,7 +594,11 @@ def measure(args: argparse.Namespace) -> None:
     """Measure which ways of choosing tokens without training keep what the decoder needs, and smaller pictures."""
     processor = build_processor()
     model = Qwen3VLForConditionalGeneration.from_pretrained(args.output_dir / "model", dtype=torch.float32).eval()
-    reader, rows = Reader(model, processor), []
+    reader, rows, ways = Reader(model, processor), [], {**WAYS}
+    if (args.output_dir / "scorer").exists():
+        scorer = TokenScorer.from_pretrained(args.output_dir / "scorer").requires_grad_(False)
+        ways["learned, density peaks"] = (partial(learned, scorer), select_density_peaks)
+        ways["learned"] = (partial(learned, scorer), select_topk)
     for test in args.tests:
         pictures = dict([*load_test(args.data_dir, test).items()][: args.images])
         turns = list(pictures.values())
@@ -600,7 +607,7 @@ def measure(args: argparse.Namespace) -> None:
         every = torch.arange(full.shape[2]).expand(len(full), -1)
         rows.append(answer_all(reader, full, every, turns) | {"test": test, "way": "all", "tokens": full.shape[2]})
         for count in args.counts:
-            for way, (score, select) in WAYS.items():
+            for way, (score, select) in ways.items():
                 square = round(math.sqrt(count)) ** 2
                 tokens = square if select is select_uniform else count
                 for seed in range(3 if "random" in way else 1):
