@@ -46,6 +46,7 @@ SHARD = 64
 CYCLE = (168, FULL, 112, FULL, 168, FULL, 84, FULL)  # what the encoder learns from, by turns
 READ_CYCLE = (FULL, 168, FULL, 112, FULL, FULL, 84, FULL)  # and the decoder
 READ_SIZES = (FULL, 168, 112, 84)
+SUBSETS = ((144, 144, 0.0), (5, 144, 0.0), (5, 144, 1.5), (5, 144, 3.0))  # of tokens that the decoder sees, by turns
 SPECIAL = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 TEMPLATE = (
     "{%- for message in messages -%}"
@@ -341,8 +342,33 @@ def level(visual: Qwen3VLVisionModel, pictures: Pictures) -> None:
     mergers = [visual.merger, *visual.deepstack_merger_list]
     for features, merger in zip([seen.pooler_output, *seen.deepstack_features], mergers, strict=True):
         scale = 1 / features.std(dim=0).square().mean().sqrt()
-        merger.linear_fc2.weight.mul_(scale)
-        merger.linear_fc2.bias.sub_(features.mean(dim=0)).mul_(scale)
+        change_output(merger.linear_fc2, scale * torch.eye(features.shape[1]), -scale * features.mean(dim=0))
+    early = visual(*cut(pictures.draw(FULL, 32, "level")[0])).deepstack_features[0].unflatten(0, (32, -1))
+    change_output(visual.deepstack_merger_list[0].linear_fc2, *amplify_places(early))
+
+
+def change_output(linear: nn.Linear, matrix: Tensor, bias: Tensor) -> None:
+    """Let a layer return `outputs @ matrix + bias` in place of its outputs."""
+    linear.weight.copy_(matrix.T @ linear.weight)
+    linear.bias.copy_(linear.bias @ matrix + bias)
+
+
+def amplify_places(features: Tensor, times: float = 4.0) -> tuple[Tensor, Tensor]:
+    """Return a matrix and bias that make the part of tokens that tells their place so many times larger.
+
+    A small decoder learns to look where a place's name says only if tokens tell their own loudly. The first stream of
+    deepstack does, so that merged tokens themselves, from which pruners choose, stay as they are.
+
+    Args:
+        features: (pictures, tokens, channels) of square pictures.
+        times: how much larger.
+    """
+    tokens, places = features.flatten(0, 1), waves(math.isqrt(features.shape[1])).repeat(len(features), 1)
+    read = torch.linalg.lstsq(nn.functional.pad(tokens, (0, 1), value=1.0), places).solution[:-1]  # (channels, 8)
+    write = torch.linalg.lstsq(nn.functional.pad(places, (0, 1), value=1.0), tokens).solution[:-1]  # (8, channels)
+    matrix = torch.eye(tokens.shape[-1]) + (times - 1) * read @ write
+    matrix = matrix / (tokens @ matrix).std(dim=0).square().mean().sqrt()
+    return matrix, -(tokens @ matrix).mean(dim=0)
 
 
 def save(model: Qwen3VLForConditionalGeneration, processor: PaddleOCRVLProcessor, folder: Path) -> None:
@@ -451,12 +477,17 @@ class Reader(nn.Module):
         return ids, labels, number, positions
 
 
-def draw_kept(labels: Tensor) -> Tensor:
-    """Return a random subset of each picture's tokens, in raster order, more or less often of its objects."""
+def draw_kept(labels: Tensor, low: int, high: int, bias: float) -> Tensor:
+    """Return random subsets of pictures' tokens, in raster order.
+
+    Args:
+        labels: (pictures, tokens), the object of each, or -1.
+        low, high: K, the same for all, is log-uniform between.
+        bias: how much more often, as a logarithm of odds, a token of an object is kept.
+    """
     tokens = labels.shape[1]
-    count = tokens if random.random() < 0.25 else round(math.exp(random.uniform(math.log(5), math.log(tokens))))
-    bias = random.choice((0.0, 1.5, 3.0)) * (labels >= 0)
-    chance = bias - torch.rand(labels.shape).log().neg().log()
+    count = min(tokens, round(math.exp(random.uniform(math.log(low), math.log(high)))))
+    chance = bias * (labels >= 0) - torch.rand(labels.shape).log().neg().log()
     return chance.topk(count, dim=1).indices.sort(dim=1).values
 
 
@@ -492,12 +523,15 @@ def read(args: argparse.Namespace) -> None:
     while run.step < args.steps:
         random.seed(run.step)
         torch.manual_seed(run.step)
-        there = min(args.shards, 8 + run.step // 8)
-        shard = shards[there - 1 if run.step % 8 == 0 else random.randrange(there)]
-        chosen = torch.randperm(SHARD)[:16]
+        there = min(args.shards, 24 + run.step // 16)
+        shard = shards[there - 1 if run.step % 16 == 0 else random.randrange(there)]
+        describe = run.step < args.steps / 2  # from captions it learns to look where a place's name says
+        chosen = torch.randperm(SHARD)[: 48 if describe else 16]
         about = json.loads(shard["objects"].numpy().tobytes())
-        turns = [draw_turns(about[number]) for number in chosen.tolist()]
-        logits, tokens = reader(shard["features"][chosen], draw_kept(shard["labels"][chosen]), turns)
+        turns = [draw_turns(about[number], 0 if describe else 7) for number in chosen.tolist()]
+        labels = shard["labels"][chosen]
+        kept = draw_kept(labels, 36, 72, 3.0) if describe else draw_kept(labels, *random.choice(SUBSETS))
+        logits, tokens = reader(shard["features"][chosen], kept, turns)
         run.take(cross_entropy(logits, tokens), {"right": (logits.argmax(dim=-1) == tokens).float().mean().item()})
         if run.step % 50 == 0:
             every = torch.arange(test_features.shape[2]).expand(len(tests), -1)
@@ -508,10 +542,10 @@ def read(args: argparse.Namespace) -> None:
     save(model, processor, args.output_dir / "model")
 
 
-def draw_turns(objects: dict[str, str]) -> list[tuple[str, str]]:
-    """Return a picture's caption and seven questions."""
+def draw_turns(objects: dict[str, str], questions: int) -> list[tuple[str, str]]:
+    """Return a picture's caption and questions."""
     rng = random.Random(random.random())
-    return [(DESCRIBE, caption(objects, rng)), *ask(objects, [*objects.values()], 7, rng)]
+    return [(DESCRIBE, caption(objects, rng)), *ask(objects, [*objects.values()], questions, rng)]
 
 
 def teach(args: argparse.Namespace) -> None:
@@ -531,7 +565,7 @@ def teach(args: argparse.Namespace) -> None:
         shard, count = random.choice(shards), random.choice(args.counts)
         chosen = torch.randperm(SHARD)[:16]
         about = json.loads(shard["objects"].numpy().tobytes())
-        turns = [draw_turns(about[number])[1:] for number in chosen.tolist()]
+        turns = [draw_turns(about[number], 7)[1:] for number in chosen.tolist()]
         features = shard["features"][chosen]
         scores = torch.stack([scorer.score(tokens, question) for tokens in features[:, 0].float()])
         orders = sample_orders(scores.detach(), 4)
