@@ -21,6 +21,8 @@ from transformers.cache_utils import Cache
 Budget = int | float | Sequence[int | float]
 PIXELS = {"image": {"pixel_values", "pixel_values_images", "image_patches"}, "video": {"pixel_values_videos"}}
 TYPES = {"image": 1, "video": 2}  # of mm_token_type_ids
+FIELDS = ("pooler_output", "deepstack_features", "last_hidden_state")  # the first that an encoder fills has the tokens
+UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # unless they are the tokens
 
 
 @dataclass
@@ -72,8 +74,8 @@ def prune(
         model: any decoder-only model of transformers whose `forward` takes `mm_encoder_outputs`; it is not changed.
         inputs: what its processor returned, on the model's device, with or without `labels`; they are not changed.
         num_image_tokens: K of each image: an integer, a share of its tokens such as 0.25, or a list with one for each
-            image; all tokens if None. If a processor puts text between an image's tiles (SmolVLM, Idefics3), each
-            tile counts as an image.
+            image; all tokens if None. In Idefics and SmolVLM, whose encoder returns the images of a prompt as one,
+            these share a budget.
         num_video_tokens: the same for videos; K is for all frames of one together.
         shared: whether the images of a prompt share one budget, and its videos another; a list has one for each
             prompt then.
@@ -198,7 +200,7 @@ def encode_modality(
         raise ValueError(f"The prompt has {int(is_new.sum())} {modality} placeholders, and no {modality} is given.")
     encoder = getattr(model.base_model, f"get_{modality}_features")
     output = encoder(**{name: given[name] for name in names if name in given}, return_dict=True)
-    tokens = [*output.pooler_output]
+    tokens = find_tokens(output)
     lengths = [len(each) for each in tokens]
     if sum(lengths) == int(is_new.sum()):
         rows, columns = rows[is_new], columns[is_new]
@@ -208,7 +210,7 @@ def encode_modality(
     budgets = torch.arange(len(tokens))
     if shared:
         budgets = rows[firsts]
-    elif isinstance(output.pooler_output, Tensor):  # tiles; those of one image follow each other
+    elif isinstance(tokens, Tensor):  # tiles; those of one image follow each other
         budgets = (~pad(is_placeholder, (1, 0))[rows, columns]).cumsum(0)[firsts]
     entries = [index for index, column in enumerate(columns[firsts].tolist()) if column >= start]
     prompts, budgets = rows[firsts].tolist(), budgets.tolist()
@@ -267,20 +269,31 @@ def mark_kept(is_placeholder: Tensor, start: int, encoded: Encoded, kept: dict[i
     return torch.ones_like(is_placeholder).masked_scatter(is_new, torch.cat(flags).to(is_placeholder.device))
 
 
+def find_tokens(output: Any) -> Any:
+    """Return the tokens that an encoder hands to the language model: (tokens, hidden) of each entry."""
+    tokens = next(output[name] for name in FIELDS if output.get(name) is not None)
+    while not isinstance(tokens[0], Tensor):  # of several layers the first; Granite tells each with its number
+        tokens = tokens[0] if isinstance(tokens[0], list | tuple) else tokens[1]
+    return tokens
+
+
 def take_kept(encoded: Encoded, kept: dict[int, Tensor]) -> Any:
     """Return an encoder's output with the kept tokens alone, in the container that the family's `forward` expects."""
 
     def take(value: Any) -> Any:
-        if isinstance(value, Tensor) or isinstance(value[0], Tensor):
-            rows = [value[entry][indices] for entry, indices in kept.items()]
-            if not isinstance(value, Tensor):
-                return rows
+        if isinstance(value, int):
+            return value
+        if not isinstance(value, Tensor) and not isinstance(value[0], Tensor):
+            return type(value)(take(layer) for layer in value)
+        rows = [value[entry][indices] for entry, indices in kept.items()]
+        if isinstance(value, Tensor):
             return torch.cat(rows)[:, None]  # an entry for each token, which `generate` counts to repeat it for beams
-        return [take(layer) for layer in value]
+        return rows
 
     output = encoded.output
-    names = [name for name in ("pooler_output", "deepstack_features") if output.get(name) is not None]
-    short = type(output)(**{name: take(output[name]) for name in names})
+    used = next(name for name in FIELDS if output.get(name) is not None)
+    names = [name for name in output if name == used or name not in UNUSED]
+    short = type(output)(**{name: take(output[name]) if name in FIELDS else output[name] for name in names})
     short.kept_indices = [*kept.values()]
     return short
 
@@ -347,7 +360,7 @@ def shorten(
     if not (positions[..., -1] == following[:, 0] - 1).all():
         raise ValueError("A prompt ends in text: put a word behind its last image or video.")
     positions = pad(positions + behind, (record.cached, 0))  # of what is cached they are not read
-    if positions.dim() == 3:  # `generate` counts the text's in a row of their own
+    if len(positions) == 3 and positions.dim() == 3:  # `generate` counts the text's in a row of their own
         positions = torch.cat([count_positions(short["attention_mask"])[None], positions])
     shift = behind + following - short["attention_mask"].sum(dim=1, keepdim=True)
     return {**short, "position_ids": positions}, replace(whole, shift=shift, before=record)
