@@ -6,7 +6,6 @@ language model, that equals masking the dropped tokens as keys. Nothing of the m
 """
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn.functional import pad
 from transformers import BatchFeature
 from transformers.cache_utils import Cache
 
-Budget = int | float | Sequence[int | float]
+Budget = int | float | list[int | float]
 PIXELS = {"image": {"pixel_values", "pixel_values_images", "image_patches"}, "video": {"pixel_values_videos"}}
 TYPES = {"image": 1, "video": 2}  # of mm_token_type_ids
 FIELDS = ("pooler_output", "deepstack_features", "last_hidden_state")  # the first that an encoder fills has the tokens
@@ -232,7 +231,7 @@ def embed_text(model: Any, given: dict[str, Any]) -> Tensor:
 def choose(encoded: Encoded, budget: Budget, pruner: Chooser, questions: Tensor) -> dict[int, Tensor]:
     """Return the kept indices of each entry, by its index among the output's."""
     groups = [[n for n, other in enumerate(encoded.budgets) if other == one] for one in dict.fromkeys(encoded.budgets)]
-    numbers = [budget] * len(groups) if isinstance(budget, int | float) else [*budget]
+    numbers = [*budget] if isinstance(budget, list | tuple) else [budget] * len(groups)
     if len(numbers) != len(groups):
         raise ValueError(f"{len(numbers)} budgets are given for {len(groups)} images, videos, or prompts that share.")
     kept = {}
@@ -254,7 +253,7 @@ def count_kept(number: float, length: int) -> int:
     """Return how many of an image's tokens a budget keeps."""
     if isinstance(number, float) and 0 < number <= 1:
         return max(1, round(number * length))
-    if isinstance(number, int) and number >= 1:
+    if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
         return min(number, length)
     raise ValueError(f"{number!r} is no budget: give a number of tokens, 1 or more, or a share of them up to 1.0.")
 
