@@ -20,8 +20,6 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from .grids_lightvlm import Grids
 from .images_lightvlm import MAX_ASPECT_RATIO, extend_edges, open_images, reading, shrink, to_image, to_rgb
 
-HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-
 
 class LightVLMImagesKwargs(ImagesKwargs, total=False):
     """Image options of a call: transformers' own, K, views, and the question that the choice of tokens depends on."""
@@ -135,7 +133,7 @@ class LightVLMProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as `ProcessorMixin` does; ValueError, as by `check`, if it contradicts the config.json beside it."""
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        place = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+        place = kwargs | {"trust_remote_code": None}  # which it would warn of
         try:
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
         except OSError:  # a processor alone

@@ -20,7 +20,7 @@ from lightvlm.processing_lightvlm import expand_placeholders
 from lightvlm.training import collator
 from PIL import Image
 from tiny import make_image, make_model, make_processor
-from transformers import LlavaImageProcessorPil
+from transformers import LlavaImageProcessorPil, PreTrainedConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -620,6 +620,23 @@ def test_round_trip_is_a_fixed_point(tmp_path):
         assert second == third, file.name
         # transformers notes in a loaded tokenizer's configuration that it was loaded from a folder
         assert first == second or file.name == "tokenizer_config.json", file.name
+
+
+def test_the_configuration_that_it_is_checked_against_comes_from_the_same_place(tmp_path, monkeypatch, recwarn):
+    make_model().save_pretrained(tmp_path / "small")
+    make_processor().save_pretrained(tmp_path / "small")
+    asked, read = [], PreTrainedConfig.get_config_dict
+    monkeypatch.setattr(
+        PreTrainedConfig, "get_config_dict", lambda place, **how: asked.append(how) or read(place, **how)
+    )
+    where = {"subfolder": "small", "revision": "main", "force_download": True, "trust_remote_code": True}
+    LightVLMProcessor.from_pretrained(tmp_path, **where)
+    assert {name: asked[-1][name] for name in where} == where | {"trust_remote_code": None}
+    (tmp_path / "small" / "processor_config.json").write_text(
+        (tmp_path / "small" / "processor_config.json").read_text().replace('"num_patches": 36', '"num_patches": 49')
+    )
+    with pytest.raises(ValueError, match="num_patches=49 and image_seq_length=36"):
+        LightVLMProcessor.from_pretrained(tmp_path, **where)
 
 
 def test_placeholders_are_counted_for_servers(processor):
