@@ -19,6 +19,7 @@ from lightvlm.inference import answers
 from lightvlm.processing_lightvlm import expand_placeholders
 from lightvlm.training import collator
 from PIL import Image
+from saved import edit_json
 from tiny import make_image, make_model, make_processor
 from transformers import LlavaImageProcessorPil, PreTrainedConfig
 
@@ -622,7 +623,7 @@ def test_round_trip_is_a_fixed_point(tmp_path):
         assert first == second or file.name == "tokenizer_config.json", file.name
 
 
-def test_the_configuration_that_it_is_checked_against_comes_from_the_same_place(tmp_path, monkeypatch, recwarn):
+def test_the_configuration_that_it_is_checked_against_comes_from_the_same_place(tmp_path, monkeypatch):
     make_model().save_pretrained(tmp_path / "small")
     make_processor().save_pretrained(tmp_path / "small")
     asked, read = [], PreTrainedConfig.get_config_dict
@@ -632,9 +633,7 @@ def test_the_configuration_that_it_is_checked_against_comes_from_the_same_place(
     where = {"subfolder": "small", "revision": "main", "force_download": True, "trust_remote_code": True}
     LightVLMProcessor.from_pretrained(tmp_path, **where)
     assert {name: asked[-1][name] for name in where} == where | {"trust_remote_code": None}
-    (tmp_path / "small" / "processor_config.json").write_text(
-        (tmp_path / "small" / "processor_config.json").read_text().replace('"num_patches": 36', '"num_patches": 49')
-    )
+    edit_json(tmp_path / "small" / "processor_config.json", num_patches=49)
     with pytest.raises(ValueError, match="num_patches=49 and image_seq_length=36"):
         LightVLMProcessor.from_pretrained(tmp_path, **where)
 
