@@ -22,6 +22,7 @@ import torch
 from lightvlm import LightVLM, encoding_lightvlm
 from lightvlm.images_lightvlm import shrink, to_rgb
 from lightvlm.inference.compilation import compile_for_inference
+from lightvlm.processing_lightvlm import expand_placeholders
 from lightvlm.views_lightvlm import encoded_tokens, token_rows
 from PIL import Image
 from torch import nn
@@ -448,7 +449,8 @@ class Trial:
         placeholder = self.model.config.image_token_index
         words = torch.randint(placeholder, (self.batch_size, self.prompt_tokens))
         before, after = words.split([self.prompt_tokens // 2, self.prompt_tokens - self.prompt_tokens // 2], dim=1)
-        images = torch.full((self.batch_size, self.images_a_row * placeholders), placeholder)
+        (images,) = expand_placeholders([[placeholder]], placeholder, [self.images_a_row * placeholders])
+        images = torch.tensor(images).expand(self.batch_size, -1)
         input_ids = torch.cat([before, images, after], dim=1).to(self.model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 

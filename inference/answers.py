@@ -3,11 +3,11 @@
 Apart from `lmms_model.py` because it needs no lmms-eval.
 """
 
-import re
 from math import prod
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.processing_lightvlm import expand_placeholders
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from PIL import Image
 
@@ -122,8 +122,7 @@ def tokenize(prompts: list[str], budgets: list[int], processor: LightVLMProcesso
         budgets: K of each image of all prompts, in order.
         processor: the checkpoint's.
     """
-    counts, tokenizer, mark = iter(budgets), processor.tokenizer, processor.image_token
-    texts = [re.sub(re.escape(mark), lambda _: mark * next(counts), prompt) for prompt in prompts]
+    tokenizer, texts = processor.tokenizer, expand_placeholders(prompts, processor.image_token, budgets)
     begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_token_type_ids": False}
     return tokenizer(texts, add_special_tokens=not begun, **options)

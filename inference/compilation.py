@@ -86,23 +86,28 @@ def compile_for_inference(model: LightVLM, **options) -> LightVLM:
         options: of `torch.compile`. With `mode="reduce-overhead"`, CUDA graphs on a GPU, recorded for each shape,
             the KV cache of a prompt is overwritten by the next one's, unless it is a static cache.
     """
-    rank = torch.compile(encode_and_rank, **options)
-    prefill = torch.compile(model.model.prefill, **options)
+    base = type(model.model)
+    rank, prefill = (torch.compile(function, **options) for function in (encode_and_rank, base.prefill))
 
-    def encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids) -> LightVLMImageFeatures:
-        count = None if min(budgets) == model.config.num_patches else max(budgets)
-        features, tokens, order = rank(model.model, pixel_values, vision_feature_layer, count, question_ids)
-        raster = [row[:budget].sort() for row, budget in zip(order, budgets, strict=True)]
-        return LightVLMImageFeatures(
-            last_hidden_state=features.clone(),  # which the next CUDA graph may overwrite
-            pooler_output=[row[places] for row, (_, places) in zip(tokens, raster, strict=True)],
-            kept_indices=[kept for kept, _ in raster],
-        )
+    class Compiled(base):
+        """The model without its head, two steps of which are compiled."""
 
-    def prefill_joined(mm_encoder_outputs, **inputs):
-        """Run `prefill` with one tensor for all images, so that its graph does not depend on their number."""
-        tokens = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
-        return prefill(mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[tokens])}, **inputs)
+        def encode_and_prune(self, pixel_values, vision_feature_layer, budgets, question_ids) -> LightVLMImageFeatures:
+            count = None if min(budgets) == self.config.num_patches else max(budgets)
+            features, tokens, order = rank(self, pixel_values, vision_feature_layer, count, question_ids)
+            raster = [row[:budget].sort() for row, budget in zip(order, budgets, strict=True)]
+            return LightVLMImageFeatures(
+                last_hidden_state=features.clone(),  # which the next CUDA graph may overwrite
+                pooler_output=[row[places] for row, (_, places) in zip(tokens, raster, strict=True)],
+                kept_indices=[kept for kept, _ in raster],
+            )
 
-    model.model.encode_and_prune, model.model.prefill = encode_and_prune, prefill_joined
+        def prefill(self, mm_encoder_outputs, **inputs):
+            """Run `prefill` with one tensor for all images, so that its graph does not depend on their number."""
+            tokens = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
+            joined = {"image": BaseModelOutputWithPooling(pooler_output=[tokens])}
+            return prefill(self, mm_encoder_outputs=joined, **inputs)
+
+    Compiled.__name__ = base.__name__  # by which transformers knows how weights are called in a file
+    model.model.__class__ = Compiled  # as `torch.nn.utils.parametrize` does: weights and hooks stay
     return model
