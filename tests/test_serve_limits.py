@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import socket
 import time
 import weakref
@@ -11,10 +12,26 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
+from fastapi import HTTPException
 from lightvlm.inference.checkpoint import SHIPPED, load
+from lightvlm.serving.connections import Server
 from lightvlm.serving.server import KEPT, PREPARED, Limits, build_app
 from PIL import Image
-from served import QUESTIONS, ask, complete, data_uri, draw, encode, post, post_fields, refusal, serving, stream, user
+from served import (
+    LIMITS,
+    QUESTIONS,
+    ask,
+    complete,
+    data_uri,
+    draw,
+    encode,
+    post,
+    post_fields,
+    refusal,
+    serving,
+    stream,
+    user,
+)
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +198,14 @@ def test_an_answer_may_take_longer_than_a_request(model):
             assert len(stream(client, [user(QUESTIONS[3], draw(1))])) > 3
     finally:
         hook.remove()
+
+
+def test_ctrl_c_ends_a_prefill_too(checkpoint):
+    model, ran = load(checkpoint)[0], []
+    first, *_, last = model.model.language_model.layers
+    server = Server(build_app("tiny", model, model.processor_beside_weights(), LIMITS), model, LIMITS.seconds)
+    first.register_forward_hook(lambda *_: server.handle_exit(signal.SIGINT, None))
+    last.register_forward_hook(lambda *_: ran.append(last))
+    with pytest.raises(HTTPException, match="The server is shutting down"):
+        model.chat(draw(1), "what?")
+    assert not ran
