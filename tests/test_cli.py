@@ -69,9 +69,8 @@ VERB_RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["infer", *(pytest.param(name, marks=pytest.mark.slow) for name in VERB_RUNS if name != "infer")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VERB_RUNS)
 def test_standard_error_is_empty_where_nothing_is_wrong(name, image, tmp_path):
     save_parts(tmp_path)
     command = [sys.executable, "-m", "lightvlm_cli.main", name.split()[0], *VERB_RUNS[name]]

@@ -45,6 +45,7 @@ def test_bench_knows_every_preset(preset, capsys):
     assert "--layers 99" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_times_steps_of_training(tmp_path, capsys):
     options = ["--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9", "--prompt-tokens", "8"]
     report = tmp_path / "train.json"
@@ -62,6 +63,7 @@ def test_bench_refuses_training_of_what_it_cannot_time(options, message, capsys)
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("int8", [[], ["--int8"]])
 def test_bench_draws_weights_for_a_preset(int8, capsys):
     assert bench("--preset", "tiny", "--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9", *int8) == 0

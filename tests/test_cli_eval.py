@@ -61,6 +61,7 @@ def read_answers(file):
     return sorted((line["rows"], line["answers"]) for line in map(json.loads, file.read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_eval_goes_on_where_it_was_killed(checkpoint, data, capsys, monkeypatch):
     options = ["--selectors", "topk,random", "--batch-size", "1", "--output", str(data / "out.json")]
     options += ["--answers", str(data / "answers")]
@@ -188,6 +189,7 @@ def test_eval_measures_by_default_at_the_budgets_that_images_have(checkpoint, da
     assert own == [("all", 36), ("diverse", 16)]
 
 
+@pytest.mark.slow
 def test_eval_drops_patches_in_the_encoder(data, capsys):
     for part in (make_model(prior_layer=-1), make_processor()):
         part.save_pretrained(data / "model")
@@ -213,6 +215,7 @@ def test_eval_tells_files_apart_by_their_names(checkpoint, data, capsys):
     assert "rename" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_eval_runs_every_selector(checkpoint, data, capsys):
     assert evaluate(checkpoint, data, "--selectors", ",".join(SELECTORS)) == 0
     out = capsys.readouterr().out

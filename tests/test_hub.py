@@ -113,7 +113,8 @@ def run_fresh(*arguments) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("vision", ["clip", pytest.param("siglip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_a_process_without_the_package_loads_and_answers(vision, tmp_path):
     hub_folder = save_folder(tmp_path / "hub", vision)
     make_image().save(tmp_path / "image.png")
@@ -144,6 +145,7 @@ print(type(pipeline("image-text-to-text", model=sys.argv[1]).model).__module__)
 """
 
 
+@pytest.mark.slow
 def test_with_the_package_no_remote_code_is_needed(hub_folder):
     modules = run_fresh(WITH_THE_PACKAGE, hub_folder).split()
     assert modules == ["lightvlm.modeling_lightvlm"] * 3 + [
@@ -165,6 +167,7 @@ for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
 """
 
 
+@pytest.mark.slow
 def test_transformers_that_are_too_old_for_the_code_are_told_so(hub_folder):
     lines = run_fresh(OLD_TRANSFORMERS, hub_folder).splitlines()
     assert len([line for line in lines if line.startswith("transformers>=5.18 is required")]) == 3

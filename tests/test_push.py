@@ -169,6 +169,7 @@ def test_weights_that_are_missing_or_superfluous(hub, checkpoint, field, capsys)
     assert not hub.repos
 
 
+@pytest.mark.slow
 def test_code_that_does_not_load_without_the_package_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -150,6 +150,7 @@ def test_commands_that_measured_name_what_others_load(checkpoint, tmp_path):
         write(checkpoint, tmp_path / "two", results=[row() | {"command": command.format("/checkpoint-5")}])
 
 
+@pytest.mark.slow
 def test_code_of_folder_and_card_runs_without_tokens_and_is_told_before(checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / "home" / ".cache" / "huggingface").mkdir(parents=True)
     (tmp_path / "home" / ".cache" / "huggingface" / "token").write_text(HF)
@@ -176,6 +177,7 @@ def test_code_of_folder_and_card_runs_without_tokens_and_is_told_before(checkpoi
     assert told == f"Now runs, without tokens: {code} and 1 blocks of Python in its card"
 
 
+@pytest.mark.slow
 def test_code_that_writes_into_the_folder_to_be_published_is_refused(checkpoint, tmp_path, capsys):
     with (checkpoint / "configuration_lightvlm.py").open("a") as file:
         file.write("\nimport sys\nfrom pathlib import Path\nPath(sys.argv[1], 'planted.txt').write_text('x')\n")

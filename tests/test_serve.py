@@ -162,6 +162,7 @@ def test_a_temperature_samples_and_none_does_not(client):
     assert len({ask(client, messages, seed=seed, max_tokens=8) for seed in range(4)}) == 1
 
 
+@pytest.mark.slow
 def test_32_requests_at_once_are_answered_as_one_by_one(client, model):
     cases = [(draw(index), QUESTIONS[index % 4], [16, 64, "dynamic:32"][index % 3]) for index in range(16)]
     expected = [model.chat(image, question, num_image_tokens=budget) for image, question, budget in cases]

@@ -132,6 +132,7 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_silent_connections_keep_nobody_out_and_are_closed_after_a_while(model):
     limits = Limits(new_tokens=4, requests=2, seconds=4)
     with serving(model, limits) as client, contextlib.ExitStack() as stack:
@@ -146,6 +147,7 @@ def test_silent_connections_keep_nobody_out_and_are_closed_after_a_while(model):
         assert time.monotonic() - begin < 4 and all(map(is_closed, silent))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [HEAD, BODY], ids=["headers", "body"])
 def test_a_byte_now_and_then_does_not_keep_a_connection_open(model, start):
     with serving(model, Limits(seconds=1)) as client, socket.socket() as connection:
@@ -162,6 +164,7 @@ def test_a_byte_now_and_then_does_not_keep_a_connection_open(model, start):
         assert is_closed(connection)
 
 
+@pytest.mark.slow
 def test_requests_beyond_the_limit_are_refused_until_others_end(model):
     with serving(model, Limits(requests=2, seconds=2)) as client:
         address = client.base_url.host, client.base_url.port
@@ -175,6 +178,7 @@ def test_requests_beyond_the_limit_are_refused_until_others_end(model):
         assert any(post(client, "/v1/models", None, "GET")[0] == 200 for _ in range(20))
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_its_answer_is_cut(model, monkeypatch):
     monkeypatch.setattr("lightvlm.serving.server.OneModel.get_gen_models", lambda self: ["a" * 2**25])
     with serving(model, Limits(requests=1, seconds=1)) as client:
@@ -190,6 +194,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut(model, monkeypatch):
         assert post(client, "/health", None, "GET")[0] == 200
 
 
+@pytest.mark.slow
 def test_an_answer_may_take_longer_than_a_request(model):
     hook = model.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.5))
     try:

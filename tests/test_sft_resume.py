@@ -37,7 +37,14 @@ def logs(monkeypatch):
     return log_trainers(monkeypatch)
 
 
-@pytest.mark.parametrize("more", [{}, {"lora_r": 4}, {"train_sampling_strategy": "group_by_length"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        pytest.param({"lora_r": 4}, marks=pytest.mark.slow),
+        pytest.param({"train_sampling_strategy": "group_by_length"}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_has_the_losses_and_k_of_one_that_was_not_interrupted(data, monkeypatch, logs, more):
     options = {"min_image_tokens": 4, "max_steps": 5, "save_strategy": "steps", "save_steps": 2, **more}
     straight, _ = train(data, monkeypatch, **options)  # an epoch is three steps
@@ -53,6 +60,7 @@ def test_a_resumed_run_has_the_losses_and_k_of_one_that_was_not_interrupted(data
         torch.testing.assert_close(weights[name], weight, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dataloader_workers_and_accumulated_batches_change_nothing(data, monkeypatch, logs):
     options = {"min_image_tokens": 4, "max_steps": 4}
     train(data, monkeypatch, **options)
