@@ -28,7 +28,13 @@ def test_wilson_interval_of_a_textbook_case():
     assert wilson_interval(0, 11)[0] <= 0 == pytest.approx(wilson_interval(0, 11)[0], abs=1e-9)
 
 
-@pytest.mark.parametrize("selector", ["topk", "topk+question", "diverse", "diverse+question"])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("topk", "topk+question", "diverse")),
+        "diverse+question",
+    ],
+)
 def test_right_answers_are_counted_whatever_the_batch(tmp_path, selector):
     question_aware, select = selector.endswith("+question"), selector.removesuffix("+question")
     model, processor = make_model(score="question", select=select), make_processor()

@@ -28,6 +28,7 @@ def test_ridge_regression_finds_a_linear_need_and_shrinks_with_its_penalty():
     assert budget.fit_ridge(inputs, inputs @ wanted, 1.0)[0].norm() < 0.6 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_noise_explains_nothing_and_a_signal_nearly_all():
     inputs, noise = torch.randn(1000, 1024), torch.randn(1000)
     penalties = budget.BudgetArguments("", [], "", output_dir="").ridge
@@ -210,6 +211,7 @@ def test_images_that_the_pruner_learned_from_are_not_encoded_again(data, monkeyp
     assert encoded == [6, 2]
 
 
+@pytest.mark.slow
 def test_a_refusal_is_a_sentence_on_standard_error(data):
     words = ["--model_path", data / "model", "--output_dir", data / "out", "--data_path", data / "data.json"]
     command = [sys.executable, budget.__file__, *words, "--image_folder", data, "--max_images", 7]

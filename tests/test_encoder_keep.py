@@ -190,6 +190,7 @@ def test_a_share_of_all_limits_nothing():
     assert len(model.get_image_features(**inputs).kept_indices[0]) == 36 + 18 * 19
 
 
+@pytest.mark.slow
 def test_the_loss_and_compiled_code_know_of_it():
     model, processor = make_model(encoder_keep={1: 0.5}, prior_layer=-1), make_processor()
     inputs = processor(images=IMAGES, text=TEXT, num_image_tokens=9, padding=True, return_tensors="pt")

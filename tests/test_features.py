@@ -83,6 +83,7 @@ def test_an_example_is_what_the_model_encodes(data, grids, keep):
             assert found.shape[1] == layout.lengths[0] == lay_out([example["size"]], model.config, "cpu").lengths[0]
 
 
+@pytest.mark.slow
 def test_no_tensor_and_no_conversation_of_an_image_stays_in_memory(data, monkeypatch):
     monkeypatch.setattr(features, "SHARD", 256)
     folder, rows = data

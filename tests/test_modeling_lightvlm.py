@@ -11,10 +11,7 @@ from lightvlm.inference.compilation import compile_for_inference
 from lightvlm.pruning_lightvlm import select_topk
 from tiny import IMAGES, NUM_PATCHES, TEXT, as_llava, make_image, make_model, make_processor, text_config
 from torch._dynamo.testing import CompileCounter
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-)
+from transformers import AutoModelForCausalLM, DynamicCache
 
 BUDGETS = [[16, 4], [], [9]]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, IMAGE
 from lightvlm import keep_distinct, prune
+from tiny import make_model
 from torch.nn.functional import pad
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -241,9 +242,9 @@ def test_a_turn_without_new_words_is_refused():
         prune(family.model, family.inputs(), 3, past_key_values=cache)
 
 
-def test_models_without_the_seam_are_refused(tiny):
+def test_models_without_the_seam_are_refused():
     with pytest.raises(ValueError, match="LightVLM prunes its images itself"):
-        prune(tiny, {}, 3)
+        prune(make_model(), {}, 3)
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be pruned"):
         prune(LlamaForCausalLM(config), {}, 3)

@@ -84,15 +84,21 @@ def test_every_stage_of_a_pass_is_timed_and_they_add_up(tiny):
         assert all(sample[stage] > 0 for stage in STAGES)
 
 
-def test_nothing_is_left_around_the_model():
+def test_nothing_is_left_around_the_model(monkeypatch):
     model = make_model()
     before = model.model.pruner.select
     with watched(stages_of(model), Stopwatch(CPU)):
         assert "encode" in vars(model.model) and model.model.pruner.select is not before
     assert "encode" not in vars(model.model) and model.model.pruner.select is before
+    fused, fuse = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention", lambda *all, **more: fused.append(1) or fuse(*all, **more)
+    )
     with encoder_attention(model, "eager"):
-        assert model.model.vision_tower.config._attn_implementation == "eager"
-    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+        model.model.encode(torch.randn(1, 3, 84, 84))
+        assert not fused
+    model.model.encode(torch.randn(1, 3, 84, 84))
+    assert fused
 
 
 def test_llava_shares_the_weights(tiny):
