@@ -1,0 +1,291 @@
+"""Tiny random models of vision-language families of transformers, and prompts for them: a few dozen thousand weights."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+IMAGE, VIDEO, START, END, VIDEO_START, VIDEO_END = 7, 6, 8, 9, 4, 5
+VOCABULARY, HIDDEN = 99, 64
+GRIDS = ((1, 8, 12), (1, 4, 8), (1, 12, 8), (1, 8, 8))  # (frames, rows, columns) of patches of the images, in turn
+SIZES = ((24, 48), (48, 24), (48, 48), (24, 24))  # the same in pixels, for families of tiles
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model, and what its processor makes: `pixels(images_per_row)` has the keys of `get_image_features`."""
+
+    model: PreTrainedModel
+    pixels: Callable[[list[int]], dict[str, Tensor]]
+    clips: Callable[[int], dict[str, Tensor]] | None = None
+    frames_apart: bool = False  # a timestamp before each frame's placeholders
+    video_token: int = VIDEO
+    field: str = "pooler_output"  # what `forward` takes from the encoder's output
+    attention: str = "causal"  # or "blocks": an image's tokens see each other; "prefix": so does the whole prompt
+    one_row: bool = False  # no batches
+    limit: str = ""  # why dropping is not the same as masking; empty if it is
+
+    def inputs(self, images_per_row=(1,)) -> dict[str, Tensor]:
+        """Return a left-padded prompt for each row, with its images; seeded."""
+        torch.manual_seed(len(images_per_row))
+        pixels = self.pixels(list(images_per_row))
+        encode = self.model.base_model.get_image_features
+        counts = iter(self._count(encode, pixels, sum(images_per_row)))
+        rows = [[[START, *[IMAGE] * next(counts), END] for _ in range(n)] for n in images_per_row]
+        return self._tokens(rows) | pixels
+
+    def video(self, num_videos: int = 1) -> dict[str, Tensor]:
+        """Return a left-padded prompt for each row, each with one video."""
+        torch.manual_seed(num_videos)
+        clips = self.clips(num_videos)
+        counts = self._count(self.model.base_model.get_video_features, clips, num_videos)
+        frames = clips["video_grid_thw"][:, 0].tolist() if self.frames_apart else [1] * num_videos
+        rows = [
+            [[30 + i, START, *[self.video_token] * (n // t), END] for i in range(t)] for n, t in zip(counts, frames, strict=True)
+        ]
+        return self._tokens(rows) | clips
+
+    def _count(self, encode, arguments, number: int) -> list[int]:
+        """Return the number of tokens of each image; entries of `pooler_output` are images, or tiles of them."""
+        names = inspect.signature(encode).parameters
+        with torch.no_grad():
+            out = encode(**{k: v for k, v in arguments.items() if k in names}, return_dict=True).pooler_output
+        lengths = [len(entry) for entry in out]
+        if len(lengths) % number:  # an entry is a row of images
+            return [sum(lengths) // number] * number
+        each = len(lengths) // number
+        return [sum(lengths[i * each : (i + 1) * each]) for i in range(number)]
+
+    def _tokens(self, rows: list[list[list[int]]]) -> dict[str, Tensor]:
+        rows = [
+            [11 + i] + [token for image in row for token in image] + list(range(20, 23 + 2 * i))
+            for i, row in enumerate(rows)
+        ]
+        length = max(map(len, rows))
+        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+        types = (ids == IMAGE) + 2 * (ids == VIDEO)
+        tokens = {"input_ids": ids, "attention_mask": torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])}
+        accepted = inspect.signature(self.model.forward).parameters
+        return tokens | {k: types.int() for k in ("token_type_ids", "mm_token_type_ids") if k in accepted}
+
+
+def build(kind: str, text: dict, vision: dict, **settings) -> PreTrainedModel:
+    """Return a model of random weights, drawn so wide that its logits reach about 5 and depend on the images."""
+    settings = {"image_token_id": IMAGE, "video_token_id": VIDEO} | settings
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).float().eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def text(kind: str | None = None, **settings) -> dict:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return sizes | ({"model_type": kind} if kind else {}) | settings
+
+
+def tower(kind: str | None = None, **settings) -> dict:
+    """Return the configuration of an encoder of pictures of 24 by 24 pixels, 36 patches."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 24,
+        "patch_size": 4,
+    }
+    return sizes | ({"model_type": kind} if kind else {}) | settings
+
+
+def mrope(**settings) -> dict:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]} | settings
+    return {"rope_parameters": rope}
+
+
+def squares(images_per_row: list[int], *tiles: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(sum(images_per_row), *tiles, 3, 24, 24)}
+
+
+def sized(images_per_row: list[int], *tiles: int, sizes=SIZES) -> dict[str, Tensor]:
+    n = sum(images_per_row)
+    sizes = torch.tensor([sizes[i % len(sizes)] for i in range(n)])
+    return squares(images_per_row, *tiles) | {"image_sizes": sizes}
+
+
+def by_row(images_per_row: list[int]) -> dict[str, Tensor]:
+    """Return (rows, most images, 3, 24, 24); pictures of zeros fill up the rows of fewer images."""
+    pixels = torch.randn(len(images_per_row), max(images_per_row), 3, 24, 24)
+    for row, n in enumerate(images_per_row):
+        pixels[row, n:] = 0
+    return {"pixel_values": pixels}
+
+
+def frames(number: int) -> dict[str, Tensor]:
+    return {"pixel_values_videos": torch.randn(number, 4, 3, 24, 24)}
+
+
+def native(images_per_row: list[int], width: int = 96, grids=GRIDS) -> dict[str, Tensor]:
+    grids = torch.tensor([grids[i % len(grids)] for i in range(sum(images_per_row))])
+    return {"pixel_values": torch.randn(int(grids.prod(-1).sum()), width), "image_grid_thw": grids}
+
+
+def native_clips(number: int, width: int = 96) -> dict[str, Tensor]:
+    grids = torch.tensor([(3, 4, 8), (2, 8, 4)][:number])
+    return {"pixel_values_videos": torch.randn(int(grids.prod(-1).sum()), width), "video_grid_thw": grids}
+
+
+def qwen(kind: str, text_settings: dict, **vision) -> Family:
+    sizes = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
+    tokens = {"vision_start_token_id": START, "vision_end_token_id": END}
+    model = build(kind, text(**mrope() | text_settings), sizes | {"out_hidden_size": HIDDEN} | vision, **tokens)
+    return Family(model, native, native_clips, frames_apart=kind.startswith("qwen3"))
+
+
+def qwen_text(**settings) -> dict:
+    return text(**mrope()) | settings
+
+
+def qwen2_vl() -> Family:
+    return qwen("qwen2_vl", {}, embed_dim=32, hidden_size=HIDDEN, mlp_ratio=2)
+
+
+def qwen2_5_vl() -> Family:
+    return qwen("qwen2_5_vl", {}, window_size=16, fullatt_block_indexes=[2])
+
+
+def qwen3_vl() -> Family:
+    return qwen("qwen3_vl", {}, num_position_embeddings=256, deepstack_visual_indexes=[0, 1])
+
+
+def qwen3_vl_moe() -> Family:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return qwen("qwen3_vl_moe", experts, num_position_embeddings=256, deepstack_visual_indexes=[0, 1])
+
+
+def qwen3_5(kind: str = "qwen3_5", **experts) -> Family:
+    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
+    rope = mrope(partial_rotary_factor=1.0, mrope_interleaved=True)
+    layers = {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+    return qwen(kind, linear | layers | rope | experts, num_position_embeddings=256)
+
+
+def llava(kind: str = "llava", **settings) -> Family:
+    return Family(build(kind, text("llama"), tower("clip_vision_model"), **settings), squares)
+
+
+def llava_next(kind: str = "llava_next", vision=None, **settings) -> Family:
+    pinpoints = [[24, 48], [48, 24], [48, 48]]
+    vision = vision or tower("clip_vision_model")
+    model = build(kind, text("llama"), vision, image_grid_pinpoints=pinpoints, **settings)
+    return Family(model, lambda rows: sized(rows, 5), None if kind == "llava_next" else frames)
+
+
+def llava_onevision() -> Family:
+    family = llava_next("llava_onevision", tower("siglip_vision_model", vision_use_head=False))
+
+    def pixels(rows):
+        return sized(rows, 5) | {"batch_num_images": torch.tensor(rows)}
+
+    return Family(family.model, pixels, family.clips)
+
+
+def video_llava() -> Family:
+    vision = tower("clip_vision_model")
+    return Family(build("video_llava", text("llama"), vision, image_token_index=IMAGE, video_token_index=VIDEO), squares, frames)
+
+
+def vipllava() -> Family:
+    return llava("vipllava", vision_feature_layers=[-1, -2])
+
+
+def internvl(kind: str = "internvl", **settings) -> Family:
+    vision = tower() | {"image_size": [24, 24], "patch_size": [4, 4]}
+    return Family(build(kind, text("qwen2"), vision, image_seq_length=9, **settings), squares)
+
+
+def idefics3(kind: str = "idefics3") -> Family:
+    return Family(build(kind, text("llama"), tower(), scale_factor=2), by_row)
+
+
+def idefics2() -> Family:
+    resampler = {"resampler_n_latents": 6, "resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 16, "num_key_value_heads": 2}
+    return Family(build("idefics2", text("mistral"), tower(), perceiver_config=resampler), by_row)
+
+
+def mistral3(kind: str = "mistral3") -> Family:
+    sizes = ((24, 24), (16, 24), (24, 16), (16, 16))
+    model = build(kind, text("mistral"), tower("pixtral", head_dim=16), spatial_merge_size=2)
+    return Family(model, lambda rows: sized(rows, sizes=sizes))
+
+
+def lfm2_vl() -> Family:
+    vision = tower("siglip2_vision_model", num_patches=36, vision_use_head=False)
+    layers = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}
+    model = build("lfm2_vl", text("lfm2", **layers), vision, downsample_factor=2)
+    shapes = ((6, 6), (4, 6), (6, 4), (4, 4))
+
+    def pixels(rows):
+        shape = torch.tensor([shapes[i % 4] for i in range(sum(rows))])
+        there = torch.arange(36) < shape.prod(-1, keepdim=True)
+        return {"pixel_values": torch.randn(sum(rows), 36, 48), "spatial_shapes": shape, "pixel_attention_mask": there.long()}
+
+    return Family(model, pixels, limit="short convolutions mix neighbors")
+
+
+def aya_vision(kind: str = "aya_vision") -> Family:
+    return Family(build(kind, text("cohere2"), tower("siglip_vision_model", vision_use_head=False), downsample_factor=2), squares)
+
+
+def gemma3() -> Family:
+    model = build("gemma3", text("gemma3_text", sliding_window=512), tower(), mm_tokens_per_image=9)
+    return Family(model, squares, attention="blocks")
+
+
+def paligemma() -> Family:
+    model = build("paligemma", text("gemma"), tower(vision_use_head=False), projection_dim=HIDDEN)
+    return Family(model, squares, attention="prefix")
+
+
+def glm4v(kind: str = "glm4v", **settings) -> Family:
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "image_size": 24}
+    tokens = {"image_start_token_id": START, "image_end_token_id": END, "video_start_token_id": VIDEO_START, "video_end_token_id": VIDEO_END}
+    model = build(kind, text(**mrope(partial_rotary_factor=1.0)) | settings, vision | {"out_hidden_size": HIDDEN}, **tokens)
+    return Family(model, native, native_clips, frames_apart=True)
+
+
+def glm_moe(kind: str = "glm4v_moe") -> Family:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    return glm4v(kind, **experts)
+
+
+def smolvlm() -> Family:
+    return idefics3("smolvlm")
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    f.__name__: f
+    for f in (
+        llava, llava_next, llava_onevision, video_llava, vipllava,
+        qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, internvl, smolvlm, idefics2, idefics3, mistral3, lfm2_vl, aya_vision,
+        gemma3, paligemma, glm4v,
+    )
+} | {"llava_next_video": partial(llava_next, "llava_next_video"), "cohere2_vision": partial(aya_vision, "cohere2_vision"), "glm4v_moe": glm_moe}
