@@ -36,7 +36,7 @@ class Family:
         encode = self.model.base_model.get_image_features
         counts = iter(self._count(encode, pixels, sum(images_per_row)))
         rows = [[[START, *[IMAGE] * next(counts), END] for _ in range(n)] for n in images_per_row]
-        return self._tokens(rows) | pixels
+        return self._tokens(rows, 1) | pixels
 
     def video(self, num_videos: int = 1) -> dict[str, Tensor]:
         """Return a left-padded prompt for each row, each with one video."""
@@ -47,30 +47,33 @@ class Family:
         rows = [
             [[30 + i, START, *[self.video_token] * (n // t), END] for i in range(t)] for n, t in zip(counts, frames, strict=True)
         ]
-        return self._tokens(rows) | clips
+        return self._tokens(rows, 2) | clips
 
     def _count(self, encode, arguments, number: int) -> list[int]:
         """Return the number of tokens of each image; entries of `pooler_output` are images, or tiles of them."""
         names = inspect.signature(encode).parameters
         with torch.no_grad():
-            out = encode(**{k: v for k, v in arguments.items() if k in names}, return_dict=True).pooler_output
+            out = encode(**{k: v for k, v in arguments.items() if k in names}, return_dict=True)[self.field]
         lengths = [len(entry) for entry in out]
         if len(lengths) % number:  # an entry is a row of images
             return [sum(lengths) // number] * number
         each = len(lengths) // number
         return [sum(lengths[i * each : (i + 1) * each]) for i in range(number)]
 
-    def _tokens(self, rows: list[list[list[int]]]) -> dict[str, Tensor]:
+    def _tokens(self, rows: list[list[list[int]]], modality: int) -> dict[str, Tensor]:
         rows = [
             [11 + i] + [token for image in row for token in image] + list(range(20, 23 + 2 * i))
             for i, row in enumerate(rows)
         ]
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
-        types = (ids == IMAGE) + 2 * (ids == VIDEO)
+        types = modality * ((ids == IMAGE) | (ids == VIDEO)).int()
         tokens = {"input_ids": ids, "attention_mask": torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])}
         accepted = inspect.signature(self.model.forward).parameters
-        return tokens | {k: types.int() for k in ("token_type_ids", "mm_token_type_ids") if k in accepted}
+        names = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+        if self.attention == "prefix":
+            types = torch.zeros_like(types)
+        return tokens | {name: types for name in names if name in accepted}
 
 
 def build(kind: str, text: dict, vision: dict, **settings) -> PreTrainedModel:
@@ -83,6 +86,7 @@ def build(kind: str, text: dict, vision: dict, **settings) -> PreTrainedModel:
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.2)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    model.generation_config.suppress_tokens = [IMAGE, VIDEO, *range(90, VOCABULARY)]  # a trained model says none
     return model
 
 
@@ -148,9 +152,19 @@ def native(images_per_row: list[int], width: int = 96, grids=GRIDS) -> dict[str,
     return {"pixel_values": torch.randn(int(grids.prod(-1).sum()), width), "image_grid_thw": grids}
 
 
-def native_clips(number: int, width: int = 96) -> dict[str, Tensor]:
-    grids = torch.tensor([(3, 4, 8), (2, 8, 4)][:number])
+def native_clips(number: int, width: int = 96, grids=((3, 4, 8), (2, 8, 4))) -> dict[str, Tensor]:
+    grids = torch.tensor(grids[:number])
     return {"pixel_values_videos": torch.randn(int(grids.prod(-1).sum()), width), "video_grid_thw": grids}
+
+
+def conv_patches(images_per_row: list[int]) -> dict[str, Tensor]:
+    x = native(images_per_row, 48)
+    return x | {"pixel_values": x["pixel_values"].view(-1, 3, 4, 4)}
+
+
+def conv_clips(number: int) -> dict[str, Tensor]:
+    x = native_clips(number, 48)
+    return x | {"pixel_values_videos": x["pixel_values_videos"].view(-1, 3, 4, 4)}
 
 
 def qwen(kind: str, text_settings: dict, **vision) -> Family:
@@ -269,7 +283,7 @@ def glm4v(kind: str = "glm4v", **settings) -> Family:
     vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "image_size": 24}
     tokens = {"image_start_token_id": START, "image_end_token_id": END, "video_start_token_id": VIDEO_START, "video_end_token_id": VIDEO_END}
     model = build(kind, text(**mrope(partial_rotary_factor=1.0)) | settings, vision | {"out_hidden_size": HIDDEN}, **tokens)
-    return Family(model, native, native_clips, frames_apart=True)
+    return Family(model, native, native_clips, frames_apart=True, video_token=IMAGE)
 
 
 def glm_moe(kind: str = "glm4v_moe") -> Family:
@@ -281,11 +295,139 @@ def smolvlm() -> Family:
     return idefics3("smolvlm")
 
 
+
+def glm46v() -> Family:
+    return glm4v("glm46v")
+
+
+def glm_ocr() -> Family:
+    return glm4v("glm_ocr")
+
+
+def qwen3_5_moe() -> Family:
+    return qwen3_5("qwen3_5_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+
+
+def exaone4_5() -> Family:
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_key_value_heads": 1, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [2], "out_hidden_size": HIDDEN}
+    return Family(build("exaone4_5", text("exaone4"), vision), native, native_clips)
+
+
+def hyperclovax_vision_v2() -> Family:
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [2], "out_hidden_size": HIDDEN}
+    return Family(build("hyperclovax_vision_v2", text("hyperclovax"), vision), native, native_clips)
+
+
+def video_llama_3() -> Family:
+    def pixels(rows):
+        return native(rows, 48) | {"image_merge_sizes": torch.tensor([1 + i % 2 for i in range(sum(rows))])}
+
+    def clips(n):
+        return native_clips(n, 48) | {"video_merge_sizes": torch.tensor([2] * n)}
+
+    return Family(build("video_llama_3", text("qwen2"), tower()), pixels, clips)
+
+
+def paddleocr_vl() -> Family:
+    tokens = {"vision_start_token_id": START, "vision_end_token_id": END}
+    return Family(build("paddleocr_vl", text(**mrope()), tower(), **tokens), conv_patches)
+
+
+def ernie4_5_vl_moe() -> Family:
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
+    tokens = {"image_start_token_id": START, "image_end_token_id": END, "video_start_token_id": VIDEO_START, "video_end_token_id": VIDEO_END}
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [32, 32], "moe_num_shared_experts": 1}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}}
+    return Family(build("ernie4_5_vl_moe", text(**rope) | experts, vision, **tokens), lambda rows: native(rows, 48), lambda n: native_clips(n, 48, ((4, 4, 8), (2, 8, 4))))
+
+
+def lighton_ocr() -> Family:
+    sizes = ((24, 24), (16, 24), (24, 16), (16, 16))
+    model = build("lighton_ocr", text("qwen3"), tower("pixtral", head_dim=16), spatial_merge_size=2)
+    return Family(model, lambda rows: sized(rows, sizes=sizes))
+
+
+def got_ocr2() -> Family:
+    vision = tower(output_channels=16, window_size=3, global_attn_indexes=[2], mlp_dim=48) | {"image_size": 64}
+    return Family(build("got_ocr2", text("qwen2"), vision, image_seq_length=16), lambda rows: {"pixel_values": torch.randn(sum(rows), 3, 64, 64)})
+
+
+def deepseek_vl() -> Family:
+    return Family(build("deepseek_vl", text("llama"), tower("siglip_vision_model")), squares)
+
+
+def deepseek_vl_hybrid() -> Family:
+    high = tower("sam_vision_model", output_channels=16, window_size=3, global_attn_indexes=[2], mlp_dim=48) | {"image_size": 64}
+    model = build("deepseek_vl_hybrid", text("llama"), tower("siglip_vision_model"), high_res_vision_config=high)
+    return Family(model, lambda rows: squares(rows) | {"high_res_pixel_values": torch.randn(sum(rows), 3, 64, 64)})
+
+
+def janus() -> Family:
+    vq = {"embed_dim": 8, "num_embeddings": 32, "base_channels": 32, "channel_multiplier": [1, 1], "num_patches": 6, "projection_dim": HIDDEN, "image_token_embed_dim": HIDDEN}
+    return Family(build("janus", text("llama"), tower(projection_dim=HIDDEN, num_image_tokens=36), vq_config=vq), squares)
+
+
+def ovis2() -> Family:
+    vision = tower(vocab_size=40, hidden_stride=2)
+    return Family(build("ovis2", text("qwen2"), vision, visual_indicator_token_ids=[90, 91, 92, 93, 94], vocab_size=VOCABULARY, hidden_size=HIDDEN), squares)
+
+
+def aria() -> Family:
+    experts = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    return Family(build("aria", text("aria_text", **experts), tower("idefics3_vision"), projector_patch_to_query_dict={36: 9}), squares)
+
+
+def llama4() -> Family:
+    vision = tower(intermediate_size=128, vision_output_dim=HIDDEN, projector_input_dim=HIDDEN, projector_output_dim=HIDDEN, pixel_shuffle_ratio=0.5)
+    experts = {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 512}
+    return Family(build("llama4", text(**experts), vision), squares, field="last_hidden_state")
+
+
+def gemma4(kind: str = "gemma4") -> Family:
+    vision = tower(num_key_value_heads=2, head_dim=16, pooling_kernel_size=2, position_embedding_size=64)
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+    model = build(kind, text(**layers), vision, audio_config=None)
+    shapes = ((6, 6), (4, 6), (6, 4), (4, 4))
+
+    def pixels(rows):
+        places = torch.full((sum(rows), 36, 2), -1)
+        for i in range(sum(rows)):
+            height, width = shapes[i % 4]
+            places[i, : height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(-1)
+        return {"pixel_values": torch.rand(sum(rows), 36, 48), "image_position_ids": places}
+
+    return Family(model, pixels)
+
+
+def kimi_k25() -> Family:
+    vision = tower(pos_emb_height=16, pos_emb_width=16)
+    moe = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "head_dim": 8}
+    return Family(build("kimi_k25", text("deepseek_v3", **moe), vision, projection_hidden_size=32, vision_start_token_id=START, vision_end_token_id=END), conv_patches, conv_clips)
+
+
+def granite4_vision() -> Family:
+    qformer = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "cross_attention_frequency": 1}
+    model = build("granite4_vision", text("granite4_vision_text"), tower("siglip_vision_model", hidden_size=64), qformer_config=qformer, image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]], downsample_rate="1/2", deepstack_layer_map=[[-1, 0], [-2, 1]], spatial_target_layers=[1], image_seq_length=9, vision_feature_select_strategy="full")
+    return Family(model, lambda rows: sized(rows, 5))
+
+
+def florence2() -> Family:
+    vision = {"depths": [1, 1, 1, 1], "patch_stride": [2, 2, 2, 2], "embed_dim": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "num_groups": [1, 1, 2, 2], "window_size": 3, "projection_dim": HIDDEN, "drop_path_rate": 0.0}
+    bart = {"model_type": "bart", "vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+    return Family(build("florence2", bart, vision), lambda rows: {"pixel_values": torch.randn(sum(rows), 3, 48, 48)})
+
+
+def fuyu() -> Family:
+    model = build("fuyu", text("persimmon"), {}, hidden_size=HIDDEN, vocab_size=VOCABULARY, patch_size=4, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    return Family(model, lambda rows: {"pixel_values": torch.randn(sum(rows), 36, 48)}, field="last_hidden_state")
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     f.__name__: f
     for f in (
         llava, llava_next, llava_onevision, video_llava, vipllava,
         qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, internvl, smolvlm, idefics2, idefics3, mistral3, lfm2_vl, aya_vision,
-        gemma3, paligemma, glm4v,
+        gemma3, paligemma, glm4v, glm46v, glm_ocr, qwen3_5_moe, exaone4_5, hyperclovax_vision_v2, video_llama_3, paddleocr_vl,
+        ernie4_5_vl_moe, lighton_ocr, got_ocr2, deepseek_vl, deepseek_vl_hybrid, janus, ovis2, aria, llama4, gemma4, kimi_k25, granite4_vision, florence2, fuyu
     )
 } | {"llava_next_video": partial(llava_next, "llava_next_video"), "cohere2_vision": partial(aya_vision, "cohere2_vision"), "glm4v_moe": glm_moe}
