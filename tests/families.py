@@ -32,12 +32,13 @@ class Family:
     attention: str = "causal"  # see `allowed`; "recurrent": layers that see their neighbors, and know no mask
     frames_apart: bool = False  # a timestamp stands before each frame of a video
     video_token: int = VIDEO
+    keeps_positions: bool = True  # whether `generate` passes given position ids on
 
     def inputs(self, images_per_row=(1,)) -> dict[str, Tensor]:
         """Return a left-padded prompt for each row with its images, as the processor would."""
         torch.manual_seed(len(images_per_row))
         pixels = self.pixels(list(images_per_row))
-        counts = iter(self._count("image", pixels, sum(images_per_row)))
+        counts = iter(share(self.lengths(pixels), sum(images_per_row)))
         rows = [[[START, *[IMAGE] * next(counts), END] for _ in range(n)] for n in images_per_row]
         return self._tokens(rows, 1) | pixels
 
@@ -45,7 +46,7 @@ class Family:
         """Return a left-padded prompt for each row, with one video each."""
         torch.manual_seed(number)
         clips = self.clips(number)
-        counts = self._count("video", clips, number)
+        counts = share(self.lengths(clips, "video"), number)
         frames = clips["video_grid_thw"][:, 0].tolist() if self.frames_apart else [1] * number
         rows = []
         for count, n in zip(counts, frames, strict=True):
@@ -71,17 +72,13 @@ class Family:
             seen = seen | ((block[:, :, None] == block[:, None]) & image[:, None])
         return seen & stays[:, None] | torch.eye(length, dtype=torch.bool)
 
-    def _count(self, modality: str, arguments: dict[str, Tensor], number: int) -> list[int]:
-        """Return the number of tokens of each image or video; an entry is one of them, a part of it, or a row."""
+    def lengths(self, inputs: dict[str, Tensor], modality: str = "image") -> list[int]:
+        """Return the number of tokens of each entry of the encoder's output."""
         encode = getattr(self.model.base_model, f"get_{modality}_features")
         names = inspect.signature(encode).parameters
         with torch.no_grad():
-            out = encode(**{k: v for k, v in arguments.items() if k in names}, return_dict=True)[self.field]
-        lengths = [len(entry) for entry in (out[0][1] if self.field == "deepstack_features" else out)]
-        if len(lengths) < number:
-            return [sum(lengths) // number] * number
-        each = len(lengths) // number
-        return [sum(lengths[i * each : (i + 1) * each]) for i in range(number)]
+            out = encode(**{k: v for k, v in inputs.items() if k in names}, return_dict=True)[self.field]
+        return [len(entry) for entry in (out[0][1] if self.field == "deepstack_features" else out)]
 
     def _tokens(self, rows: list[list[list[int]]], modality: int) -> dict[str, Tensor]:
         """Return the prompts of rows of parts, each with a question of its own length at the end."""
@@ -93,6 +90,14 @@ class Family:
         accepted = inspect.signature(self.model.forward).parameters
         names = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
         return {"input_ids": ids, "attention_mask": mask} | {name: types for name in names if name in accepted}
+
+
+def share(lengths: list[int], number: int) -> list[int]:
+    """Return the number of tokens of each image or video; an entry is one of them, a part of one, or a row of them."""
+    if len(lengths) < number:
+        return [sum(lengths) // number] * number
+    each = len(lengths) // number
+    return [sum(lengths[i * each : (i + 1) * each]) for i in range(number)]
 
 
 def build(kind: str, text: dict, vision: dict, **settings) -> PreTrainedModel:
@@ -445,7 +450,7 @@ def ernie4_5_vl_moe() -> Family:
 
 def exaone4_5(kind: str = "exaone4_5", text_kind: str = "exaone4", **vision) -> Family:
     vision = merging(window_size=16, fullatt_block_indexes=[2], **vision)
-    return Family(build(kind, text(text_kind), vision), native, native_clips)
+    return Family(build(kind, text(text_kind), vision), native, native_clips, keeps_positions=False)
 
 
 def video_llama_3() -> Family:
@@ -511,7 +516,7 @@ def emu3() -> Family:
 
 
 def ovis2() -> Family:
-    indicators = {"visual_indicator_token_ids": [90, 91, 92, 93, 94], "hidden_size": HIDDEN}
+    indicators = {"visual_indicator_token_ids": [START, END, VIDEO_START, VIDEO_END, 3], "hidden_size": HIDDEN}
     vision = tower(vocab_size=40, hidden_stride=2)
     return Family(build("ovis2", text("qwen2"), vision, **indicators, vocab_size=VOCABULARY), squares)
 
