@@ -72,13 +72,22 @@ class Family:
             seen = seen | ((block[:, :, None] == block[:, None]) & image[:, None])
         return seen & stays[:, None] | torch.eye(length, dtype=torch.bool)
 
-    def lengths(self, inputs: dict[str, Tensor], modality: str = "image") -> list[int]:
-        """Return the number of tokens of each entry of the encoder's output."""
+    def encode(self, inputs: dict[str, Tensor], modality: str = "image"):
+        """Return the entries of the encoder's output, (tokens, hidden) each."""
         encode = getattr(self.model.base_model, f"get_{modality}_features")
         names = inspect.signature(encode).parameters
         with torch.no_grad():
             out = encode(**{k: v for k, v in inputs.items() if k in names}, return_dict=True)[self.field]
-        return [len(entry) for entry in (out[0][1] if self.field == "deepstack_features" else out)]
+        return out[0][1] if self.field == "deepstack_features" else out
+
+    def lengths(self, inputs: dict[str, Tensor], modality: str = "image") -> list[int]:
+        return [len(entry) for entry in self.encode(inputs, modality)]
+
+    @property
+    def types(self) -> set[str]:
+        """Return the names of inputs that tell placeholders from text."""
+        names = {"token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"}
+        return names & set(inspect.signature(self.model.forward).parameters)
 
     def _tokens(self, rows: list[list[list[int]]], modality: int) -> dict[str, Tensor]:
         """Return the prompts of rows of parts, each with a question of its own length at the end."""
@@ -87,9 +96,7 @@ class Family:
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         types = modality * ((ids == IMAGE) | (ids == VIDEO)).int() * (self.attention != "prefix")
-        accepted = inspect.signature(self.model.forward).parameters
-        names = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-        return {"input_ids": ids, "attention_mask": mask} | {name: types for name in names if name in accepted}
+        return {"input_ids": ids, "attention_mask": mask} | dict.fromkeys(self.types, types)
 
 
 def share(lengths: list[int], number: int) -> list[int]:

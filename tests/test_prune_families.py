@@ -1,4 +1,4 @@
-"""`prune` on every family of tests/families.py: what is dropped might as well be masked."""
+"""`prune` on every family of tests/families.py: what it drops might as well be masked."""
 
 from copy import deepcopy
 from functools import cache
@@ -9,81 +9,188 @@ from families import FAMILIES, IMAGE, VIDEO, Family
 from lightvlm import prune
 from torch.nn.functional import pad
 
-SHARES = {1: [0.4], 3: [0.3, 0.6, 0.8]}  # by the number of images
-GREEDY = {"do_sample": False, "max_new_tokens": 3}
-OWN_ROWS = ("smolvlm", "idefics2", "idefics3", "granite_docling")
+STEPS = 3
+GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
+SAMPLED = {"max_new_tokens": STEPS, "do_sample": True}
+NO_BEAMS = {"llama4", "fuyu"}  # transformers repeats no encoder output without pooler_output
 
 get = cache(lambda name: FAMILIES[name]())
+every = pytest.mark.parametrize("name", FAMILIES)
+with_video = pytest.mark.parametrize("name", [name for name in FAMILIES if get(name).clips])
+ROWS = {"one": (1,), "batch": (1, 2)}
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request) -> Family:
-    return get(request.param)
-
-
-@pytest.fixture(params=[name for name in FAMILIES if get(name).attention != "recurrent"])
-def masked_family(request) -> Family:
-    return get(request.param)
-
-
-@pytest.fixture(params=[name for name in FAMILIES if get(name).clips])
-def video_family(request) -> Family:
-    return get(request.param)
-
-
-def pruned(family: Family, inputs, budget=(0.3, 0.6, 0.8), modality="image"):
-    return prune(family.model, inputs, **{f"num_{modality}_tokens": budget})
+def placeholders(inputs):
+    return (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
 
 
 def stays(family: Family, inputs, short, modality="image"):
     """Return which positions of the whole prompt are in the pruned one, (batch, length)."""
     lengths, kept = family.lengths(inputs, modality), short["mm_encoder_outputs"][modality].kept_indices
     flags = [torch.zeros(n, dtype=torch.bool).index_fill(0, k, True) for n, k in zip(lengths, kept, strict=True)]
-    is_placeholder = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
-    return inputs["attention_mask"].bool() & torch.ones_like(is_placeholder).masked_scatter(
-        is_placeholder, torch.cat(flags)
-    )
+    where = placeholders(inputs)
+    return inputs["attention_mask"].bool() & torch.ones_like(where).masked_scatter(where, torch.cat(flags))
 
 
-def positions(family: Family, inputs, kept):
-    """Return the position ids of the whole prompt, counted by the library."""
-    if not family.keeps_positions:
-        return (kept.cumsum(1) - 1).clamp_min(0)
+def whole_positions(family: Family, inputs, kept):
+    """Return the position ids of the whole prompt as transformers counts them."""
+    if not family.keeps_positions:  # those of the pruned prompt, since `generate` counts them anew
+        return (kept.cumsum(dim=1) - 1).clamp_min(0)
     return family.model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
 
 
-def masked_logits(family: Family, inputs, kept, position_ids, length):
-    """Return the logits of the whole prompt, whose dropped tokens nobody sees, at the last `length` kept positions."""
+def take(kept, value):
+    """Return the kept positions of (..., batch, length), left-padded."""
+    order = kept.int().argsort(dim=1, stable=True)[:, -int(kept.sum(dim=1).max()) :]
+    return value.gather(-1, order.expand(*value.shape[:-1], -1))
+
+
+def masked(family: Family, inputs, kept, positions):
+    """Return the whole prompt's logits at the kept positions; nobody sees the others."""
     mask = torch.where(family.allowed(inputs, kept), 0.0, torch.finfo(torch.float32).min)[:, None]
-    logits = family.model(**inputs | {"attention_mask": mask, "position_ids": position_ids}).logits
-    order = kept.int().argsort(dim=1, stable=True)[:, -length:]
-    return logits.gather(1, order[..., None].expand(-1, -1, logits.shape[-1]))
+    logits = family.model(**{**inputs, "attention_mask": mask, "position_ids": positions}, use_cache=False).logits
+    return take(kept, logits.movedim(-1, 0)).movedim(0, -1)
+
+
+def spliced(family: Family, inputs, kept, positions, modality="image"):
+    """Return the logits of the kept embeddings alone, put together by hand: for layers that know no mask."""
+    features = torch.cat([*family.encode(inputs, modality)])
+    where = placeholders(inputs)[..., None]
+    embeddings = family.model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(where, features)
+    embeddings = take(kept, embeddings.movedim(-1, 0)).movedim(0, -1)
+    short = {"attention_mask": take(kept, kept.long()), "position_ids": take(kept, positions)}
+    return family.model(inputs_embeds=embeddings, **short, use_cache=False).logits
+
+
+def by_hand(family: Family, inputs, kept, positions, modality="image"):
+    if family.attention == "recurrent":
+        return spliced(family, inputs, kept, positions, modality)
+    return masked(family, inputs, kept, positions)
 
 
 def assert_close(logits, reference, mask=None):
-    """Compare to 1e-5 of the reference's scale; tokens that a family never says have no logits."""
-    there = (reference > -1e30) & (True if mask is None else mask[..., None].bool())
-    difference = (logits - reference).where(there, 0).abs().max()
-    assert difference <= 1e-5 * reference.where(there, 0).abs().max()
+    """Compare to 1e-5 of the reference's scale; a token that a family never says has no logits."""
+    there = (reference > -1e30) & (torch.ones_like(reference) if mask is None else mask[..., None]).bool()
+    assert ((logits - reference) * there).abs().max() <= 1e-5 * (reference * there).abs().max()
 
 
+@every
 @torch.no_grad()
-def test_all_kept_equals_plain(family):
-    inputs = family.inputs((1, 2))
-    short = pruned(family, inputs, 1.0)
+def test_all_kept_equals_plain(name):
+    family, inputs = get(name), get(name).inputs((1, 2))
+    short = prune(family.model, inputs, 1.0)
     assert torch.equal(short["input_ids"], inputs["input_ids"])
-    if family.keeps_positions:
-        plain = family.model(**inputs).logits
-        assert_close(family.model(**short).logits[:, -1], plain[:, -1])
+    assert_close(family.model(**short).logits[:, -1], family.model(**inputs).logits[:, -1])
     assert torch.equal(family.model.generate(**short, **GREEDY), family.model.generate(**inputs, **GREEDY))
 
 
-@pytest.mark.parametrize("rows", [(1,), (1, 2)])
+@every
 @torch.no_grad()
-def test_dropping_is_masking(masked_family, rows):
-    family, inputs = masked_family, masked_family.inputs(rows)
-    short = pruned(family, inputs, 0.4 if len(rows) == 1 else 0.6)
+def test_each_image_keeps_its_own(name):
+    family, inputs = get(name), get(name).inputs((1, 2))
+    whole, short = (
+        [len(run) for row in given["input_ids"].tolist() for run in runs(row)]
+        for given in (inputs, prune(family.model, inputs, [3, 2, 1]))
+    )
+    assert short == [min(pair) for pair in zip(whole, (3, 2, 1), strict=True)]
+
+
+def runs(ids):
+    """Return the placeholders that follow each other."""
+    return [run for run in "".join("x" if token == IMAGE else " " for token in ids).split(" ") if run]
+
+
+@every
+@pytest.mark.parametrize("rows", ROWS)
+@torch.no_grad()
+def test_dropping_is_masking(name, rows):
+    family, inputs = get(name), get(name).inputs(ROWS[rows])
+    short = prune(family.model, inputs, [0.3, 0.6, 0.8][-sum(ROWS[rows]) :])
     kept = stays(family, inputs, short)
-    reference = masked_logits(family, inputs, kept, positions(family, inputs, kept), short["input_ids"].shape[1])
-    assert short["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+    assert torch.equal(short["input_ids"], take(kept, inputs["input_ids"] * kept))
+    reference = by_hand(family, inputs, kept, whole_positions(family, inputs, kept))
     assert_close(family.model(**short).logits, reference, short["attention_mask"])
+
+
+@with_video
+@torch.no_grad()
+def test_videos_have_one_budget_over_their_frames(name):
+    family, inputs = get(name), get(name).video(2)
+    short = prune(family.model, inputs, num_video_tokens=[0.3, 0.6])
+    kept = stays(family, inputs, short, "video")
+    reference = by_hand(family, inputs, kept, whole_positions(family, inputs, kept), "video")
+    assert_close(family.model(**short).logits, reference, short["attention_mask"])
+    assert placeholders(short).sum() == sum(
+        map(round, (0.3 * placeholders(inputs)[0].sum().item(), 0.6 * placeholders(inputs)[1].sum().item()))
+    )
+    assert family.model.generate(**short, **GREEDY).shape[1] == short["input_ids"].shape[1] + STEPS
+
+
+@every
+@torch.no_grad()
+def test_greedy_equals_whole_prompts_without_a_cache(name):
+    family, inputs = get(name), dict(get(name).inputs((1, 2)))
+    short = prune(family.model, inputs, 0.5)
+    kept = stays(family, inputs, short)
+    positions = whole_positions(family, inputs, kept)
+    answers = family.model.generate(**short, **GREEDY)[:, -STEPS:]
+    for step in range(STEPS):
+        logits = by_hand(family, inputs, kept, positions)[:, -1]
+        logits[:, family.model.generation_config.suppress_tokens] = -torch.inf
+        assert torch.equal(logits.argmax(dim=-1), answers[:, step])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], answers[:, step : step + 1]], dim=1)
+        for types in family.types & set(inputs):
+            inputs[types] = pad(inputs[types], (0, 1), value=int(family.attention == "prefix"))
+        kept = pad(kept, (0, 1), value=True)
+        positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NO_BEAMS])
+@torch.no_grad()
+def test_beams_and_samples_of_a_batch_are_those_of_each_row(name):
+    family, inputs = get(name), get(name).inputs((1, 2))
+    beams = {"max_new_tokens": STEPS, "num_beams": 3, "do_sample": False}
+    together = family.model.generate(**prune(family.model, inputs, [0.3, 0.6, 0.8]), **beams)
+    for row in (0, 1):
+        alone = family.model.generate(**only(prune(family.model, inputs, [0.3, 0.6, 0.8]), row), **beams)
+        assert torch.equal(together[row : row + 1], alone)
+    short = only(prune(family.model, inputs, [0.3, 0.6, 0.8]), 1)
+    torch.manual_seed(5)
+    sampled = family.model.generate(**deepcopy(short), **SAMPLED)
+    torch.manual_seed(5)
+    assert torch.equal(family.model.generate(**short, **SAMPLED, use_cache=False), sampled)
+
+
+def only(short, row):
+    """Return one row of a pruned batch."""
+    count = placeholders(short).sum(dim=1)
+    first, last = int(count[:row].sum()), int(count[: row + 1].sum())
+
+    def part(entries):
+        if not hasattr(entries[0], "shape"):  # layers, of which each may be told with its number
+            return [(layer[0], part(layer[1])) if isinstance(layer[0], int) else part(layer) for layer in entries]
+        ends = torch.tensor([len(entry) for entry in entries]).cumsum(0).tolist()
+        chosen = [entry for entry, end in zip(entries, ends, strict=True) if first < end <= last]
+        return torch.stack(chosen) if isinstance(entries, torch.Tensor) else chosen
+
+    output = deepcopy(short["mm_encoder_outputs"]["image"])
+    for field in ("pooler_output", "deepstack_features"):
+        if output.get(field) is not None:
+            output[field] = part(output[field])
+    shapes = {"position_ids": lambda value: value[..., row : row + 1, :]}
+    rows = {
+        key: shapes.get(key, lambda value: value[row : row + 1])(short[key])
+        for key in short
+        if key != "mm_encoder_outputs"
+    }
+    return rows | {"mm_encoder_outputs": {"image": output}}
+
+
+@every
+@torch.no_grad()
+def test_bfloat16_runs(name):
+    model, inputs = deepcopy(get(name).model).bfloat16(), get(name).inputs((1, 2))
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    short = prune(model, inputs, 0.5)
+    assert model(**short).logits.isfinite().all()
+    assert model.generate(**short, **GREEDY).shape[1] == short["input_ids"].shape[1] + STEPS
