@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from .configuration_lightvlm import LightVLMConfig
 from .modeling_lightvlm import LightVLMForConditionalGeneration, LightVLMModel
 from .processing_lightvlm import LightVLMProcessor
+from .pruning import TokenScorer, keep_distinct, prune, with_pruning
 from .pruning_lightvlm import TokenPruner
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -28,4 +29,8 @@ __all__ = [
     "LightVLMModel",
     "LightVLMProcessor",
     "TokenPruner",
+    "TokenScorer",
+    "keep_distinct",
+    "prune",
+    "with_pruning",
 ]

@@ -55,9 +55,10 @@ class Compaction:
         return Compaction(source, stays, self.length)
 
     def shorten(self, whole: Tensor, fill: int) -> Tensor:
-        """Take ids, positions or a 2D mask, (batch, whole length and more); what follows the whole length stays."""
-        head = whole.gather(1, self.source).masked_fill(~self.stays, fill)
-        return torch.cat([head, whole[:, self.length :]], dim=1)
+        """Take ids, positions or a 2D mask, (..., batch, whole length or more); what follows that length stays."""
+        source = self.source.expand(*whole.shape[:-1], -1)
+        head = whole[..., : self.length].gather(-1, source).masked_fill(~self.stays, fill)
+        return torch.cat([head, whole[..., self.length :]], dim=-1)
 
     def shorten_matrix(self, mask: Tensor) -> Tensor:
         """Take a mask of booleans, (batch, 1, whole length, whole length)."""
@@ -70,6 +71,14 @@ class Compaction:
         states = states.masked_fill(~self.stays[..., None], 0)
         whole = states.new_zeros(len(states), self.length, states.shape[-1])
         return whole.scatter(1, self.source[..., None].expand_as(states), states)
+
+    def carry(self, states: Tensor) -> Tensor:
+        """Return states (batch, short length, hidden) at their whole positions and at the dropped ones behind each."""
+        is_kept = torch.zeros(len(states), self.length, dtype=torch.long, device=states.device)
+        is_kept = is_kept.scatter(1, self.source, self.stays.long())
+        padding = (~self.stays).sum(dim=1, keepdim=True)
+        nearest = (is_kept.cumsum(dim=1) - 1).clamp_min(0) + padding
+        return states.take_along_dim(nearest[..., None], dim=1)
 
 
 def mark_surplus(is_placeholder: Tensor, written: list[int], kept: list[int]) -> Tensor:
@@ -138,17 +147,21 @@ class Record:
         compaction: None if nothing of it was dropped from the prompt.
         shift: (batch, 1), how much further on the next position is than what the cache holds; None if it is next.
         cached: positions in the cache.
+        before: what it remembers as long as the language model has not seen the prompt that this is about.
     """
 
     compaction: Compaction | None = None
     shift: Tensor | None = None
     cached: int = 0
+    before: "Record | None" = None
 
     @classmethod
     def of(cls, cache: Cache | None) -> "Record":
         """Return what a cache remembers; nothing if there is none or it is empty."""
         cached = 0 if cache is None else int(cache.get_seq_length())
         known: Record = getattr(cache, "prompt_record", None) or cls()
+        if known.before is not None and known.before.cached == cached:
+            known = known.before
         return replace(known, cached=cached) if cached else cls()
 
     def write(self, cache: Cache | None, copies: int = 1) -> None:
@@ -156,7 +169,7 @@ class Record:
         if cache is not None:
             compaction = None if self.compaction is None else self.compaction.repeat(copies)
             shift = None if self.shift is None else self.shift.repeat_interleave(copies, dim=0)
-            cache.prompt_record = Record(compaction, shift)  # type: ignore[attr-defined]
+            cache.prompt_record = replace(self, compaction=compaction, shift=shift)  # type: ignore[attr-defined]
 
     @property
     def is_plain(self) -> bool:

@@ -37,6 +37,12 @@ def infer_attention_mask(input_ids: Tensor, settings: GenerationConfig, pad: int
     return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
 
 
+def limit_short(kwargs: dict[str, Any], settings: GenerationConfig, dropped: int) -> dict[str, int]:
+    """Return `max_length` and `min_length` as `generate` counts them, without the dropped positions of the prompt."""
+    totals = {name: kwargs.get(name) or getattr(settings, name) for name in ("max_length", "min_length")}
+    return {name: max(0, total - dropped) for name, total in totals.items() if total}
+
+
 class PrunedGeneration(PreTrainedModel, GenerationMixin):
     """Put before transformers' classes among the bases of a model whose images are pruned."""
 
@@ -73,9 +79,7 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
                 Record().write(cache)  # it may hold an earlier call's: static caches are used again
             return output
         input_ids, kwargs, record = self.prepare_prompt(prompt, record, settings, kwargs)
-        for name in ("max_length", "min_length"):
-            if total := kwargs.get(name) or getattr(settings, name):
-                kwargs[name] = max(0, total - prompt.shape[1] + input_ids.shape[1])
+        kwargs |= limit_short(kwargs, settings, prompt.shape[1] - input_ids.shape[1])
         output = run(input_ids, generation_config, *args, **kwargs)
         return restore_prompt(output, prompt, input_ids.shape[1], record, past)
 

@@ -1,0 +1,117 @@
+"""`with_pruning`: a model that prunes by itself, for pipelines, servers, trainers and benchmarks."""
+
+from copy import copy
+from functools import partial
+from inspect import signature
+from types import MethodType
+from typing import Any
+
+import torch
+from lightvlm.compaction_lightvlm import Record, follow_cache, restore_prompt
+from lightvlm.generation_lightvlm import infer_attention_mask, limit_short
+from lightvlm.pruning.any_model import PIXELS, Budget, Pruning, check_model, prune_prompt
+from lightvlm.pruning.choosing import Chooser, keep_distinct
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+
+def with_pruning(
+    model: Any,
+    num_image_tokens: Budget | None = None,
+    *,
+    num_video_tokens: Budget | None = None,
+    shared: bool = False,
+    pruner: Chooser = keep_distinct,
+) -> Any:
+    """Return a model of the same weights and class whose `generate` and `forward` prune their images first.
+
+    Sequences begin with the prompt as it was given; logits and hidden states have its positions, at a dropped one
+    those of the last kept before it, so that losses are those of the pruned prompt. A returned KV cache continues with
+    the returned sequences. `save_pretrained` writes the model as it was. The settings are in `.pruning`, and may
+    change between calls. The given model stays as it is; training trains the weights of both.
+
+    Args:
+        model: as in `prune`, and so are the others.
+
+    Raises:
+        ValueError: if the model cannot be pruned this way.
+    """
+    check_model(model)
+    base = model.base_model
+    if base is model:
+        raise ValueError(f"{type(model).__name__} has no base model below its head: call `prune` for each prompt.")
+    settings = Pruning(num_image_tokens, num_video_tokens, shared, pruner)
+    pruned_base = derive(base, PrunedForward, settings)
+    pruned = derive(model, PrunedGenerate, settings)
+    setattr(pruned, model.base_model_prefix, pruned_base)
+    return pruned
+
+
+def derive(model: nn.Module, mixin: type, settings: Pruning) -> Any:
+    """Return a shallow copy of a module, of a class made of a mixin and its own."""
+    derived = copy(model)
+    derived._modules = dict(model._modules)
+    own = type(model)
+    derived.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+    derived.pruning = settings
+    if (hooked := model.__dict__.get("forward")) is not None:  # accelerate's, for offloading
+        derived._old_forward = MethodType(type(derived).forward, derived)
+        derived.forward = partial(hooked.func, derived)
+    return derived
+
+
+class PrunedForward:
+    """Put before a base model's class: prunes prompts that come with pixels."""
+
+    pruning: Pruning
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own `forward` on pruned prompts, and return hidden states at their positions as given."""
+        run = super().forward  # type: ignore[misc]
+        kwargs |= zip(signature(run).parameters, args, strict=False)
+        past = kwargs.get("past_key_values")
+        if not has_pixels(kwargs):
+            mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+            if Record.of(past).compaction is not None and ids is not None and not isinstance(mask, dict):
+                mask, positions = follow_cache(past, ids, mask, kwargs.get("position_ids"))
+                kwargs |= {"attention_mask": mask, "position_ids": positions}
+            return run(**kwargs)
+        if Record.of(past).cached:
+            raise ValueError(
+                "The positions of images behind past_key_values are counted by generate: call it instead."
+            )
+        if kwargs.get("use_cache") and past is None:
+            past = kwargs["past_key_values"] = DynamicCache(config=self.config)
+        short, record = prune_prompt(self, kwargs, self.pruning)
+        output = run(**short, past_key_values=past)
+        record.write(past)
+        output.last_hidden_state = record.compaction.carry(output.last_hidden_state)
+        return output
+
+
+class PrunedGenerate:
+    """Put before the class of a model with a head: `generate` prunes prompts that come with pixels."""
+
+    pruning: Pruning
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate for pruned prompts, and return sequences that begin with the prompts as they were given."""
+        run = super().generate  # type: ignore[misc]
+        prompt, past = kwargs.pop("input_ids", inputs), kwargs.get("past_key_values")
+        if not has_pixels(kwargs) and Record.of(past).is_plain:
+            return run(prompt, generation_config, *args, **kwargs)
+        settings = generation_config or self.generation_config
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = infer_attention_mask(prompt, settings, kwargs.get("pad_token_id"))
+        short, record = prune_prompt(self, {**kwargs, "input_ids": prompt}, self.pruning, past)
+        unset = {name: None for name, value in kwargs.items() if value is None and not has_pixels({name: 0})}
+        short = unset | short | ({} if past is None else {"past_key_values": past})
+        ids = short.pop("input_ids")
+        short |= limit_short(short, settings, prompt.shape[1] - ids.shape[1])
+        return restore_prompt(run(ids, generation_config, *args, **short), prompt, ids.shape[1], record, past)
+
+
+def has_pixels(given: dict[str, Any]) -> bool:
+    """Return whether inputs have an image or a video that is not encoded yet."""
+    return any(given.get(name) is not None for names in PIXELS.values() for name in names)
