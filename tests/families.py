@@ -681,3 +681,9 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "glm5_next": glm5_next,
     "qwen4_exp": qwen4_exp,
 }
+WITH_VIDEO = [
+    *("llava_next_video", "llava_onevision", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    *("qwen3_5", "qwen3_5_moe", "qwen2_5_omni", "qwen3_omni_moe", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
+    *("ernie4_5_vl_moe", "exaone4_5", "hyperclovax_vision_v2", "video_llama_3", "cosmos3_omni", "cosmos3_edge"),
+    *("cohere_compass", "muse_glimmer", "muse_spark", "minimax_m3_vl", "lfm3_vl", "glm5_next", "qwen4_exp"),
+]

@@ -5,73 +5,23 @@ from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, VIDEO, Family
+from by_hand import NO_BEAMS, by_hand, error, placeholders, stays, take, whole_positions
+from families import FAMILIES, IMAGE, WITH_VIDEO
 from lightvlm import prune
 from torch.nn.functional import pad
 
 STEPS = 3
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
 SAMPLED = {"max_new_tokens": STEPS, "do_sample": True}
-NO_BEAMS = {"llama4", "fuyu"}  # transformers repeats no encoder output without pooler_output
+STATIC = {"cache_implementation": "static", "disable_compile": True}
 
 get = cache(lambda name: FAMILIES[name]())
 every = pytest.mark.parametrize("name", FAMILIES)
-with_video = pytest.mark.parametrize("name", [name for name in FAMILIES if get(name).clips])
 ROWS = {"one": (1,), "batch": (1, 2)}
 
 
-def placeholders(inputs):
-    return (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
-
-
-def stays(family: Family, inputs, short, modality="image"):
-    """Return which positions of the whole prompt are in the pruned one, (batch, length)."""
-    lengths, kept = family.lengths(inputs, modality), short["mm_encoder_outputs"][modality].kept_indices
-    flags = [torch.zeros(n, dtype=torch.bool).index_fill(0, k, True) for n, k in zip(lengths, kept, strict=True)]
-    where = placeholders(inputs)
-    return inputs["attention_mask"].bool() & torch.ones_like(where).masked_scatter(where, torch.cat(flags))
-
-
-def whole_positions(family: Family, inputs, kept):
-    """Return the position ids of the whole prompt as transformers counts them."""
-    if not family.keeps_positions:  # those of the pruned prompt, since `generate` counts them anew
-        return (kept.cumsum(dim=1) - 1).clamp_min(0)
-    return family.model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
-
-
-def take(kept, value):
-    """Return the kept positions of (..., batch, length), left-padded."""
-    order = kept.int().argsort(dim=1, stable=True)[:, -int(kept.sum(dim=1).max()) :]
-    return value.gather(-1, order.expand(*value.shape[:-1], -1))
-
-
-def masked(family: Family, inputs, kept, positions):
-    """Return the whole prompt's logits at the kept positions; nobody sees the others."""
-    mask = torch.where(family.allowed(inputs, kept), 0.0, torch.finfo(torch.float32).min)[:, None]
-    logits = family.model(**{**inputs, "attention_mask": mask, "position_ids": positions}, use_cache=False).logits
-    return take(kept, logits.movedim(-1, 0)).movedim(0, -1)
-
-
-def spliced(family: Family, inputs, kept, positions, modality="image"):
-    """Return the logits of the kept embeddings alone, put together by hand: for layers that know no mask."""
-    features = torch.cat([*family.encode(inputs, modality)])
-    where = placeholders(inputs)[..., None]
-    embeddings = family.model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(where, features)
-    embeddings = take(kept, embeddings.movedim(-1, 0)).movedim(0, -1)
-    short = {"attention_mask": take(kept, kept.long()), "position_ids": take(kept, positions)}
-    return family.model(inputs_embeds=embeddings, **short, use_cache=False).logits
-
-
-def by_hand(family: Family, inputs, kept, positions, modality="image"):
-    if family.attention == "recurrent":
-        return spliced(family, inputs, kept, positions, modality)
-    return masked(family, inputs, kept, positions)
-
-
 def assert_close(logits, reference, mask=None):
-    """Compare to 1e-5 of the reference's scale; a token that a family never says has no logits."""
-    there = (reference > -1e30) & (torch.ones_like(reference) if mask is None else mask[..., None]).bool()
-    assert ((logits - reference) * there).abs().max() <= 1e-5 * (reference * there).abs().max()
+    assert error(logits, reference, mask) <= 1e-5
 
 
 @every
@@ -112,7 +62,7 @@ def test_dropping_is_masking(name, rows):
     assert_close(family.model(**short).logits, reference, short["attention_mask"])
 
 
-@with_video
+@pytest.mark.parametrize("name", WITH_VIDEO)
 @torch.no_grad()
 def test_videos_have_one_budget_over_their_frames(name):
     family, inputs = get(name), get(name).video(2)
@@ -158,7 +108,7 @@ def test_beams_and_samples_of_a_batch_are_those_of_each_row(name):
     torch.manual_seed(5)
     sampled = family.model.generate(**deepcopy(short), **SAMPLED)
     torch.manual_seed(5)
-    assert torch.equal(family.model.generate(**short, **SAMPLED, use_cache=False), sampled)
+    assert torch.equal(family.model.generate(**short, **SAMPLED, **STATIC), sampled)
 
 
 def only(short, row):
