@@ -14,6 +14,8 @@ def placeholders(inputs):
 def stays(family: Family, inputs, short, modality="image"):
     """Return which positions of the whole prompt are in the pruned one, (batch, length)."""
     lengths, kept = family.lengths(inputs, modality), short["mm_encoder_outputs"][modality].kept_indices
+    if len(lengths) < len(kept):  # entries of all images of a prompt are cut into them
+        lengths = [sum(lengths) // len(kept)] * len(kept)
     flags = [torch.zeros(n, dtype=torch.bool).index_fill(0, k, True) for n, k in zip(lengths, kept, strict=True)]
     where = placeholders(inputs)
     return inputs["attention_mask"].bool() & torch.ones_like(where).masked_scatter(where, torch.cat(flags))

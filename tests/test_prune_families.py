@@ -20,8 +20,9 @@ every = pytest.mark.parametrize("name", FAMILIES)
 ROWS = {"one": (1,), "batch": (1, 2)}
 
 
-def assert_close(logits, reference, mask=None):
-    assert error(logits, reference, mask) <= 1e-5
+def assert_close(logits, reference, mask=None, family=None):
+    recurrent = family is not None and family.attention == "recurrent"  # adds up in chunks, rounding each
+    assert error(logits, reference, mask) <= (1e-4 if recurrent else 1e-5)
 
 
 @every
@@ -59,7 +60,7 @@ def test_dropping_is_masking(name, rows):
     kept = stays(family, inputs, short)
     assert torch.equal(short["input_ids"], take(kept, inputs["input_ids"] * kept))
     reference = by_hand(family, inputs, kept, whole_positions(family, inputs, kept))
-    assert_close(family.model(**short).logits, reference, short["attention_mask"])
+    assert_close(family.model(**short).logits, reference, short["attention_mask"], family)
 
 
 @pytest.mark.parametrize("name", WITH_VIDEO)
@@ -69,7 +70,7 @@ def test_videos_have_one_budget_over_their_frames(name):
     short = prune(family.model, inputs, num_video_tokens=[0.3, 0.6])
     kept = stays(family, inputs, short, "video")
     reference = by_hand(family, inputs, kept, whole_positions(family, inputs, kept), "video")
-    assert_close(family.model(**short).logits, reference, short["attention_mask"])
+    assert_close(family.model(**short).logits, reference, short["attention_mask"], family)
     assert placeholders(short).sum() == sum(
         map(round, (0.3 * placeholders(inputs)[0].sum().item(), 0.6 * placeholders(inputs)[1].sum().item()))
     )
