@@ -608,6 +608,50 @@ def step3p7() -> Family:
     return Family(build("step3p7", text(**experts | layers), vision), partial(squares, size=48))
 
 
+def relative() -> dict:
+    """Return a text configuration with convolutions, and relative positions counted between keys."""
+    heads = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return text(**heads, **experts, sliding_window_size=512, rel_extent=64)
+
+
+def inkling() -> Family:
+    vision = {"text_hidden_size": HIDDEN, "patch_size": 8, "hidden_size": 32}
+    audio = {"audio_config": {"n_mel_bins": 8, "mel_vocab_size": 8, "text_hidden_size": HIDDEN}, "audio_token_id": 3}
+    layers = {"n_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"]}
+    vision |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    model = build("inkling_mm_model", relative() | layers, vision, **audio)
+    return Family(model, lambda rows: {"pixel_values": torch.randn(12 * sum(rows), 2, 8, 8, 3)}, attention="recurrent")
+
+
+def inkling2() -> Family:
+    layers = {"unpadded_vocab_size": VOCABULARY, "n_layers_per_attn_res_block": 1}
+    vision = tower(posemb_grid_size=8, projection_hidden_dim=48, text_hidden_size=HIDDEN)
+
+    def pixels(rows):
+        grids = turn(((1, 4, 6), (1, 2, 4)), sum(rows))
+        return {"pixel_values": torch.randn(int(grids.prod(-1).sum()), 8, 8, 3), "image_grid_thw": grids}
+
+    return Family(build("inkling2", relative() | layers, vision), pixels, attention="recurrent")
+
+
+def dots3_note() -> Family:
+    audio = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    audio |= {"feature_size": 16, "downsample_hidden_size": 8, "adapter_input_size": 32, "adapter_out_dim": HIDDEN}
+    experts = {"moe_intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+    layers = {"mlp_layer_types": ["dense", "sparse", "dense"], "adapter_in_dim": 32, "adapter_out_dim": HIDDEN}
+    heads = latent(q_lora_rank=16, shared_experts_intermediate_size=32, head_dim=16)
+    model = build("dots3_note", text(**heads), tower(**experts | layers), audio_config=audio, audio_token_id=3)
+    return Family(model, small_patches, small_clips)
+
+
+def unlimited_ocr() -> Family:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
+    layers = {"mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4, "sliding_window": 512}
+    vision = {"sam_config": sam(downsample_channels=[32, 32]), "encoder_config": tower(image_size=16)}
+    return Family(build("unlimited_ocr", text(**experts | layers), vision), partial(squares, size=64))
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     "llava": llava,
     "llava_next": llava_next,
@@ -680,10 +724,15 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "lfm3_vl": lfm3_vl,
     "glm5_next": glm5_next,
     "qwen4_exp": qwen4_exp,
+    "inkling": inkling,
+    "inkling2": inkling2,
+    "dots3_note": dots3_note,
+    "unlimited_ocr": unlimited_ocr,
 }
 WITH_VIDEO = [
     *("llava_next_video", "llava_onevision", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
     *("qwen3_5", "qwen3_5_moe", "qwen2_5_omni", "qwen3_omni_moe", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
     *("ernie4_5_vl_moe", "exaone4_5", "hyperclovax_vision_v2", "video_llama_3", "cosmos3_omni", "cosmos3_edge"),
     *("cohere_compass", "muse_glimmer", "muse_spark", "minimax_m3_vl", "lfm3_vl", "glm5_next", "qwen4_exp"),
+    "dots3_note",
 ]

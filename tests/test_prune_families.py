@@ -140,8 +140,37 @@ def only(short, row):
 @every
 @torch.no_grad()
 def test_bfloat16_runs(name):
-    model, inputs = deepcopy(get(name).model).bfloat16(), get(name).inputs((1, 2))
-    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
-    short = prune(model, inputs, 0.5)
+    model, inputs = deepcopy(get(name).model), get(name).inputs((1, 2))
+    exact = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for weight_name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        if weight.is_floating_point() and not any(part in weight_name for part in exact):
+            weight.data = weight.data.bfloat16()
+    short = prune(model, {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}, 0.5)
     assert model(**short).logits.isfinite().all()
     assert model.generate(**short, **GREEDY).shape[1] == short["input_ids"].shape[1] + STEPS
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava", "internvl", "smolvlm"])
+@torch.no_grad()
+def test_neither_model_nor_inputs_change(name):
+    family, inputs = get(name), get(name).inputs((1, 2))
+    before, modules = deepcopy(inputs), {key: dict(vars(part)) for key, part in family.model.named_modules()}
+    prune(family.model, inputs, 0.5)
+    assert all(torch.equal(value, before[key]) for key, value in inputs.items())
+    assert all(vars(part) == modules[key] for key, part in family.model.named_modules())
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava", "internvl", "smolvlm"])
+@torch.no_grad()
+def test_images_of_a_prompt_share_a_budget(name):
+    family, inputs = get(name), get(name).inputs((1, 2))
+    short = prune(family.model, inputs, [4, 7], shared=True)
+    assert placeholders(short).sum(dim=1).tolist() == [4, 7]
+
+
+@torch.no_grad()
+def test_text_positions_would_not_do():
+    family, inputs = get("qwen3_vl"), get("qwen3_vl").inputs((1, 2))
+    short = dict(prune(family.model, inputs, 1.0))
+    short["position_ids"] = short["position_ids"][:1].expand(4, -1, -1)
+    assert error(family.model(**short).logits[:, -1], family.model(**inputs).logits[:, -1]) > 0.1
