@@ -21,6 +21,7 @@ Budget = int | float | list[int | float]
 PIXELS = {"image": {"pixel_values", "pixel_values_images", "image_patches"}, "video": {"pixel_values_videos"}}
 TYPES = {"image": 1, "video": 2}  # of mm_token_type_ids
 FIELDS = ("pooler_output", "deepstack_features", "last_hidden_state")  # the first that an encoder fills has the tokens
+COUNTED_ANEW = ("exaone4_5", "hyperclovax_vision_v2")  # their `generate` drops the position ids that it is given
 UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # unless they are the tokens
 
 
@@ -319,6 +320,8 @@ def drop(
             entries[f"{modality}_grid_thw"] = some.entries
     grids = {name: given[name][entries[name]] for name in entries if name in given}
     positions = whole_positions(model, given | grids, places, start)
+    if model.config.model_type in COUNTED_ANEW:
+        positions = count_positions(is_kept[:, start:])
     short, record = shorten(given, is_kept, positions, record)
     rest = {name: value for name, value in given.items() if name not in used and name not in short}
     return {**rest, **short, **({"mm_encoder_outputs": outputs} if outputs else {})}, record
@@ -332,6 +335,7 @@ def whole_positions(model: Any, given: dict[str, Any], places: dict[str, Tensor]
         return count_positions(mask)
     types = sum(places[name][:, start:] * number for name, number in TYPES.items())
     arguments = {**given, "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
+    arguments["second_per_grids"] = given.get("video_second_per_grid")  # as Qwen Omni's processor names it
     names = inspect.signature(count).parameters
     return count(**{name: arguments[name] for name in names if name in arguments})[0]
 
@@ -348,7 +352,9 @@ def shorten(
         record: what the cache remembers.
     """
     ids, start = given["input_ids"], record.whole_length
-    later = Compaction.without(~is_kept[:, start:])
+    # One column of padding in front: without any, and without a cache, transformers takes jumps in position ids for
+    # the borders of packed sequences. M-RoPE has the text's positions in a row of their own.
+    later = Compaction.without(~is_kept[:, start:], padding=int(positions.dim() == 2 and not start))
     whole = record.followed_by(later)
     compaction = whole.compaction
     names = [name for name, value in given.items() if isinstance(value, Tensor) and value.shape == ids.shape]
