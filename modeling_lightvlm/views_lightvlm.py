@@ -6,8 +6,9 @@ a newline token at the end of each row of that picture. Sizes of images are (hei
 processor saw them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from math import isqrt
 
 import torch
@@ -20,35 +21,59 @@ from .configuration_lightvlm import LightVLMConfig
 class Layout:
     """The tokens of several images before pruning; rows of fewer tokens end in padding.
 
+    If each image is one view, a token is a patch: `source` is None, `rows` and `columns` are whole numbers (tokens,)
+    for all images, and `is_patch` and `is_tile` are scalars.
+
     Args:
         source: (images, tokens), the patch that each token is, counted over all views of all images; 0 for no patch.
-        is_patch: (images, tokens), False at newline tokens and padding.
+        is_patch: (images, tokens), False at newline tokens and padding, and at patches that have no features.
         is_tile: (images, tokens), False in the thumbnail.
         rows, columns: (images, tokens), where a patch's center is in the whole picture, in patches of the thumbnail.
         lengths: tokens of each image.
         views: of each image.
+        patches: of a view that have features.
     """
 
-    source: Tensor
+    source: Tensor | None
     is_patch: Tensor
     is_tile: Tensor
     rows: Tensor
     columns: Tensor
     lengths: list[int]
     views: list[int]
+    patches: int
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Layout":
+        """Return a layout of what a function makes of each tensor."""
+        tensors = {name: getattr(self, name) for name in ("source", "is_patch", "is_tile", "rows", "columns")}
+        return replace(self, **{name: function(value) for name, value in tensors.items() if value is not None})
+
+    def to(self, device: torch.device) -> "Layout":
+        """Return the layout on a device."""
+        return self if self.is_patch.device == device else self.map(lambda tensor: tensor.to(device))
 
     def gather(self, values: Tensor) -> Tensor:
         """Return (views, patches, ...) of the encoder as (images, tokens, ...), zero where there is no patch."""
+        if self.source is None:
+            return values
         values = values.flatten(0, 1)[self.source]
         return values * self.is_patch.view(*self.is_patch.shape, *[1] * (values.dim() - 2)).to(values)
 
-    def in_picture(self, patches: int) -> Tensor:
-        """Return which patches (views, patches) are tokens: all but the padding that fits an image to its grid."""
-        counts = torch.zeros(sum(self.views) * patches, dtype=torch.long, device=self.source.device)
-        return counts.index_add(0, self.source.flatten(), self.is_patch.flatten().long()).view(-1, patches) > 0
+    def hide(self, scores: Tensor) -> Tensor:
+        """Return scores (images, tokens), those of what is no patch -inf."""
+        return scores if self.source is None else scores.masked_fill(~self.is_patch, -torch.inf)
+
+    def in_picture(self) -> Tensor | None:
+        """Return which patches (views, patches) are tokens: all but the padding of tiles; None for all of them."""
+        if self.source is None:
+            return None
+        counts = torch.zeros(sum(self.views) * self.patches, dtype=torch.long, device=self.source.device)
+        return counts.index_add(0, self.source.flatten(), self.is_patch.flatten().long()).view(-1, self.patches) > 0
 
     def cut(self, pixel_values: Tensor) -> Tensor:
         """Return pixels (views, ...) of existing views, of (images, most views, ...); ValueError if any lack."""
+        if self.source is None:
+            return pixel_values
         if max(self.views) > pixel_values.shape[1]:
             raise ValueError(
                 f"pixel_values has {pixel_values.shape[1]} views of an image that has {max(self.views)} here: give "
@@ -62,10 +87,11 @@ class Layout:
         Returns (images, views): of a tile the sum of its area's probabilities, of the thumbnail, the first, infinity,
         and -1 for views that an image has not.
         """
-        patches = scores.shape[1]
-        nearest = self.rows.round().long() * isqrt(patches) + self.columns.round().long()
+        if self.source is None:
+            return scores.new_full((len(scores), 1), torch.inf)
+        nearest = self.rows.round().long() * isqrt(scores.shape[1]) + self.columns.round().long()
         importance = scores.softmax(dim=-1).gather(1, nearest) * (self.is_tile & self.is_patch)  # (images, tokens)
-        views = (self.source // patches).flatten()
+        views = (self.source // self.patches).flatten()
         importance = importance.new_zeros(sum(self.views)).index_add(0, views, importance.flatten())
         by_image = nn.utils.rnn.pad_sequence([*importance.split(self.views)], batch_first=True, padding_value=-1)
         by_image[:, 0] = torch.inf
@@ -82,20 +108,58 @@ class Layout:
         is_kept = rank < max_views.to(rank.device)[:, None]
         return torch.cat([row[:count] for row, count in zip(is_kept, self.views, strict=True)])
 
-    def without_views(self, is_kept: Tensor, patches: int) -> "Layout":
+    def without_views(self, is_kept: Tensor) -> "Layout":
         """Return the same tokens, of which those of the views that are not kept, (views,), are no patches any more."""
-        view = self.source // patches
-        source = (is_kept.cumsum(0) - 1)[view] * patches + self.source % patches
+        assert self.source is not None  # of one view, none is left out
+        view = self.source // self.patches
+        source = (is_kept.cumsum(0) - 1)[view] * self.patches + self.source % self.patches
         return replace(self, source=source * is_kept[view], is_patch=self.is_patch & is_kept[view])
 
-    def at(self, kept: list[Tensor]) -> "Layout":
-        """Return the layout of the kept tokens, in one row: (1, sum of K)."""
-        image = torch.cat([indices.new_full(indices.shape, index) for index, indices in enumerate(kept)])
-        tokens = torch.cat(kept)
-        source, is_patch, is_tile, rows, columns = (
-            field[image, tokens][None] for field in (self.source, self.is_patch, self.is_tile, self.rows, self.columns)
-        )
-        return Layout(source, is_patch, is_tile, rows, columns, [len(tokens)], [sum(self.views)])
+    def with_features_at(self, places: Tensor) -> "Layout":
+        """Return the same tokens, of which those not at these patches, (views, left), are no patches any more.
+
+        The others' `source` is counted over the patches that are left.
+        """
+        views, left = places.shape
+        if left == self.patches:
+            return self
+        rows = torch.arange(views * left, device=places.device).view(views, left)
+        source = torch.zeros(views, self.patches, dtype=torch.long, device=places.device).scatter(1, places, rows)
+        is_left = torch.zeros_like(source, dtype=torch.bool).scatter(1, places, True)
+        if self.source is not None:
+            source, is_left = source.flatten()[self.source], is_left.flatten()[self.source] & self.is_patch
+        fields = {name: getattr(self, name).expand_as(source) for name in ("is_tile", "rows", "columns")}
+        return replace(self, source=source, is_patch=is_left, patches=left, **fields)
+
+    def at(self, tokens: Tensor, counts: list[int]) -> "Layout":
+        """Return the layout of chosen tokens, (sum of counts,), as many of each image as its count.
+
+        The tokens may have any shape, and the counts be empty, if each image is one view.
+        """
+        if self.source is None:
+            return replace(self, rows=self.rows[tokens], columns=self.columns[tokens])
+        image = torch.cat([tokens.new_full((count,), index) for index, count in enumerate(counts)])
+        return self.map(lambda tensor: tensor[image, tokens])
+
+    def put_newlines(self, tokens: Tensor, newline: Tensor) -> Tensor:
+        """Return tokens (tokens, hidden) of this layout, a newline token in place of what is no patch."""
+        return tokens if self.source is None else tokens.where(self.is_patch[:, None], newline)
+
+
+def place_patches(side: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Return `is_patch`, `is_tile`, `rows` and `columns` of images of one view, as in `Layout`."""
+    with torch.inference_mode(False):  # they are kept, and needed in training too
+        patches, always = torch.arange(side**2, device=device), torch.ones((), dtype=torch.bool, device=device)
+        return always, ~always, patches // side, patches % side
+
+
+placed_patches = cache(place_patches)
+
+
+def one_view(side: int, images: int, device: torch.device) -> Layout:
+    """Return the layout of images of one view of `side` rows and columns of patches."""
+    place = place_patches if torch.compiler.is_compiling() else placed_patches  # a graph makes its own
+    return Layout(None, *place(side, device), lengths=[side**2] * images, views=[1] * images, patches=side**2)
 
 
 def joined_tiles(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
@@ -156,4 +220,5 @@ def lay_out(sizes: Iterable[tuple[int, int]], config: LightVLMConfig, device: to
         columns.float().clamp(0, limit),
         lengths,
         views,
+        config.num_patches,
     )

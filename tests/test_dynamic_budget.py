@@ -13,6 +13,7 @@ from tiny import (
     NUM_PATCHES,
     TEXT,
     complexity_of,
+    encode,
     make_dynamic,
     make_image,
     make_model,
@@ -56,8 +57,7 @@ def is_text(model, inputs) -> torch.Tensor:
 def test_budgets_follow_complexity_and_the_mean_that_is_asked_for(dynamic):
     model, processor = dynamic
     pixels = mixed_batch(processor, 9)["pixel_values"]
-    features, prior = model.model.encode(pixels)
-    complexity = complexity_of(model, features, prior)
+    complexity = complexity_of(model, *encode(model, pixels))
     for mean, kappa in ((2, 2.0), (8, 8.0), (4, 4.0)):  # 4 is interpolated on logarithmic scales
         expected = (kappa * complexity.exp()).round().clamp(1, NUM_PATCHES).tolist()
         assert budgets_of(
