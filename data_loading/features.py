@@ -230,7 +230,8 @@ def encode_shard(
     for batch in batches:
         pixels, sizes = batch["pixel_values"], batch.get("image_sizes")
         layout = model.model.lay_out(pixels, sizes)
-        encoded = model.model.encode(layout.cut(pixels), in_picture=layout.in_picture())
+        views, in_picture = layout.cut(pixels)
+        encoded = model.model.encode(views, in_picture=in_picture)
         for name, values in zip(("features", "prior", "places"), encoded, strict=True):
             parts[name].append(values.cpu().bfloat16() if name == "features" else values.cpu())
         parts["views"].append(torch.tensor(layout.views))
@@ -326,6 +327,7 @@ def lay_out_batch(
         layout = one_view(config.patches_per_side, len(sizes), features.device)
     else:
         layout = lay_out([(int(height), int(width)) for height, width in sizes], config, features.device)
-    if places is not None:
-        layout = layout.with_features_at(places)
-    return layout.gather(features).float(), layout.gather(prior), layout
+    if places is None:  # all of them
+        places = torch.arange(layout.patches, device=features.device).expand(len(features), -1)
+    features, prior, layout = layout.place(places, features, prior)
+    return features.float(), prior, layout

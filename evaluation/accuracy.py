@@ -196,10 +196,10 @@ class Batch:
         pixels, sizes, images = questions.open_images(rows)
         self.pixels, self.images = pixels.to(model.device), images.to(model.device)
         whole = backbone.lay_out(self.pixels, sizes)
-        self.pixels = whole.cut(self.pixels)
-        features, prior, places, keys = encode_with_keys(backbone, self.pixels, whole.in_picture())
-        layout = whole.with_features_at(places)
-        features, prior, keys = encoded = [layout.gather(values) for values in (features, prior, keys)]
+        self.pixels, in_picture = whole.cut(self.pixels)
+        features, prior, places, keys = encode_with_keys(backbone, self.pixels, in_picture)
+        *encoded, layout = whole.place(places, features, prior, keys)
+        features, prior, keys = encoded
         attention, scores = layout.hide(log_prior(prior)), backbone.pruner.score(features, prior, None, layout)
         thumbnails = scores[:, : model.config.num_patches]  # their tokens are the first
         self.importance = whole.view_importance(thumbnails)[self.images]

@@ -63,8 +63,9 @@ def encode_and_rank(
         first K; and the patches (images, count) that they were.
     """
     # Images of one view are laid out alike, and a list as long as there are images would fix their number in a graph.
-    whole = one_view(model.config.patches_per_side, 1, pixel_values.device)
-    features, prior, layout = model.encode_views(pixel_values, vision_feature_layer, whole)
+    features, prior, places = model.encode(pixel_values, vision_feature_layer)
+    whole = one_view(model.config.patches_per_side, 1, features.device)
+    features, prior, layout = whole.place(places, features, prior)
     if count is None:
         order = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
     else:
@@ -72,8 +73,7 @@ def encode_and_rank(
         order = model.pruner.rank(features, prior, questions, layout, count)
     # take_along_dim broadcasts, and so fixes the number of images in a compiled graph.
     patches = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-    places = whole.to(order.device).at(order, [])
-    return features, model.pruner.add_places(model.multi_modal_projector(patches), places), order
+    return features, model.pruner.add_places(model.multi_modal_projector(patches), whole.at(order, [])), order
 
 
 def compile_for_inference(model: LightVLM, **options) -> LightVLM:

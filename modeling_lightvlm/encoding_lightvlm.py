@@ -116,9 +116,10 @@ def encode_patches(
     states, places = hidden_states_at(tower, pixel_values, {*wanted, attending}, keep or {}, in_picture)
     last = places[max(places)]
     prior = attention_to_patches(tower, attending, states[attending])
-    prior = take_patches(prior, places[attending], last)
     features = [states[index][:, 1:] if is_clip else states[index] for index in wanted]
-    features = [take_patches(each, places[index], last) for each, index in zip(features, wanted, strict=True)]
+    if keep:
+        prior = take_patches(prior, places[attending], last)
+        features = [take_patches(each, places[index], last) for each, index in zip(features, wanted, strict=True)]
     return features[0] if len(features) == 1 else torch.cat(features, dim=-1), prior, last
 
 

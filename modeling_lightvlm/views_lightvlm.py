@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,38 +49,50 @@ class Layout:
         tensors = {name: getattr(self, name) for name in ("source", "is_patch", "is_tile", "rows", "columns")}
         return replace(self, **{name: function(value) for name, value in tensors.items() if value is not None})
 
-    def to(self, device: torch.device) -> "Layout":
-        """Return the layout on a device."""
-        return self if self.is_patch.device == device else self.map(lambda tensor: tensor.to(device))
-
     def gather(self, values: Tensor) -> Tensor:
         """Return (views, patches, ...) of the encoder as (images, tokens, ...), zero where there is no patch."""
-        if self.source is None:
-            return values
         values = values.flatten(0, 1)[self.source]
         return values * self.is_patch.view(*self.is_patch.shape, *[1] * (values.dim() - 2)).to(values)
+
+    def place(self, places: Tensor, *values: Tensor) -> tuple[Any, ...]:
+        """Return what the encoder left, as (images, tokens, ...), zero where there is nothing, and its layout.
+
+        Args:
+            places: (views, left), which patches it left.
+            values: (views, left, ...), of these.
+        """
+        layout = self if self.rows.device == places.device else self.map(lambda tensor: tensor.to(places.device))
+        if places.shape[1] < self.patches:
+            layout = layout.left_at(places)
+        return *(values if layout.source is None else map(layout.gather, values)), layout
 
     def hide(self, scores: Tensor) -> Tensor:
         """Return scores (images, tokens), those of what is no patch -inf."""
         return scores if self.source is None else scores.masked_fill(~self.is_patch, -torch.inf)
 
-    def in_picture(self) -> Tensor | None:
-        """Return which patches (views, patches) are tokens: all but the padding of tiles; None for all of them."""
-        if self.source is None:
-            return None
-        counts = torch.zeros(sum(self.views) * self.patches, dtype=torch.long, device=self.source.device)
-        return counts.index_add(0, self.source.flatten(), self.is_patch.flatten().long()).view(-1, self.patches) > 0
+    def cut(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return pixels (views, ...) of existing views, and which of their patches are not a tile's padding.
 
-    def cut(self, pixel_values: Tensor) -> Tensor:
-        """Return pixels (views, ...) of existing views, of (images, most views, ...); ValueError if any lack."""
+        Args:
+            pixel_values: (images, most views, ...), or (images, ...) of one view.
+
+        Returns:
+            Pixels, and (views, patches); None if all patches are tokens.
+
+        Raises:
+            ValueError: if views are missing.
+        """
         if self.source is None:
-            return pixel_values
+            return pixel_values, None
         if max(self.views) > pixel_values.shape[1]:
             raise ValueError(
                 f"pixel_values has {pixel_values.shape[1]} views of an image that has {max(self.views)} here: give "
                 "what the processor beside the weights returned."
             )
-        return torch.cat([image[:count] for image, count in zip(pixel_values, self.views, strict=True)])
+        counts = torch.zeros(sum(self.views) * self.patches, dtype=torch.long, device=self.source.device)
+        counts = counts.index_add(0, self.source.flatten(), self.is_patch.flatten().long())
+        views = torch.cat([image[:count] for image, count in zip(pixel_values, self.views, strict=True)])
+        return views, counts.view(-1, self.patches) > 0
 
     def view_importance(self, scores: Tensor) -> Tensor:
         """Return how important each view's part of the picture is by the scores (images, patches) of the thumbnails.
@@ -115,14 +128,12 @@ class Layout:
         source = (is_kept.cumsum(0) - 1)[view] * self.patches + self.source % self.patches
         return replace(self, source=source * is_kept[view], is_patch=self.is_patch & is_kept[view])
 
-    def with_features_at(self, places: Tensor) -> "Layout":
+    def left_at(self, places: Tensor) -> "Layout":
         """Return the same tokens, of which those not at these patches, (views, left), are no patches any more.
 
         The others' `source` is counted over the patches that are left.
         """
         views, left = places.shape
-        if left == self.patches:
-            return self
         rows = torch.arange(views * left, device=places.device).view(views, left)
         source = torch.zeros(views, self.patches, dtype=torch.long, device=places.device).scatter(1, places, rows)
         is_left = torch.zeros_like(source, dtype=torch.bool).scatter(1, places, True)

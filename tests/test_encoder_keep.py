@@ -149,7 +149,7 @@ def test_of_a_tile_the_padding_is_dropped_first():
     model, processor = make_model(encoder_keep={1: 0.5}, image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
     inputs = processor(images=make_image(0, (250, 100)), num_image_tokens=72, return_tensors="pt")
     layout = model.model.lay_out(inputs["pixel_values"], inputs["image_sizes"])
-    left = torch.tensor([int(view.sum()) for view in layout.in_picture()]).clamp_max(18)
+    left = layout.cut(inputs["pixel_values"])[1].sum(dim=1).clamp_max(18)
     assert most(model, [360], inputs["image_sizes"]) == [int(left.sum())]
     features = model.get_image_features(**inputs | {"num_image_tokens": [int(left.sum())]})
     views = layout.source[0, features.kept_indices[0]] // 36

@@ -76,14 +76,17 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
         prompt, past = kwargs.pop("input_ids", inputs), kwargs.get("past_key_values")
         if prompt is None:
             self.check_embeddings(kwargs)
-            return run(None, generation_config, *args, **kwargs)
-        record, input_ids = Record.of(past), prompt
+            output = run(None, generation_config, *args, **kwargs)
+            for cache in (past, getattr(output, "past_key_values", None)):
+                Record().write(cache)  # it may hold an earlier call's: static caches are used again
+            return output
+        record, input_ids = Record() if past is None else Record.of(past), prompt
         images, written = self.take_images(prompt, record, kwargs)
-        if written or self.model.moves_positions(images) or not record.is_plain:
+        if written or self.model.moves_positions(images) or past is not None and not record.is_plain:
             input_ids, record = self.place_prompt(prompt, record, settings, images, written, kwargs)
         output = run(input_ids, generation_config, *args, **kwargs)
         if past is None and record.compaction is None and isinstance(output, Tensor):
-            return output
+            return output  # nobody sees the cache
         return restore_prompt(output, prompt, input_ids.shape[1], record, past)
 
     def check_embeddings(self, kwargs: dict[str, Any]) -> None:
@@ -149,7 +152,8 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
             input_ids = self.shorten_prompt(prompt, record.compaction, settings, kwargs)
         is_moved = self.model.moves_positions(images)
         if kwargs.get("position_ids") is None and (is_moved or record.shift is not None):
-            kwargs["position_ids"] = record.add_shift(count_positions(kwargs["attention_mask"]))
+            positions = count_positions(kwargs["attention_mask"])
+            kwargs["position_ids"] = positions if record.shift is None else positions + record.shift
         if is_moved:
             dropped = self.model.count_dropped(input_ids[:, cached:], images)
             if not torch.equal(dropped[:, -1], dropped[:, -2]):

@@ -153,21 +153,21 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         layout = self.lay_out(pixel_values, image_sizes)
         asked = Budgets.of(self.config, num_image_tokens, mean_image_tokens, layout.lengths)
         budgets = asked.limited_to_encoded(self.config, image_sizes, max_views) if self.config.encoder_keep else asked
+        if max_views is not None and max(budgets.limits) > self.config.num_patches:
+            raise ValueError(
+                f"num_image_tokens={max(budgets.limits)}: with max_views give up to {self.config.num_patches}."
+            )
         if layout.source is None and not budgets.means:
             outputs = self.encode_and_prune(pixel_values, vision_feature_layer, layout, budgets, question_ids)
         else:
             encoded = self.encode_views(pixel_values, vision_feature_layer, layout, max_views, question_ids)
-            if max_views is not None and max(budgets.limits) > self.config.num_patches:
-                raise ValueError(
-                    f"num_image_tokens={max(budgets.limits)}: with max_views give up to {self.config.num_patches}."
-                )
             outputs = self.prune(*encoded, budgets, question_ids)
         outputs.num_image_tokens = asked.limits
         names = ("output_hidden_states", "output_attentions")
         wanted = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
         if any(wanted.values()):
             logger.warning_once("output_hidden_states and output_attentions run the vision encoder once more.")
-            whole = self.vision_tower(layout.cut(pixel_values), return_dict=True, **wanted)
+            whole = self.vision_tower(layout.cut(pixel_values)[0], return_dict=True, **wanted)
             outputs.hidden_states, outputs.attentions = whole.hidden_states, whole.attentions
         return outputs
 
@@ -210,34 +210,33 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             Features (images, tokens, dim) and prior (images, tokens), zero where there are none, and the layout that
             knows where.
         """
-        views = layout.cut(pixel_values)
-        if max_views is None or layout.source is None:
-            features, prior, places = self.encode(views, vision_feature_layer, layout.in_picture())
+        views, in_picture = layout.cut(pixel_values)
+        if max_views is None or in_picture is None:
+            features, prior, places = self.encode(views, vision_feature_layer, in_picture)
         else:
-            features, prior, places, layout = self.encode_some(
-                views, vision_feature_layer, layout, max_views, question_ids
-            )
-        layout = layout.to(features.device).with_features_at(places)
-        return layout.gather(features), layout.gather(prior), layout
+            wanted = (vision_feature_layer, layout, max_views, question_ids)
+            features, prior, places, layout = self.encode_some(views, in_picture, *wanted)
+        return layout.place(places, features, prior)
 
     def encode_some(
         self,
         views: Tensor,
+        in_picture: Tensor,
         vision_feature_layer: int | list[int] | None,
         layout: Layout,
         max_views: Tensor,
         question_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Layout]:
         """Run `encode` on thumbnails, then on the tiles that they choose, and return these views' layout, too."""
-        in_picture: Any = layout.in_picture()
         is_thumbnail = torch.zeros(len(views), dtype=torch.bool, device=views.device)
         starts = torch.tensor([0, *layout.views[:-1]], device=views.device).cumsum(0)
         is_thumbnail[starts] = True
         encoded = self.encode(views[is_thumbnail], vision_feature_layer)
         features, prior, places = encoded
-        thumbnails = one_view(self.config.patches_per_side, len(features), features.device).with_features_at(places)
-        questions = None if question_ids is None else self.embed_questions(question_ids)
-        scores = self.pruner.score(thumbnails.gather(features), thumbnails.gather(prior), questions, thumbnails)
+        thumbnails = one_view(self.config.patches_per_side, len(features), features.device)
+        on_grid, prior_there, thumbnails = thumbnails.place(places, features, prior)
+        questions = self.embed_questions(question_ids) if question_ids is not None else None
+        scores = self.pruner.score(on_grid, prior_there, questions, thumbnails)
         is_kept = layout.choose_views(scores, max_views)
         is_tile = is_kept & ~is_thumbnail
         if is_tile.any():
@@ -256,7 +255,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             budgets: of the images.
             question_ids: as in `get_image_features`.
         """
-        questions = None if question_ids is None else self.embed_questions(question_ids)
+        questions = self.embed_questions(question_ids) if question_ids is not None else None
         return self.keep(features, self.pruner(features, prior, budgets, questions, layout), layout)
 
     def keep(self, features: Tensor, kept: list[Tensor], layout: Layout) -> LightVLMImageFeatures:
@@ -267,10 +266,11 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             kept: (K,) indices of each image, in raster order.
         """
         patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
-        places = layout.at(torch.cat(kept), counts := [len(each) for each in kept])
-        tokens = self.pruner.add_places(self.multi_modal_projector(patches), places)  # [sum of K, hidden]
-        if self.image_newline is not None:
-            tokens = places.put_newlines(tokens, self.image_newline)
+        tokens, counts = self.multi_modal_projector(patches), [len(each) for each in kept]  # [sum of K, hidden]
+        if self.pruner.row_score is not None or self.image_newline is not None:
+            places = layout.at(torch.cat(kept), counts)
+            tokens = self.pruner.add_places(tokens, places)
+            tokens = tokens if self.image_newline is None else places.put_newlines(tokens, self.image_newline)
         return LightVLMImageFeatures(
             last_hidden_state=features,
             pooler_output=list(tokens.split(counts)),
@@ -318,7 +318,9 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             return self.forward_images(inputs, images, images.num_image_tokens)
         if not mm_encoder_outputs:
             return super().forward(**inputs)
-        return self.forward_images(inputs, mm_encoder_outputs["image"], None)
+        if self.moves_positions(images := mm_encoder_outputs["image"]):
+            return self.forward_images(inputs, images, None)
+        return self.prefill(**inputs, mm_encoder_outputs=mm_encoder_outputs)
 
     def forward_images(self, inputs: dict[str, Any], images: Any, written: list[int] | None) -> Any:
         """Run `forward` with encoded images, of so many placeholders in the prompt; as many as tokens if None."""

@@ -144,9 +144,7 @@ ZERO_MODULES = (ZeroLinear, ZeroEmbedding)
 
 
 def embed_places(embedding: nn.Module, places: Tensor) -> Tensor:
-    """Return embeddings (..., dim) at places (...): those of whole numbers, and between them linear interpolations."""
-    if not places.is_floating_point():
-        return embedding(places)
+    """Return embeddings (..., dim) at places (...) between whole numbers that have one, by linear interpolation."""
     below = places.floor()
     share = (places - below)[..., None]
     low, high = embedding(below.long()), embedding(places.ceil().long())
@@ -155,6 +153,8 @@ def embed_places(embedding: nn.Module, places: Tensor) -> Tensor:
 
 def embed_grid(row: nn.Module, column: nn.Module, layout: Layout) -> Tensor:
     """Return the sum of the embeddings of each token's row and column, (..., dim)."""
+    if not layout.rows.is_floating_point():
+        return row(layout.rows) + column(layout.columns)
     return embed_places(row, layout.rows) + embed_places(column, layout.columns)
 
 
@@ -241,7 +241,8 @@ class TokenPruner(nn.Module):
             scores = scores + embed_grid(self.row_score, self.column_score, layout).squeeze(-1).float()
         if self.tile_score is not None:
             scores = scores + layout.is_tile * only_row(self.tile_score, features.device).float()
-        return self.add_question(layout.hide(scores), features, questions, layout)
+        scores = layout.hide(scores)
+        return scores if questions is None else self.add_question(scores, features, questions, layout)
 
     def add_question(self, scores: Tensor, features: Tensor, questions: Tensor | None, layout: Layout) -> Tensor:
         """Add the question's term to scores that `score` returned without it; arguments as in `score`."""
