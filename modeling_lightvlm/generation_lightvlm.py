@@ -101,7 +101,8 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
 
         Left in the arguments are the tokens alone: their positions are known then.
         """
-        images, written = (kwargs.get("mm_encoder_outputs") or {}).get("image"), None
+        images: Any = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        written: list[int] = []
         if kwargs.get("pixel_values") is None:
             kwargs.pop("mean_image_tokens", None)
         elif images is None:
@@ -114,8 +115,7 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
         if images is None:
             return None, []
         kwargs["mm_encoder_outputs"] = {"image": LightVLMImageFeatures(pooler_output=images.pooler_output)}
-        is_short = written is not None and written != [len(tokens) for tokens in images.pooler_output]
-        return images, written if is_short else []
+        return images, written if written != [len(tokens) for tokens in images.pooler_output] else []
 
     def place_prompt(
         self,

@@ -47,7 +47,8 @@ class Layout:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Layout":
         """Return a layout of what a function makes of each tensor."""
         tensors = {name: getattr(self, name) for name in ("source", "is_patch", "is_tile", "rows", "columns")}
-        return replace(self, **{name: function(value) for name, value in tensors.items() if value is not None})
+        mapped: dict[str, Any] = {name: function(value) for name, value in tensors.items() if value is not None}
+        return replace(self, **mapped)
 
     def gather(self, values: Tensor) -> Tensor:
         """Return (views, patches, ...) of the encoder as (images, tokens, ...), zero where there is no patch."""
@@ -157,11 +158,11 @@ class Layout:
         return tokens if self.source is None else tokens.where(self.is_patch[:, None], newline)
 
 
-def place_patches(side: int, device: torch.device) -> tuple[Tensor, ...]:
+def place_patches(side: int, device: torch.device) -> dict[str, Any]:
     """Return `is_patch`, `is_tile`, `rows` and `columns` of images of one view, as in `Layout`."""
     with torch.inference_mode(False):  # they are kept, and needed in training too
         patches, always = torch.arange(side**2, device=device), torch.ones((), dtype=torch.bool, device=device)
-        return always, ~always, patches // side, patches % side
+        return {"is_patch": always, "is_tile": ~always, "rows": patches // side, "columns": patches % side}
 
 
 placed_patches = cache(place_patches)
@@ -169,8 +170,8 @@ placed_patches = cache(place_patches)
 
 def one_view(side: int, images: int, device: torch.device) -> Layout:
     """Return the layout of images of one view of `side` rows and columns of patches."""
-    place = place_patches if torch.compiler.is_compiling() else placed_patches  # a graph makes its own
-    return Layout(None, *place(side, device), lengths=[side**2] * images, views=[1] * images, patches=side**2)
+    fields = (place_patches if torch.compiler.is_compiling() else placed_patches)(side, device)  # a graph has its own
+    return Layout(source=None, **fields, lengths=[side**2] * images, views=[1] * images, patches=side**2)
 
 
 def joined_tiles(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
@@ -196,40 +197,34 @@ def encoded_tokens(size: tuple[int, int], config: LightVLMConfig, max_views: int
     return left + int(encoded[: views if max_views is None else max_views - 1].sum())
 
 
-def token_rows(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
-    """Return `source` (-1 for a newline), `is_tile`, `rows` and `columns` of one image's tokens: (4, tokens)."""
-    side = config.patches_per_side
-    source = torch.arange(config.num_patches)
-    tokens = torch.stack([source, torch.zeros_like(source), source // side, source % side]).double()
+def image_tokens(size: tuple[int, int], config: LightVLMConfig) -> dict[str, Tensor]:
+    """Return `source`, `is_patch`, `is_tile`, `rows` and `columns` of one image's tokens, each (tokens,)."""
+    side, patches = config.patches_per_side, torch.arange(config.num_patches)
+    is_patch = torch.ones_like(patches, dtype=torch.bool)
+    thumbnail = {"source": patches, "is_patch": is_patch, "is_tile": ~is_patch}
+    thumbnail |= {"rows": (patches // side).double(), "columns": (patches % side).double()}
     if config.grids.count_views(size) == 1:
-        return tokens
+        return thumbnail
     joined = joined_tiles(size, config)
-    height, width = joined.shape
-    rows, columns = ((torch.arange(n).double() + 0.5) * side / n - 0.5 for n in (height, width))
-    fields = [joined.double(), torch.ones(height, width), rows[:, None].expand(-1, width), columns.expand(height, -1)]
-    tiles = torch.stack(fields)
+    rows, columns = (((torch.arange(n).double() + 0.5) * side / n - 0.5).clamp(0, side - 1) for n in joined.shape)
+    is_patch = torch.ones_like(joined, dtype=torch.bool)
+    tiles = {"source": joined, "is_patch": is_patch, "is_tile": is_patch}
+    tiles |= {"rows": rows[:, None].expand_as(joined), "columns": columns.expand_as(joined)}
     if config.image_newline:
-        tiles = nn.functional.pad(tiles, (0, 1), value=-1)
-    return torch.cat([tokens, tiles.flatten(1)], dim=1)
+        tiles = {name: nn.functional.pad(field, (0, 1)) for name, field in tiles.items()}
+    return {name: torch.cat([thumbnail[name], tiles[name].flatten()]) for name in tiles}
 
 
 def lay_out(sizes: Iterable[tuple[int, int]], config: LightVLMConfig, device: torch.device) -> Layout:
     """Return the layout of images of these sizes, whose views follow each other: thumbnail, tiles in raster order."""
     sizes = list(sizes)
-    images = [token_rows(size, config) for size in sizes]
-    lengths, views = [image.shape[1] for image in images], [config.grids.count_views(size) for size in sizes]
+    images, views = [image_tokens(size, config) for size in sizes], [config.grids.count_views(size) for size in sizes]
     for index, image in enumerate(images):
-        image[0, image[0] >= 0] += sum(views[:index]) * config.num_patches
-    padded = torch.stack([nn.functional.pad(each, (0, max(lengths) - each.shape[1]), value=-1) for each in images])
-    source, is_tile, rows, columns = padded.to(device).unbind(dim=1)
-    limit = config.patches_per_side - 1
-    return Layout(
-        source.clamp_min(0).long(),
-        source >= 0,
-        is_tile > 0,
-        rows.float().clamp(0, limit),
-        columns.float().clamp(0, limit),
-        lengths,
-        views,
-        config.num_patches,
-    )
+        image["source"] = (image["source"] + sum(views[:index]) * config.num_patches) * image["is_patch"]
+    fields: dict[str, Any] = {
+        name: nn.utils.rnn.pad_sequence([image[name] for image in images], batch_first=True).to(device)
+        for name in images[0]
+    }
+    fields |= {name: fields[name].float() for name in ("rows", "columns")}
+    lengths = [len(image["source"]) for image in images]
+    return Layout(**fields, lengths=lengths, views=views, patches=config.num_patches)

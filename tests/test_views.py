@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.hub.build import build_from_llava
-from lightvlm.views_lightvlm import lay_out, token_rows
+from lightvlm.views_lightvlm import lay_out
 from PIL import Image
 from tiny import (
     GRIDS,
@@ -82,7 +82,7 @@ def test_processor_and_model_count_the_same_tokens(grids, newline):
     processor = make_processor(pinpoints=grids, image_newline=newline)
     sizes = random_sizes(300)
     lengths = [processor.count_tokens(size) for size in sizes]
-    assert [token_rows(size, config).shape[1] for size in sizes] == lengths
+    assert lay_out(sizes, config, CPU).lengths == lengths
     assert max(lengths) <= config.max_image_tokens == processor.max_image_tokens
 
 
@@ -110,6 +110,16 @@ def test_a_layout_has_thumbnail_then_joined_tiles_and_each_place_in_the_whole_pi
     assert layout.rows[0, 36:48].unique().tolist() == [0]
     assert layout.source[1, :36].tolist() == [*range(108, 144)]  # the second image's view follows three of the first
     assert layout.is_patch[1, 36:].sum() == 36 and not layout.is_patch[1, 36 + 6 * 7 :].any()
+
+
+def test_a_place_does_not_depend_on_the_other_images_of_a_batch():
+    config = make_config(image_grid_pinpoints=GRIDS)
+    sizes = [(50, 50), (84, 168), (250, 240)]
+    together = lay_out(sizes, config, CPU)
+    for index, size in enumerate(sizes):
+        alone, length = lay_out([size], config, CPU), together.lengths[index]
+        for name in ("is_patch", "is_tile", "rows", "columns"):
+            assert torch.equal(getattr(together, name)[index, :length], getattr(alone, name)[0]), name
 
 
 # LLaVA-NeXT as it is.

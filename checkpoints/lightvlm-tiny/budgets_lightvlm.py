@@ -40,7 +40,8 @@ class Budgets:
         """
         if limits is None and config.num_image_tokens == "dynamic":
             limits, means = config.max_image_tokens, config.mean_image_tokens if means is None else means
-        count, given = len(lengths), config.num_image_tokens if limits is None else limits
+        count = len(lengths)
+        given: Any = config.num_image_tokens if limits is None else limits
         numbers = given.tolist() if isinstance(given, Tensor) else given
         numbers = [numbers] * count if isinstance(numbers, int) else list(numbers)
         if len(numbers) != count:
