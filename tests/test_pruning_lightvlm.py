@@ -178,6 +178,17 @@ def test_budgets_of_one_batch_may_differ_and_kept_patches_are_in_raster_order(se
         assert torch.equal(indices, alone)
 
 
+@pytest.mark.parametrize("select", ["topk", "diverse"])
+def test_a_ranking_begins_with_what_is_kept_of_any_number(select):
+    pruner, layout = TokenPruner(make_config(score="cls", select=select)), one_view(6, 2, CPU)
+    features, prior = torch.randn(2, 36, 32), torch.rand(2, 36)
+    order = pruner.rank(features, prior, None, layout, 36)
+    for count in (1, 9, 35):
+        assert torch.equal(pruner.rank(features, prior, None, layout, count), order[:, :count])
+        kept = pruner(features, prior, Budgets([count] * 2), None, layout)
+        assert torch.equal(torch.stack(kept), order[:, :count].sort(dim=1).values)
+
+
 @pytest.mark.parametrize("score", ["cls", "mlp", "positional", "question"])
 def test_an_untrained_pruner_is_the_prior(score):
     model = LightVLMModel(make_config(score=score))
