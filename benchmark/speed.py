@@ -117,6 +117,7 @@ def stages_of(model: LightVLM) -> list[tuple]:
         (backbone.pruner, "add_question", SCORING),
         (backbone.pruner, "allot", SCORING),
         (backbone.pruner, "select", SELECTION),
+        (backbone, "encode_views", PROJECTOR),
         (backbone, "prune", PROJECTOR),
         (backbone.vision_tower, "forward", ENCODER),
         (backbone.multi_modal_projector, "forward", PROJECTOR),
