@@ -99,7 +99,7 @@ def encode(
     found = model.get_image_features(**inputs)
     places = [[*first].index(key) for key in keys]
     tokens, kept = ([part[place] for place in places] for part in (found.pooler_output, found.kept_indices))
-    lengths = found.lengths and [found.lengths[place] for place in places]
+    lengths = [found.lengths[place] for place in places]
     return LightVLMImageFeatures(pooler_output=tokens, kept_indices=kept, lengths=lengths)
 
 
@@ -130,9 +130,10 @@ def tokenize(prompts: list[str], budgets: list[int], processor: LightVLMProcesso
 
 def count_positions(model: LightVLM, inputs: dict[str, torch.Tensor], features: LightVLMImageFeatures | None) -> int:
     """Return the positions of the longest prompt, with dropped tokens if position ids are original."""
-    dropped = None if features is None else model.model.count_dropped(inputs["input_ids"], features)
     lengths = inputs["attention_mask"].sum(dim=1)
-    return int((lengths if dropped is None else lengths + dropped[:, -1]).max())
+    if model.model.moves_positions(features):
+        lengths = lengths + model.model.count_dropped(inputs["input_ids"], features)[:, -1]
+    return int(lengths.max())
 
 
 @torch.no_grad()

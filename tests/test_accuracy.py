@@ -213,7 +213,7 @@ def test_merge_compares_keys_and_max_min_projected_patches(tmp_path, monkeypatch
         batch = Batch(model, Questions(load_llava(tmp_path / "data.json", tmp_path), processor), [0], False)
         for selector in ("merge+cls", "max-min", "dedup+cls"):
             batch.choose(selector, 4)
-        assert torch.equal(compared["merge"], encode_with_keys(model.model, batch.pixels)[2])
+        assert torch.equal(compared["merge"], encode_with_keys(model.model, batch.pixels)[-1])
         assert torch.equal(compared["max-min"], model.model.multi_modal_projector(batch.features))
         assert torch.equal(compared["dedup"], batch.features)
 

@@ -13,6 +13,7 @@ from lightvlm.data import features
 from lightvlm.pruning_lightvlm import allot_budgets, pool_important
 from lightvlm.training import budget, pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
+from lightvlm.views_lightvlm import one_view
 from saved import lose_weights
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 
@@ -123,9 +124,10 @@ def test_the_need_is_the_smallest_budget_that_is_nearly_as_good_as_everything(mo
     )
     examples = [{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}] * 2
     features, prior = torch.randn(2, NUM_PATCHES, 32), torch.rand(2, NUM_PATCHES)
-    need = budget.needed_tokens(model, processor, examples, features, prior, None, [2, 4, 8], 0.1)
+    layout = one_view(6, 2, torch.device("cpu"))
+    need = budget.needed_tokens(model, processor, examples, features, prior, layout, [2, 4, 8], 0.1)
     assert need.tolist() == [8, 2]
-    need = budget.needed_tokens(model, processor, examples, features, prior, None, [2, 4, 8], 0.01)
+    need = budget.needed_tokens(model, processor, examples, features, prior, layout, [2, 4, 8], 0.01)
     assert need.tolist() == [NUM_PATCHES, NUM_PATCHES]
 
 

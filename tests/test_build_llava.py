@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightvlm import LightVLM, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.hub.build import build_from_llava
+from lightvlm.views_lightvlm import one_view
 from lightvlm_cli.main import main
 from safetensors.torch import save_file
 from saved import edit_json, edit_weights, refusal_of_build, without
@@ -56,7 +57,8 @@ def test_llava_checkpoints_load_everything_but_the_pruner(tmp_path, layout):
     for name, weight in expected.state_dict().items():
         if "pruner" not in name:
             assert torch.equal(weight, model.state_dict()[name]), name
-    scores = model.model.pruner.score(torch.randn(1, NUM_PATCHES, 32), torch.ones(1, NUM_PATCHES))
+    features, prior, layout = torch.randn(1, 36, 32), torch.ones(1, 36), one_view(6, 1, torch.device("cpu"))
+    scores = model.model.pruner.score(features, prior, None, layout)
     assert torch.equal(scores, torch.zeros(1, NUM_PATCHES))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from lightvlm import LightVLMModel
+from lightvlm.budgets_lightvlm import Budgets
 from lightvlm.data.turns import mask_blocks, pack_turns
 from lightvlm.training.collator import LightVLMCollator
 from tiny import (
@@ -13,6 +14,7 @@ from tiny import (
     both,
     budgets_of,
     complexity_of,
+    encode,
     generate,
     images_of,
     is_text,
@@ -29,8 +31,7 @@ from trl import SFTConfig, SFTTrainer
 def test_budgets_follow_complexity_and_the_mean_that_is_asked_for(dynamic):
     model, processor = dynamic
     pixels = mixed_batch(processor, 9)["pixel_values"]
-    features, prior = model.model.encode(pixels)
-    complexity = complexity_of(model, features, prior)
+    complexity = complexity_of(model, *encode(model, pixels))
     for mean, kappa in ((2, 2.0), (8, 8.0), (4, 4.0)):  # 4 is interpolated on logarithmic scales
         expected = (kappa * complexity.exp()).round().clamp(1, NUM_PATCHES).tolist()
         assert budgets_of(
@@ -46,6 +47,23 @@ def test_numbers_and_dynamic_budgets_mix_in_one_batch(dynamic):
     assert torch.equal(
         generate(model, some)[:, -8:], generate(model, mixed_batch(processor, [5, free[1], 20]))[:, -8:]
     )
+
+
+def test_a_mean_of_zero_says_that_k_is_fixed():
+    config = make_dynamic().config
+    assert Budgets.of(config, [36, 5], torch.tensor([8, 0]), [36, 36]) == Budgets([36, 5], [8, None])
+    assert (
+        Budgets.of(config, [7, 5], [0, 0], [36, 36]) == Budgets.of(config, [7, 5], None, [36, 36]) == Budgets([7, 5])
+    )
+
+
+@pytest.mark.parametrize("position_ids", ["consecutive", "original"])
+@pytest.mark.parametrize("budget", [9, "dynamic:8"])
+def test_budgets_are_resolved_once(monkeypatch, budget, position_ids):
+    model, calls, resolve = make_dynamic(position_ids=position_ids), [], Budgets.of
+    monkeypatch.setattr(Budgets, "of", lambda *arguments: calls.append(1) or resolve(*arguments))
+    generate(model, mixed_batch(make_processor(), budget))
+    assert len(calls) == 1
 
 
 def test_prefill_and_cache_hold_the_kept_tokens_only(dynamic):

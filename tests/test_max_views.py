@@ -22,8 +22,8 @@ def bright(monkeypatch):
 
     def encode_brightness(pixels, *options):
         encoded.append(len(pixels))
-        features, _ = encode(pixels, *options)
-        return features, torch.nn.functional.avg_pool2d(pixels.mean(dim=1), 14).flatten(1).exp() ** 8
+        features, _, places = encode(pixels, *options)
+        return features, torch.nn.functional.avg_pool2d(pixels.mean(dim=1), 14).flatten(1).exp() ** 8, places
 
     monkeypatch.setattr(model.model, "encode", encode_brightness)
     return model, processor, encoded

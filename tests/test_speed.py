@@ -31,9 +31,10 @@ from lightvlm.benchmark.speed import (
     summarise,
     watched,
 )
+from lightvlm.budgets_lightvlm import Budgets
 from lightvlm.inference.compilation import encode_and_rank
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
-from tiny import NUM_PATCHES, make_image, make_model, make_processor, vision_config
+from tiny import NUM_PATCHES, encode, make_image, make_model, make_processor, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -278,7 +279,7 @@ def test_encoding_and_pruning_never_wait_for_a_gpu(tiny):
     model, _ = tiny
     pixels = torch.randn(2, 3, 84, 84)
     with Waits() as waits, torch.no_grad():
-        model.model.prune(*model.model.encode(pixels), None, [9, 9])
+        model.model.prune(*encode(model, pixels), Budgets([9, 9]))
     assert waits.count == 0
 
 
@@ -346,9 +347,9 @@ def test_pruning_launches_no_more_for_more_tokens_and_one_gather_for_an_image(se
     model = make_model(select=select)
     counts = {}
     for images, budget in ((2, 4), (2, 16), (4, 16)):
-        features, prior = model.model.encode(torch.randn(images, 3, 84, 84))
+        encoded = encode(model, torch.randn(images, 3, 84, 84))
         with Launches() as launches, torch.no_grad():
-            model.model.prune(features, prior, None, [budget] * images)
+            model.model.prune(*encoded, Budgets([budget] * images))
         counts[images, budget] = launches.count
     assert counts[2, 4] == counts[2, 16]
     assert counts[4, 16] - counts[2, 16] == 2

@@ -5,8 +5,9 @@ import math
 import numpy
 import pytest
 import torch
-from lightvlm.views_lightvlm import lay_out, token_rows
+from lightvlm.views_lightvlm import lay_out, one_view
 from tiny import GRIDS, NEXT_GRIDS, make_config, make_image, make_model, make_processor, make_views, random_sizes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 
@@ -18,7 +19,7 @@ def test_processor_and_model_count_the_same_tokens(grids, newline):
     processor = make_processor(pinpoints=grids, image_newline=newline)
     sizes = random_sizes(300)
     lengths = [processor.count_tokens(size) for size in sizes]
-    assert [token_rows(size, config).shape[1] for size in sizes] == lengths
+    assert lay_out(sizes, config, CPU).lengths == lengths
     assert max(lengths) <= config.max_image_tokens == processor.max_image_tokens
 
 
@@ -46,6 +47,53 @@ def test_a_layout_has_thumbnail_then_joined_tiles_and_each_place_in_the_whole_pi
     assert layout.rows[0, 36:48].unique().tolist() == [0]
     assert layout.source[1, :36].tolist() == [*range(108, 144)]  # the second image's view follows three of the first
     assert layout.is_patch[1, 36:].sum() == 36 and not layout.is_patch[1, 36 + 6 * 7 :].any()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_layout_of_one_view_is_made_once_and_serves_training_too():
+    with torch.inference_mode():
+        first = one_view(11, 1, CPU)
+    with Operations() as operations:
+        layout = one_view(11, 4, CPU)
+    assert operations.count == 0 and layout.rows is first.rows
+    assert (layout.lengths, layout.views) == ([121] * 4, [1] * 4)
+    assert (layout.rows * 11 + layout.columns).tolist() == [*range(121)]
+    embedding = torch.nn.Embedding(11, 2)
+    embedding(layout.rows).sum().backward()
+    assert embedding.weight.grad.tolist() == [[11, 11]] * 11
+
+
+@pytest.mark.parametrize("size", [(84, 84), (250, 100)])
+def test_what_the_encoder_left_stands_where_it_was(size):
+    config = make_config(image_grid_pinpoints=GRIDS)
+    whole = one_view(6, 1, CPU) if size == (84, 84) else lay_out([size], config, CPU)
+    views = sum(whole.views)
+    values = torch.arange(1.0, views * 36 + 1).view(views, 36)
+    places = torch.rand(views, 36).argsort(dim=1)[:, :20].sort().values
+    (everything,) = lay_out([size], config, CPU).gather(values)
+    found, layout = whole.place(places, values.gather(1, places))
+    is_left = torch.isin(everything, values.gather(1, places))
+    assert torch.equal(found[0], everything * is_left) and torch.equal(layout.is_patch[0], is_left)
+    assert layout.lengths == whole.lengths and layout.rows.shape == (1, whole.lengths[0])
+
+
+def test_a_place_does_not_depend_on_the_other_images_of_a_batch():
+    config = make_config(image_grid_pinpoints=GRIDS)
+    sizes = [(50, 50), (84, 168), (250, 240)]
+    together = lay_out(sizes, config, CPU)
+    for index, size in enumerate(sizes):
+        alone, length = lay_out([size], config, CPU), together.lengths[index]
+        for name in ("is_patch", "is_tile", "rows", "columns"):
+            assert torch.equal(getattr(together, name)[index, :length], getattr(alone, name)[0]), name
 
 
 def test_views_need_the_sizes_of_their_images():

@@ -137,16 +137,20 @@ TEXT = ["<image> or <image>?", "what color?", "<image>\nis there a red circle in
 IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]
 
 
-def complexity_of(model, features, prior):
-    return model.model.pruner.estimate_complexity(features, model.model.pruner.score(features, prior))
+def encode(model, pixels):
+    """Return features, prior and layout of images of one view."""
+    return model.model.encode_views(pixels, None, model.model.lay_out(pixels, None))
+
+
+def complexity_of(model, features, prior, layout):
+    return model.model.pruner.estimate_complexity(features, model.model.pruner.score(features, prior, None, layout))
 
 
 def make_dynamic(vision="clip", text="phi", **overrides):
     """Return a tiny model whose estimator finds the images of `mixed_batch` simple, middling and complex."""
     model = make_model(vision, text, dynamic_budget=CALIBRATION, **overrides)
     linear = torch.nn.init.normal_(model.model.pruner.complexity.weight), model.model.pruner.complexity.bias
-    features, prior = model.model.encode(mixed_batch(make_processor(vision), 9)["pixel_values"])
-    complexity = complexity_of(model, features, prior)
+    complexity = complexity_of(model, *encode(model, mixed_batch(make_processor(vision), 9)["pixel_values"]))
     with torch.no_grad():
         linear[0].div_(complexity.std())
         linear[1].sub_(complexity.mean() / complexity.std())

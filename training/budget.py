@@ -99,7 +99,7 @@ def needed_tokens(
     examples: list[dict],
     features: torch.Tensor,
     prior: torch.Tensor,
-    layout: Layout | None,
+    layout: Layout,
     sweep: list[int],
     delta: float,
 ) -> torch.Tensor:
@@ -115,7 +115,7 @@ def needed_tokens(
     """
     judge, pruner, device = PolicyGradient(model), model.model.pruner, model.device
     whole = model.config.encoded_patches  # of many views, too, as many as one view has
-    order = pruner.select(pruner.score(features, prior, layout=layout), features, whole)
+    order = pruner.rank(features, prior, None, layout, whole)
     rewards = []
     for kept in (order[:, :budget].sort(dim=-1).values for budget in (*sweep, whole)):
         inputs = pack_turns([example["messages"] for example in examples], processor, kept.shape[1])
@@ -201,7 +201,7 @@ def main() -> None:
         features, prior, layout = lay_out_batch(**stacked, config=model.config)
         needs.append(needed_tokens(model, processor, batch, features, prior, layout, args.sweep, args.delta))
         with torch.no_grad():
-            pooled.append(pool_important(features, pruner.score(features, prior, layout=layout)))
+            pooled.append(pool_important(features, pruner.score(features, prior, None, layout)))
     need, pooled = torch.cat(needs).log(), torch.cat(pooled)
     half, dtype = len(examples) // 2, config.dtype or torch.float32  # rows are in random order
     penalty = choose_penalty(pooled[:half], need[:half], args.ridge)
