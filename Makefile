@@ -51,7 +51,8 @@ test-install: .venv/ready
 	done
 
 # Both ends of what pyproject.toml allows of transformers and its trainers, each in an environment of its own.
-CORE := $(patsubst %,tests/test_%.py,modeling_lightvlm views dynamic_budget processing_lightvlm pruning_lightvlm hub sft pruner)
+CORE := $(wildcard $(patsubst %,tests/test_%.py,modeling_lightvlm pruning_lightvlm views* max_views llava_next dynamic_* \
+	processing_lightvlm chat_template images_lightvlm arrays hub build* sft* collator steps pruner))
 test-lowest: .venv-lowest/ready
 	.venv-lowest/bin/pytest $(CORE)
 
@@ -132,7 +133,7 @@ test-vllm: .venv-vllm/ready $(DATA)/mosaics_test_photo_3x3.json
 test-zero3: .venv/ready
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --upgrade --target build/deepspeed \
 		deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
-	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/pytest tests/test_sft.py -k zero3
+	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/pytest tests/test_sft_resume.py -k zero3
 
 # The files that travel to the Hub are typed in full.
 TYPED := $(notdir $(wildcard modeling_lightvlm/*_lightvlm.py processing/*_lightvlm.py))

@@ -22,7 +22,8 @@ import torch
 from lightvlm import LightVLM, encoding_lightvlm
 from lightvlm.images_lightvlm import shrink, to_rgb
 from lightvlm.inference.compilation import compile_for_inference
-from lightvlm.views_lightvlm import encoded_tokens, token_rows
+from lightvlm.processing_lightvlm import expand_placeholders
+from lightvlm.views_lightvlm import encoded_tokens
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,6 +118,7 @@ def stages_of(model: LightVLM) -> list[tuple]:
         (backbone.pruner, "add_question", SCORING),
         (backbone.pruner, "allot", SCORING),
         (backbone.pruner, "select", SELECTION),
+        (backbone, "encode_views", PROJECTOR),
         (backbone, "prune", PROJECTOR),
         (backbone.vision_tower, "forward", ENCODER),
         (backbone.multi_modal_projector, "forward", PROJECTOR),
@@ -328,7 +330,7 @@ def view_configurations(
         max_views: how many views are encoded if not all are.
         encoder_keep: as in `configurations`, with all views and with some, at every K that it leaves.
     """
-    total = token_rows(size, model.config).shape[1]
+    total = model.config.grids.count_tokens(size)
     wanted = [(ALL_VIEWS, total, None), *((ALL_VIEWS, budget, None) for budget in budgets)]
     wanted += [(SOME_VIEWS.format(views), budget, views) for views in max_views for budget in budgets]
     wanted.append((ONE_VIEW, model.config.num_patches, 1))
@@ -448,7 +450,8 @@ class Trial:
         placeholder = self.model.config.image_token_index
         words = torch.randint(placeholder, (self.batch_size, self.prompt_tokens))
         before, after = words.split([self.prompt_tokens // 2, self.prompt_tokens - self.prompt_tokens // 2], dim=1)
-        images = torch.full((self.batch_size, self.images_a_row * placeholders), placeholder)
+        (images,) = expand_placeholders([[placeholder]], placeholder, [self.images_a_row * placeholders])
+        images = torch.tensor(images).expand(self.batch_size, -1)
         input_ids = torch.cat([before, images, after], dim=1).to(self.model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 

@@ -12,6 +12,7 @@ from lightvlm.benchmark.presets import random_model
 from lightvlm.benchmark.speed import peak_memory_bytes, reset_peak_memory, summarise
 from lightvlm.evaluation.markdown import markdown_table
 from lightvlm.inference.checkpoint import SHIPPED
+from lightvlm.processing_lightvlm import expand_placeholders
 from lightvlm.training.collator import LightVLMCollator
 from lightvlm.training.sft import LightVLMArguments, LightVLMTrainer, freeze_all_but, make_lora_config
 from tqdm import tqdm
@@ -60,7 +61,8 @@ def make_batch(model: LightVLM, batch_size: int, text_tokens: int, budget: int) 
     config, placeholder = model.config, model.config.image_token_index
     pixels = torch.randn(batch_size, 3, *[config.vision_config.image_size] * 2, device=model.device)
     words = torch.randint(placeholder, (batch_size, text_tokens), device=model.device)
-    images = torch.full((batch_size, budget), placeholder, device=model.device)
+    (image,) = expand_placeholders([[placeholder]], placeholder, [budget])
+    images = torch.tensor(image, device=model.device).expand(batch_size, -1)
     ids = torch.cat([images, words], dim=1)
     labels = ids.clone()
     labels[:, : budget + text_tokens // 2] = -100

@@ -156,14 +156,14 @@ def time_training(args: argparse.Namespace, device: str) -> None:
             write_json(args.output, report)
 
 
-def run(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError if options do not fit each other, or what they need is not installed."""
     if args.layers and not args.preset:
         raise ValueError("--layers slices a --preset: a checkpoint is measured as it is.")
     if (args.plot or args.growth) and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('--plot and --growth need matplotlib: pip install "lightvlm[eval]"')
     if args.growth and (len(args.images) == 1 or len(args.batch_sizes) > 1):
         raise ValueError("--growth is drawn over several numbers of --images, and of one batch size.")
-
     if args.train and not args.preset:
         raise ValueError("--train needs a --preset.")
     if args.train and (args.plot or args.growth or args.views or args.methods or args.encoder_keep or args.int8):
@@ -173,47 +173,68 @@ def run(args: argparse.Namespace) -> None:
     if args.train and importlib.util.find_spec("trl") is None:
         raise ValueError('--train needs the trainer: pip install "lightvlm[train]"')
 
+
+def make_model(args: argparse.Namespace, device: str) -> tuple:
+    """Return the checkpoint, or the preset with random weights, and its image processor."""
     import torch
     from lightvlm.benchmark.presets import image_processor, preset_config, random_model
-    from lightvlm.benchmark.speed import measure
-    from lightvlm.benchmark.speed_report import describe, growth_plot, plot, table
-    from lightvlm.budgets_lightvlm import Budgets
-    from lightvlm.data.files import write_json
-    from lightvlm.inference.checkpoint import choose_device, load
+    from lightvlm.inference.checkpoint import load
     from lightvlm.inference.compilation import int8_config
 
-    device = choose_device(args.device)
-    for path in (args.output, args.plot, args.growth):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    if args.train:
-        time_training(args, device)
-        return
-    if args.preset:
-        config = preset_config(args.preset, args.layers)
-        if args.views:
-            config.image_grid_pinpoints = view_grids(args.views, config.vision_config.image_size)
-        model = random_model(config, device, getattr(torch, args.dtype or "bfloat16"))
-        images = image_processor(config)
-        if args.int8:
-            int8 = int8_config().quant_type
-            from torchao.quantization import quantize_
-
-            quantize_(model.model.language_model, int8)
-    else:
+    if not args.preset:
         model, processor = load(args.model_path, args.dtype, args.int8, device)
-        images = processor.image_processor
         if args.views and not processor.grid_pinpoints:
             raise ValueError(f"--views: {args.model_path} sees one view of an image.")
+        return model, processor.image_processor
+    config = preset_config(args.preset, args.layers)
+    if args.views:
+        config.image_grid_pinpoints = view_grids(args.views, config.vision_config.image_size)
+    model = random_model(config, device, getattr(torch, args.dtype or "bfloat16"))
+    if args.int8:
+        int8 = int8_config().quant_type
+        from torchao.quantization import quantize_
+
+        quantize_(model.model.language_model, int8)
+    return model, image_processor(config)
+
+
+def choose_methods(args: argparse.Namespace, model) -> list[str]:
+    """Return what is compared; ValueError if the model cannot have a method, a budget or views that are asked for."""
+    from lightvlm.budgets_lightvlm import Budgets
+
     if args.max_views and not args.views:
         raise ValueError("--max-views needs --views.")
     for budget in args.num_image_tokens:
         Budgets.of(model.config, budget, None, [model.config.max_image_tokens])
-    model.set_attn_implementation(args.attn_implementation)
     compared = args.methods or ["published", "lightvlm", *(["dynamic"] if model.config.dynamic_budget else [])]
     if "dynamic" in compared and not model.config.dynamic_budget:
         raise ValueError(f"--methods dynamic: {args.model_path} has no dynamic budget; training/budget.py fits one.")
+    return compared
 
+
+def run(args: argparse.Namespace) -> None:
+    check_options(args)
+
+    from lightvlm.inference.checkpoint import choose_device
+
+    device = choose_device(args.device)
+    for path in filter(None, (args.output, args.plot, args.growth)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if args.train:
+        time_training(args, device)
+    else:
+        time_inference(args, device)
+
+
+def time_inference(args: argparse.Namespace, device: str) -> None:
+    """Time all methods, print a table for each batch size, write the report and draw it."""
+    from lightvlm.benchmark.speed import measure
+    from lightvlm.benchmark.speed_report import describe, growth_plot, plot, table
+    from lightvlm.data.files import write_json
+
+    model, images = make_model(args, device)
+    compared = choose_methods(args, model)
+    model.set_attn_implementation(args.attn_implementation)
     report = begin_report(args, device) | {
         "dtype": str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else ""),
         "attention": args.attn_implementation,

@@ -47,6 +47,7 @@ import argparse
 import itertools
 import shlex
 from pathlib import Path
+from typing import Any
 
 from lightvlm_cli.options import (
     add_device,
@@ -93,23 +94,49 @@ def run(args: argparse.Namespace) -> None:
     given = [option is not None for option in (args.data_path, args.image_folder, args.benchmark, args.data_dir)]
     if given not in ([True, True, False, False], [False, False, True, True]):
         raise ValueError("give either --data-path and --image-folder, or --benchmark and --data-dir")
+    check_extra()
 
-    import torch
     from accelerate import PartialState
-    from lightvlm.data.files import write_json
-    from lightvlm.data.llava import load_llava
-    from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
-    from lightvlm.inference.checkpoint import check_question_aware, load
+    from lightvlm.inference.answer_log import on_main
+    from lightvlm.inference.checkpoint import load
     from lightvlm.inference.fingerprint import fingerprint
 
+    selectors = known_names(args)
+    for path in filter(None, (args.output, args.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files, metric = read_files(args)
+    claim_device(args)
+    model, processor = load(args.model_path, **loading(args))
+    if args.encoder_keep:
+        checked = type(model.config).from_dict({**model.config.to_dict(), "encoder_keep": args.encoder_keep})
+        model.config.encoder_keep = checked.encoder_keep
+    selectors = selectors or [model.config.select]
+    check_choices(args, selectors, model, processor)
+    measured = {"dtype": str(model.dtype), "int8": args.int8, "encoder_keep": model.config.encoder_keep}
+    if args.answers or args.output:
+        measured |= on_main(fingerprint, args.model_path)
+    results = []
+    for name, rows in files.items():
+        found = measure_file(args, name, rows, metric, selectors, model, processor, measured)
+        results += [{"data": name, **result} for result in found]
+    if PartialState().is_main_process:
+        report(args, model, measured, results)
+
+
+def check_extra() -> None:
+    """Raise ValueError if what is needed to measure is not installed."""
     try:
-        from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, Questions, accuracy, choose_settings, table
-        from lightvlm.evaluation.benchmarks import BENCHMARKS, load_benchmark
-        from lightvlm.evaluation.metrics import ExactMatch
-        from lightvlm.evaluation.plot import plot
-        from lightvlm.inference.answer_log import AnswerLog, on_main
+        import lightvlm.evaluation.accuracy
+        import lightvlm.evaluation.benchmarks
+        import lightvlm.evaluation.plot  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(f"measuring needs {error.name}: pip install 'lightvlm[eval]'") from None
+
+
+def known_names(args: argparse.Namespace) -> list[str]:
+    """Return the selectors that are asked for, none by default; ValueError if one, or the benchmark, is unknown."""
+    from lightvlm.evaluation.benchmarks import BENCHMARKS
+    from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
 
     selectors = [name.strip() for name in args.selectors.split(",")] if args.selectors else []
     by_score = [f"{name}{score}" for name, score in itertools.product(SCORED, ("+question", "+cls"))]
@@ -119,50 +146,69 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.benchmark and args.benchmark not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {args.benchmark}: choose among {', '.join(BENCHMARKS)}")
-    for path in (args.output, args.plot):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    return selectors
+
+
+def read_files(args: argparse.Namespace) -> tuple[dict, Any]:
+    """Return the rows of each file by its name, and the metric of their answers."""
+    from lightvlm.data.llava import load_llava
+    from lightvlm.evaluation.benchmarks import load_benchmark
+    from lightvlm.evaluation.metrics import ExactMatch
+
     if args.benchmark:
-        files, metric = load_benchmark(args.benchmark, args.data_dir)
-    else:
-        files, metric = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}, ExactMatch()
-        if len(files) < len(args.data_path):
-            raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
-    claim_device(args)
-    model, processor = load(args.model_path, **loading(args))
-    if args.encoder_keep:
-        checked = type(model.config).from_dict({**model.config.to_dict(), "encoder_keep": args.encoder_keep})
-        model.config.encoder_keep = checked.encoder_keep
-    own = model.config.select
-    selectors = selectors or [own]
+        return load_benchmark(args.benchmark, args.data_dir)
+    files = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}
+    if len(files) < len(args.data_path):
+        raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
+    return files, ExactMatch()
+
+
+def dynamic_budgets(args: argparse.Namespace) -> list[str]:
+    return [budget for budget in args.num_image_tokens or [] if isinstance(budget, str)]
+
+
+def check_choices(args: argparse.Namespace, selectors: list[str], model, processor) -> None:
+    """Raise ValueError if the checkpoint cannot have a selector or a budget that is asked for."""
+    from lightvlm.inference.checkpoint import check_question_aware
+
     for name in selectors:
         if name.endswith("+question"):
             check_question_aware(name, args.model_path, model)
     for budget in args.num_image_tokens or []:
         processor.resolve_budgets(budget, 1)
-    numbers = args.num_image_tokens and [budget for budget in args.num_image_tokens if isinstance(budget, int)]
-    dynamic = [budget for budget in args.num_image_tokens or [] if isinstance(budget, str)]
-    if dynamic and own not in selectors:
+    own = model.config.select
+    if dynamic_budgets(args) and own not in selectors:
         raise ValueError(f"a dynamic budget is spent by the checkpoint's own selector: add {own} to --selectors.")
-    measured = {"dtype": str(model.dtype), "int8": args.int8, "encoder_keep": model.config.encoder_keep}
-    if args.answers or args.output:
-        measured |= on_main(fingerprint, args.model_path)
-    results = []
-    for name, rows in files.items():
-        questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
-        try:
-            settings = choose_settings(questions, model.config, selectors, numbers)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        settings += [(own, budget) for budget in dynamic]
-        about = measured | {"settings": settings, "seed": args.seed, "max_new_tokens": MAX_NEW_TOKENS}
-        if args.answers:
-            about["questions_sha256"] = on_main(questions.digest)
-        with AnswerLog(args.answers and args.answers / f"{name}.jsonl", about) as log:
-            found = accuracy(model, questions, settings, metric, args.batch_size, args.seed, log)
-        results += [{"data": name, **result} for result in found]
-    if not PartialState().is_main_process:
-        return
+
+
+def measure_file(
+    args: argparse.Namespace, name: str, rows, metric, selectors: list[str], model, processor, measured: dict
+) -> list[dict]:
+    """Return the results of one file; ValueError, with its name, if its images cannot have a budget."""
+    from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, Questions, accuracy, choose_settings
+    from lightvlm.inference.answer_log import AnswerLog, on_main
+
+    questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
+    numbers = args.num_image_tokens and [budget for budget in args.num_image_tokens if isinstance(budget, int)]
+    try:
+        settings = choose_settings(questions, model.config, selectors, numbers)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    settings += [(model.config.select, budget) for budget in dynamic_budgets(args)]
+    about = measured | {"settings": settings, "seed": args.seed, "max_new_tokens": MAX_NEW_TOKENS}
+    if args.answers:
+        about["questions_sha256"] = on_main(questions.digest)
+    with AnswerLog(args.answers and args.answers / f"{name}.jsonl", about) as log:
+        return accuracy(model, questions, settings, metric, args.batch_size, args.seed, log)
+
+
+def report(args: argparse.Namespace, model, measured: dict, results: list[dict]) -> None:
+    """Print the results as a table, and write them to the files that are asked for."""
+    import torch
+    from lightvlm.data.files import write_json
+    from lightvlm.evaluation.accuracy import table
+    from lightvlm.evaluation.plot import plot
+
     command = shlex.join(["lightvlm", *args.argv])
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -170,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
     timing = f"milliseconds a question, median over batches of {args.batch_size}, {dtype}, on {device}"
     print(f"\n{command}\nseed {args.seed}\nprefill and selection: {timing}\n\n{table(results)}")
     if args.output:
-        report = {"command": command, "seed": args.seed, "timing": timing, **measured, "results": results}
-        write_json(args.output, report)
+        written = {"command": command, "seed": args.seed, "timing": timing, **measured, "results": results}
+        write_json(args.output, written)
     if args.plot:
         plot(results, args.plot)

@@ -22,7 +22,7 @@ from datasets import Dataset, Image, concatenate_datasets
 from filelock import FileLock
 from lightvlm import LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
 from lightvlm.data.llava import load_llava
-from lightvlm.views_lightvlm import Layout, lay_out
+from lightvlm.views_lightvlm import Layout, lay_out, one_view
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 SHARD = 256  # images in a file: 300 MB for CLIP ViT-L/14-336
 BATCH = 16
+ENCODED = ("features", "prior", "places")
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def name_encoder(model: LightVLMForConditionalGeneration, processor: LightVLMPro
     settings = (
         config.vision_feature_layer,
         config.prior_layer,
-        config.encoder_keep,
+        config.encoder_keep and (config.encoder_keep, "places"),  # files once had no places
         processor.image_processor.to_json_string(),
     )
     digest.update(repr(settings).encode())
@@ -191,8 +192,7 @@ class EncodedImages(TorchDataset):
         start, end = int(shard["ends"][at - 1]) if at else 0, int(shard["ends"][at])
         return {
             **self.conversations[index],
-            "features": shard["features"][start:end],
-            "prior": shard["prior"][start:end],
+            **{name: shard[name][start:end] for name in ENCODED if name in shard},
             "size": shard["sizes"][at].tolist(),
             **{name: column[index] for name, column in self.columns.items()},
         }
@@ -222,24 +222,24 @@ def encode_shard(
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a file of features.
 
-    They are `features` (views, patches, dim), `prior` (views, patches), and of each image where its views end and its
-    height and width, in a batch without many views those of a view.
+    They are `features` (views, left, dim) and `prior` (views, left) of the patches that the encoder left, which ones
+    these are, `places` (views, left), if it dropped any, and of each image where its views end and its height and
+    width, in a batch without many views those of a view.
     """
-    parts = {"features": [], "prior": [], "views": [], "sizes": []}
+    parts = {"features": [], "prior": [], "places": [], "views": [], "sizes": []}
     for batch in batches:
         pixels, sizes = batch["pixel_values"], batch.get("image_sizes")
         layout = model.model.lay_out(pixels, sizes)
-        views = [1] * len(pixels) if layout is None else layout.views
-        if layout is not None:
-            pixels = layout.cut(pixels)
-        in_picture = layout and layout.in_picture(model.config.num_patches)
-        features, prior = model.model.encode(pixels, in_picture=in_picture)
-        parts["features"].append(features.cpu().bfloat16())
-        parts["prior"].append(prior.cpu())
-        parts["views"].append(torch.tensor(views))
+        views, in_picture = layout.cut(pixels)
+        encoded = model.model.encode(views, in_picture=in_picture)
+        for name, values in zip(("features", "prior", "places"), encoded, strict=True):
+            parts[name].append(values.cpu().bfloat16() if name == "features" else values.cpu())
+        parts["views"].append(torch.tensor(layout.views))
         view = model.config.vision_config.image_size
-        parts["sizes"].append(torch.full((len(views), 2), view) if sizes is None else sizes.cpu().long())
+        parts["sizes"].append(torch.full((len(layout.views), 2), view) if sizes is None else sizes.cpu().long())
     shard = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    if shard["places"].shape[1] == model.config.num_patches:
+        del shard["places"]
     return {**shard, "ends": shard.pop("views").cumsum(dim=0)}
 
 
@@ -279,8 +279,8 @@ def encode_rows(
             reads what others encoded, whichever images and in whatever order; one that was interrupted goes on.
 
     Returns:
-        For each row its `messages`, and `features` (views, patches, dim) in bf16, `prior` (views, patches) and `size`
-        (height, width) of its image, as the image processor saw it.
+        For each row its `messages`, and of its image `features` (views, left, dim) in bf16, `prior` (views, left),
+        `places` (views, left) if the encoder drops patches, and `size` (height, width), as the image processor saw it.
 
     Raises:
         ValueError: if an image cannot be read.
@@ -309,23 +309,25 @@ def encode_rows(
 
 
 def stack_features(examples: list[dict], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Return a batch's `features` (views, patches, dim), `prior` (views, patches) and `sizes` (images, 2)."""
-    stacked = {
-        "features": torch.cat([example["features"] for example in examples]),
-        "prior": torch.cat([example["prior"] for example in examples]),
-        "sizes": torch.tensor([example["size"] for example in examples]),
-    }
+    """Return a batch's `features`, `prior` and `places` of `encode_shard`, and `sizes` (images, 2)."""
+    stacked = {name: torch.cat([example[name] for example in examples]) for name in ENCODED if name in examples[0]}
+    stacked["sizes"] = torch.tensor([example["size"] for example in examples])
     return {name: values.to(device) for name, values in stacked.items()}
 
 
 def lay_out_batch(
-    features: torch.Tensor, prior: torch.Tensor, sizes: torch.Tensor, config: LightVLMConfig
-) -> tuple[torch.Tensor, torch.Tensor, Layout | None]:
-    """Lay out `stack_features`'s batch: float32 features (images, tokens, dim), prior (images, tokens), and layout.
-
-    The layout is None for a checkpoint that sees one view, whose tokens are its patches.
-    """
+    features: torch.Tensor,
+    prior: torch.Tensor,
+    sizes: torch.Tensor,
+    config: LightVLMConfig,
+    places: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Layout]:
+    """Lay out `stack_features`'s batch: float32 features (images, tokens, dim), prior (images, tokens), and layout."""
     if config.image_grid_pinpoints is None:
-        return features.float(), prior, None
-    layout = lay_out([(int(height), int(width)) for height, width in sizes], config, features.device)
-    return layout.gather(features).float(), layout.gather(prior), layout
+        layout = one_view(config.patches_per_side, len(sizes), features.device)
+    else:
+        layout = lay_out([(int(height), int(width)) for height, width in sizes], config, features.device)
+    if places is None:  # all of them
+        places = torch.arange(layout.patches, device=features.device).expand(len(features), -1)
+    features, prior, layout = layout.place(places, features, prior)
+    return features.float(), prior, layout

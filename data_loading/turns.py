@@ -4,6 +4,7 @@ from itertools import islice
 
 import torch
 from lightvlm import LightVLMProcessor
+from lightvlm.processing_lightvlm import expand_placeholders
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100  # labels of what is not learned, as in transformers
@@ -59,10 +60,9 @@ def tokenize_turns(
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answered)
         )
         prompt_ids = prompt_ids if prompt_ids[: len(first)] == first else first + prompt_ids
+        (prompt_ids,) = expand_placeholders([prompt_ids], image_token_id, budgets)
         start = len(prompt_ids) - prompt_ids[::-1].index(image_token_id) if budgets else 0
-        placeholders = iter(budgets)
-        copies = [next(placeholders) if token == image_token_id else 1 for token in prompt_ids[:start]]
-        prefix = [token for token, count in zip(prompt_ids, copies, strict=False) for _ in range(count)]
+        prefix = prompt_ids[:start]
         turns.append((prompt_ids[start:], answer_ids))
     return prefix, turns
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.views_lightvlm import joined_tiles, token_rows
+from lightvlm.views_lightvlm import image_tokens, joined_tiles
 from PIL import Image, ImageDraw, ImageFont
 
 DIM, DIM_COLOR = 0.3, 60  # a dropped patch keeps so much of itself, and the rest is this gray
@@ -87,10 +87,10 @@ def picture_views(
     """
     side = math.isqrt(processor.num_patches)
     views = [cut_patches(as_seen(view, processor), side) for view in pixel_values]
-    patches, tokens = np.concatenate(views), token_rows(size, model.config)
-    source = tokens[0, kept.cpu()].long().numpy()
+    patches, tokens = np.concatenate(views), image_tokens(size, model.config)
+    source, is_patch = tokens["source"][kept.cpu()].numpy(), tokens["is_patch"][kept.cpu()].numpy()
     is_kept = np.zeros(len(patches), dtype=bool)
-    is_kept[source[source >= 0]] = True  # without newlines
+    is_kept[source[is_patch]] = True  # without newlines
     joined = joined_tiles(size, model.config).numpy()  # (rows, columns) of patches
     pixels = join_patches(patches[joined])
 

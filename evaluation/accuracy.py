@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Container
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -174,10 +175,9 @@ def choose_settings(
 
 def repeat_images(layout: Layout, images: torch.Tensor) -> Layout:
     """Return the layout of these images, some of them several times."""
-    fields = ("source", "is_patch", "is_tile", "rows", "columns")
-    chosen = {name: getattr(layout, name)[images] for name in fields}
     lengths, views = ([counts[image] for image in images.tolist()] for counts in (layout.lengths, layout.views))
-    return Layout(**chosen, lengths=lengths, views=views)
+    repeated = layout if layout.source is None else layout.map(lambda tensor: tensor[images])
+    return replace(repeated, lengths=lengths, views=views)
 
 
 class Batch:
@@ -195,21 +195,17 @@ class Batch:
         self.model, self.questions, self.rows = model, questions, rows
         pixels, sizes, images = questions.open_images(rows)
         self.pixels, self.images = pixels.to(model.device), images.to(model.device)
-        layout, in_picture = backbone.lay_out(self.pixels, sizes), None
-        if layout is not None:
-            self.pixels, in_picture = layout.cut(self.pixels), layout.in_picture(model.config.num_patches)
-        encoded = encode_with_keys(backbone, self.pixels, in_picture)
-        if layout is not None:
-            encoded = [layout.gather(values) for values in encoded]
-        features, prior, _ = encoded
-        attention, scores = log_prior(prior), backbone.pruner.score(features, prior, layout=layout)
-        self.importance = torch.full((len(rows), 1), torch.inf, device=scores.device)  # of the one view
-        if layout is not None:
-            attention = attention.masked_fill(~layout.is_patch, -torch.inf)
-            thumbnails = scores[:, : model.config.num_patches]  # their tokens are the first
-            self.importance = layout.view_importance(thumbnails)[self.images]
+        whole = backbone.lay_out(self.pixels, sizes)
+        self.pixels, in_picture = whole.cut(self.pixels)
+        features, prior, places, keys = encode_with_keys(backbone, self.pixels, in_picture)
+        *encoded, layout = whole.place(places, features, prior, keys)
+        features, prior, keys = encoded
+        attention, scores = layout.hide(log_prior(prior)), backbone.pruner.score(features, prior, None, layout)
+        thumbnails = scores[:, : model.config.num_patches]  # their tokens are the first
+        self.importance = whole.view_importance(thumbnails)[self.images]
         self.features, self.prior, self.keys = (values[self.images] for values in encoded)
-        self.layout = None if layout is None else repeat_images(layout, self.images)
+        self.is_left = (layout.is_patch | ~whole.is_patch).expand(prior.shape)[self.images]  # newlines are, too
+        self.layout, self.whole = (repeat_images(each, self.images) for each in (layout, whole))
         self.sizes = None if sizes is None else torch.as_tensor(sizes)[images]
         self.scores = {"": scores[self.images], "cls": attention[self.images]}
         if question_aware:
@@ -231,15 +227,15 @@ class Batch:
         name, _, score = selector.partition("+")
         if isinstance(budget, str):
             (largest,), means = self.questions.processor.resolve_budgets(budget, 1)
-            budgets = [min(largest, length) for length in self.lengths]
+            budgets = [min(largest, length) for length in self.layout.lengths]
             asked = Budgets(budgets, means * len(budgets)).limited_to_encoded(self.model.config, self.sizes)
-            kept = backbone.pruner(self.features, self.prior, asked.limits, means=means, layout=self.layout)
+            kept = backbone.pruner(self.features, self.prior, asked, None, self.layout)
             return backbone.keep(self.features, kept, self.layout)
-        if self.layout is not None and name not in ("all", *OF_VIEWS):
+        if self.whole.source is not None and name not in ("all", *OF_VIEWS):
             raise ValueError(f"{name} is not for images of many views: choose among {', '.join(OF_VIEWS)}.")
         if name == "all":
-            encoded = [prior[:length] >= 0 for prior, length in zip(self.prior, self.lengths, strict=True)]
-            kept = [is_encoded.nonzero()[:, 0] for is_encoded in encoded]  # what the encoder did not drop
+            rows = zip(self.is_left, self.layout.lengths, strict=True)
+            kept = [is_left[:length].nonzero()[:, 0] for is_left, length in rows]  # what the encoder did not drop
             return backbone.keep(self.features, kept, self.layout)
         if budget > min(self.left):
             raise ValueError(f"num_image_tokens={budget}: an image has {min(self.left)} patches, so give no more.")
@@ -249,7 +245,7 @@ class Batch:
         if name in SHARES:
             kept = self.choose_by_view(SHARES[name], budget).sort(dim=-1).values
             return backbone.keep(self.features, list(kept), self.layout)
-        if name in CHOOSERS and self.layout is not None:  # where what is no patch has the score -inf
+        if name in CHOOSERS and self.whole.source is not None:  # where what is no patch has the score -inf
             kept = CHOOSERS[name](self.scores[score], compared, budget).sort(dim=-1).values
             return backbone.keep(self.features, list(kept), self.layout)
         if name in CHOOSERS:
@@ -267,8 +263,8 @@ class Batch:
         scores, quotas = self.scores[""], share(self.importance, budget)
         order = self.model.model.pruner.select(scores, self.features, self.features.shape[1])
         views = torch.zeros_like(order)
-        if self.layout is not None:
-            views = self.layout.source // self.model.config.num_patches
+        if self.whole.source is not None:
+            views = self.whole.source // self.whole.patches
             views = views - views[:, :1]  # counted within the image, from the thumbnail on
         views = views.where(scores > -torch.inf, quotas.shape[1])  # what has no features is of no view
         return spend_quotas(order, views, functional.pad(quotas, (0, 1)), budget)
@@ -280,11 +276,6 @@ class Batch:
         if self.sizes is None:
             return [config.encoded_patches] * len(self.rows)
         return [encoded_tokens((*size,), config) for size in self.sizes.tolist()]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Count the tokens of each row's image before pruning."""
-        return [self.features.shape[1]] * len(self.rows) if self.layout is None else self.layout.lengths
 
     def answer(self, selector: str, budget: int | str, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
         """Return greedy answers from K tokens of each image, the mean K, and milliseconds of selection and prefill."""

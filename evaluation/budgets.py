@@ -81,11 +81,12 @@ class Encoded:
     def __init__(self, model: LightVLM, processor: LightVLMProcessor, images: list[dict]):
         self.model, self.processor, self.turns = model, processor, [image["turns"] for image in images]
         opened = processor(images=[image["path"] for image in images], return_tensors="pt")
-        self.features, self.prior = model.model.encode(opened["pixel_values"])
-        pruner = model.model.pruner
-        scores = pruner.score(self.features, self.prior)
-        self.complexity = pruner.estimate_complexity(self.features, scores)
-        self.order = pruner.select(scores, self.features, self.features.shape[1])
+        backbone, pixels = model.model, opened["pixel_values"]
+        encoded = backbone.encode_views(pixels, None, backbone.lay_out(pixels, None))
+        self.features, self.prior, self.layout = encoded
+        scores = backbone.pruner.score(self.features, self.prior, None, self.layout)
+        self.complexity = backbone.pruner.estimate_complexity(self.features, scores)
+        self.order = backbone.pruner.select(scores, self.features, self.features.shape[1])
 
     def answer(self, budgets: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return whether each image's answers are right, (questions,), and the log-probability of a token."""
@@ -94,7 +95,7 @@ class Encoded:
         inputs = pack_turns(self.turns, self.processor, budgets)
         labels = inputs.pop("labels")[:, 1:]
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        images = {"image": backbone.keep(self.features, kept)}
+        images = {"image": backbone.keep(self.features, kept, self.layout)}
         outputs = backbone(**mask_blocks(inputs), mm_encoder_outputs=images)
         results = []
         for states, wanted in zip(outputs[0][:, :-1].cpu(), labels, strict=True):

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from lightvlm import LightVLM, LightVLMModel
 from lightvlm.pruning_lightvlm import NOTHING_NEW, cosine_similarity, select_density_peaks, select_topk
+from lightvlm.views_lightvlm import one_view
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -301,15 +302,15 @@ def project(backbone: LightVLMModel, features: torch.Tensor, weights: torch.Tens
         (batch, K, hidden); of chosen patches, what `LightVLMModel.prune` returns.
     """
     tokens = backbone.multi_modal_projector(features)
-    patches = torch.arange(weights.shape[-1], device=tokens.device)
-    places = backbone.pruner.add_positions(tokens.new_zeros(len(patches), tokens.shape[-1]), patches)
+    layout = one_view(backbone.config.patches_per_side, 1, tokens.device)
+    places = backbone.pruner.add_places(tokens.new_zeros(weights.shape[-1], tokens.shape[-1]), layout)
     return tokens + weights / weights.sum(dim=-1, keepdim=True) @ places
 
 
 def encode_with_keys(
     backbone: LightVLMModel, pixel_values: torch.Tensor, in_picture: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return features and prior of `LightVLMModel.encode`, and the patches' keys, from the same run of the encoder.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `LightVLMModel.encode` does, and the patches' keys, from the same run of the encoder.
 
     Args:
         backbone: with the encoder.
@@ -317,17 +318,17 @@ def encode_with_keys(
         in_picture: as in `encode_patches`.
 
     Returns:
-        Features (images, patches, dim), prior (images, patches), and keys (images, patches, head dim): of the layer
-        that makes the (deepest) features, averaged over its heads; of no meaning at patches that were dropped.
+        Of the patches that are left: features (images, left, dim), prior and places (images, left), and keys (images,
+        left, head dim), of the layer that makes the (deepest) features, averaged over its heads.
     """
     layers, wanted = backbone.vision_tower.encoder.layers, backbone.config.vision_feature_layer
     wanted = [wanted] if isinstance(wanted, int) else wanted
     deepest = max(layer % (len(layers) + 1) for layer in wanted) - 1
-    states, prior = backbone.encode(pixel_values, [*wanted, deepest], in_picture)
+    states, prior, places = backbone.encode(pixel_values, [*wanted, deepest], in_picture)
     *features, below = states.split(backbone.config.vision_config.hidden_size, dim=-1)
     attention = layers[deepest].self_attn
     keys = attention.k_proj(layers[deepest].layer_norm1(below))
-    return torch.cat(features, dim=-1), prior, keys.unflatten(-1, (attention.num_heads, -1)).mean(dim=2)
+    return torch.cat(features, dim=-1), prior, places, keys.unflatten(-1, (attention.num_heads, -1)).mean(dim=2)
 
 
 def downsample(backbone: LightVLMModel, pixel_values: torch.Tensor, count: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
 
-import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -18,6 +17,7 @@ from lightvlm.hub import loading_check
 from lightvlm.hub.build import save
 from lightvlm.hub.card import eval_results, make_card, own_examples
 from lightvlm.hub.private import check_links, check_picture, check_texts, strip_origins
+from lightvlm.inference.checkpoint import check_finite
 
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)
@@ -69,16 +69,7 @@ def write_folder(
             f"{checkpoint} has quantized weights, which transformers cannot save again: push the checkpoint that they "
             "were made of. Whoever loads it can quantize it."
         )
-    bad = [
-        key
-        for key, weight in model.state_dict().items()
-        if weight.is_floating_point() and not torch.isfinite(weight).all()
-    ]
-    if bad:
-        raise ValueError(
-            f"{checkpoint} has weights that are NaN or infinite: {', '.join(bad[:5])} (of {len(bad)}). Take an "
-            "earlier checkpoint, or train again with a lower learning rate."
-        )
+    check_finite(model, str(checkpoint))
     card = make_card(checkpoint, model.config, name, results, datasets)
     entries = eval_results(results, model.config, datasets)
     code, weights = distribution("lightvlm").read_text("licenses/LICENSE"), checkpoint / "LICENSE"

@@ -3,11 +3,11 @@
 Apart from `lmms_model.py` because it needs no lmms-eval.
 """
 
-import re
 from math import prod
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.processing_lightvlm import expand_placeholders
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from PIL import Image
 
@@ -99,7 +99,7 @@ def encode(
     found = model.get_image_features(**inputs)
     places = [[*first].index(key) for key in keys]
     tokens, kept = ([part[place] for place in places] for part in (found.pooler_output, found.kept_indices))
-    lengths = found.lengths and [found.lengths[place] for place in places]
+    lengths = [found.lengths[place] for place in places]
     return LightVLMImageFeatures(pooler_output=tokens, kept_indices=kept, lengths=lengths)
 
 
@@ -122,8 +122,7 @@ def tokenize(prompts: list[str], budgets: list[int], processor: LightVLMProcesso
         budgets: K of each image of all prompts, in order.
         processor: the checkpoint's.
     """
-    counts, tokenizer, mark = iter(budgets), processor.tokenizer, processor.image_token
-    texts = [re.sub(re.escape(mark), lambda _: mark * next(counts), prompt) for prompt in prompts]
+    tokenizer, texts = processor.tokenizer, expand_placeholders(prompts, processor.image_token, budgets)
     begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_token_type_ids": False}
     return tokenizer(texts, add_special_tokens=not begun, **options)
@@ -131,9 +130,10 @@ def tokenize(prompts: list[str], budgets: list[int], processor: LightVLMProcesso
 
 def count_positions(model: LightVLM, inputs: dict[str, torch.Tensor], features: LightVLMImageFeatures | None) -> int:
     """Return the positions of the longest prompt, with dropped tokens if position ids are original."""
-    dropped = None if features is None else model.model.count_dropped(inputs["input_ids"], features)
     lengths = inputs["attention_mask"].sum(dim=1)
-    return int((lengths if dropped is None else lengths + dropped[:, -1]).max())
+    if model.model.moves_positions(features):
+        lengths = lengths + model.model.count_dropped(inputs["input_ids"], features)[:, -1]
+    return int(lengths.max())
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import torch
 from lightvlm import LightVLM, LightVLMModel
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
+from lightvlm.views_lightvlm import one_view
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -61,15 +62,18 @@ def encode_and_rank(
         Features (images, patches, dim); tokens (images, count, hidden), best first, of which an image keeps the
         first K; and the patches (images, count) that they were.
     """
-    features, prior = model.encode(pixel_values, vision_feature_layer)
+    # Images of one view are laid out alike, and a list as long as there are images would fix their number in a graph.
+    features, prior, places = model.encode(pixel_values, vision_feature_layer)
+    whole = one_view(model.config.patches_per_side, 1, features.device)
+    features, prior, layout = whole.place(places, features, prior)
     if count is None:
         order = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
     else:
         questions = None if question_ids is None else model.embed_questions(question_ids)
-        order = model.pruner.select(model.pruner.score(features, prior, questions), features, count)
+        order = model.pruner.rank(features, prior, questions, layout, count)
     # take_along_dim broadcasts, and so fixes the number of images in a compiled graph.
     patches = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-    return features, model.pruner.add_positions(model.multi_modal_projector(patches), order), order
+    return features, model.pruner.add_places(model.multi_modal_projector(patches), whole.at(order, [])), order
 
 
 def compile_for_inference(model: LightVLM, **options) -> LightVLM:
@@ -86,23 +90,31 @@ def compile_for_inference(model: LightVLM, **options) -> LightVLM:
         options: of `torch.compile`. With `mode="reduce-overhead"`, CUDA graphs on a GPU, recorded for each shape,
             the KV cache of a prompt is overwritten by the next one's, unless it is a static cache.
     """
-    rank = torch.compile(encode_and_rank, **options)
-    prefill = torch.compile(model.model.prefill, **options)
+    base = type(model.model)
+    rank, prefill = (torch.compile(function, **options) for function in (encode_and_rank, base.prefill))
 
-    def encode_and_prune(pixel_values, vision_feature_layer, budgets, question_ids) -> LightVLMImageFeatures:
-        count = None if min(budgets) == model.config.num_patches else max(budgets)
-        features, tokens, order = rank(model.model, pixel_values, vision_feature_layer, count, question_ids)
-        raster = [row[:budget].sort() for row, budget in zip(order, budgets, strict=True)]
-        return LightVLMImageFeatures(
-            last_hidden_state=features.clone(),  # which the next CUDA graph may overwrite
-            pooler_output=[row[places] for row, (_, places) in zip(tokens, raster, strict=True)],
-            kept_indices=[kept for kept, _ in raster],
-        )
+    class Compiled(base):
+        """The model without its head, two steps of which are compiled."""
 
-    def prefill_joined(mm_encoder_outputs, **inputs):
-        """Run `prefill` with one tensor for all images, so that its graph does not depend on their number."""
-        tokens = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
-        return prefill(mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[tokens])}, **inputs)
+        def encode_and_prune(
+            self, pixel_values, vision_feature_layer, layout, budgets, question_ids
+        ) -> LightVLMImageFeatures:
+            count = None if budgets.limits == layout.lengths else max(budgets.limits)
+            features, tokens, order = rank(self, pixel_values, vision_feature_layer, count, question_ids)
+            raster = [row[:budget].sort() for row, budget in zip(order, budgets.limits, strict=True)]
+            return LightVLMImageFeatures(
+                last_hidden_state=features.clone(),  # which the next CUDA graph may overwrite
+                pooler_output=[row[places] for row, (_, places) in zip(tokens, raster, strict=True)],
+                kept_indices=[kept for kept, _ in raster],
+                lengths=layout.lengths,
+            )
 
-    model.model.encode_and_prune, model.model.prefill = encode_and_prune, prefill_joined
+        def prefill(self, mm_encoder_outputs, **inputs):
+            """Run `prefill` with one tensor for all images, so that its graph does not depend on their number."""
+            tokens = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
+            joined = {"image": BaseModelOutputWithPooling(pooler_output=[tokens])}
+            return prefill(self, mm_encoder_outputs=joined, **inputs)
+
+    Compiled.__name__ = base.__name__  # by which transformers knows how weights are called in a file
+    model.model.__class__ = Compiled  # as `torch.nn.utils.parametrize` does: weights and hooks stay
     return model

@@ -28,9 +28,12 @@ class Compaction:
     length: int
 
     @classmethod
-    def without(cls, is_dropped: Tensor) -> "Compaction":
-        """Keep what is not dropped, (batch, length), and pad each row on the left to the longest."""
-        length = int((~is_dropped).sum(dim=1).max())
+    def without(cls, is_dropped: Tensor, padding: int = 0) -> "Compaction":
+        """Keep what is not dropped, (batch, length), and pad each row on the left to the longest, or beyond it."""
+        counts = (~is_dropped).sum(dim=1)
+        length = int(counts.max())
+        if counts.min() == length:  # no row has padding
+            length = min(length + padding, is_dropped.shape[1])
         source = (~is_dropped).int().argsort(dim=1, stable=True)[:, -length:]  # those that are dropped come first
         return cls(source, ~is_dropped.gather(1, source), is_dropped.shape[1])
 

@@ -29,7 +29,7 @@ from .configuration_lightvlm import LightVLMConfig
 from .encoding_lightvlm import ENCODERS, WholeCLIPAttention, WholeSiglipAttention, encode_patches
 from .generation_lightvlm import NEEDS_IDS, PrunedGeneration, refuse_cached_images
 from .pruning_lightvlm import ZERO_MODULES, LightVLMImageFeatures, TokenPruner
-from .views_lightvlm import Layout, lay_out
+from .views_lightvlm import Layout, lay_out, one_view
 
 logger = logging.get_logger(__name__)
 
@@ -81,8 +81,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)  # LLaVA's post_init came before it
         self.post_init()
 
-    def lay_out(self, pixel_values: Tensor, image_sizes: Any) -> Layout | None:
-        """Return which tokens the views of all images have; None if each image is one view.
+    def lay_out(self, pixel_values: Tensor, image_sizes: Any) -> Layout:
+        """Return which tokens the views of all images have.
 
         Args:
             pixel_values: (images, channels, height, width), or (images, views, ...) padded to the most views.
@@ -92,7 +92,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             ValueError: if views come without sizes, or there are other sizes than images.
         """
         if pixel_values.dim() == 4 and image_sizes is None:
-            return None
+            return one_view(self.config.patches_per_side, len(pixel_values), pixel_values.device)
         if image_sizes is None or pixel_values.dim() != 5 or len(image_sizes) != len(pixel_values):
             given = "no" if image_sizes is None else len(image_sizes)
             raise ValueError(
@@ -151,25 +151,23 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             )
             mean_image_tokens = None
         layout = self.lay_out(pixel_values, image_sizes)
-        lengths = layout.lengths if layout else [self.config.num_patches] * len(pixel_values)
-        asked = Budgets.of(self.config, num_image_tokens, mean_image_tokens, lengths)
-        budgets = asked.limited_to_encoded(self.config, image_sizes, max_views)
-        if layout is None and budgets.means is None:
-            outputs = self.encode_and_prune(pixel_values, vision_feature_layer, budgets.limits, question_ids)
+        asked = Budgets.of(self.config, num_image_tokens, mean_image_tokens, layout.lengths)
+        budgets = asked.limited_to_encoded(self.config, image_sizes, max_views) if self.config.encoder_keep else asked
+        if max_views is not None and max(budgets.limits) > self.config.num_patches:
+            raise ValueError(
+                f"num_image_tokens={max(budgets.limits)}: with max_views give up to {self.config.num_patches}."
+            )
+        if layout.source is None and not budgets.means:
+            outputs = self.encode_and_prune(pixel_values, vision_feature_layer, layout, budgets, question_ids)
         else:
             encoded = self.encode_views(pixel_values, vision_feature_layer, layout, max_views, question_ids)
-            if max_views is not None and max(budgets.limits) > self.config.num_patches:
-                raise ValueError(
-                    f"num_image_tokens={max(budgets.limits)}: with max_views give up to {self.config.num_patches}."
-                )
-            outputs = self.prune(*encoded, budgets.limits, question_ids, budgets.means)
+            outputs = self.prune(*encoded, budgets, question_ids)
         outputs.num_image_tokens = asked.limits
         names = ("output_hidden_states", "output_attentions")
         wanted = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
         if any(wanted.values()):
             logger.warning_once("output_hidden_states and output_attentions run the vision encoder once more.")
-            views = pixel_values if layout is None else layout.cut(pixel_values)
-            whole = self.vision_tower(views, return_dict=True, **wanted)
+            whole = self.vision_tower(layout.cut(pixel_values)[0], return_dict=True, **wanted)
             outputs.hidden_states, outputs.attentions = whole.hidden_states, whole.attentions
         return outputs
 
@@ -177,112 +175,108 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         self,
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None,
-        budgets: list[int],
+        layout: Layout,
+        budgets: Budgets,
         question_ids: Tensor | None,
     ) -> LightVLMImageFeatures:
-        """Run `encode` and `prune` with static budgets of images of one view: no step waits for the device."""
-        return self.prune(*self.encode(pixel_values, vision_feature_layer), None, budgets, question_ids)
+        """Run `encode_views` and `prune` with static budgets of images of one view: no step waits for the device."""
+        return self.prune(*self.encode_views(pixel_values, vision_feature_layer, layout), budgets, question_ids)
 
     def encode(
         self,
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None = None,
         in_picture: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the features and prior of `encode_patches`, by default at the configuration's layers."""
-        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        tower = self.vision_tower
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `encode_patches` does, by default at the configuration's layers."""
+        config, tower = self.config, self.vision_tower
+        layers = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         place = {} if tower.device.type == "meta" else {"device": tower.device}  # offloaded modules move their inputs
         pixel_values = pixel_values.to(dtype=tower.dtype, **place)
-        settings = (layers, self.config.prior_layer, self.config.encoder_counts)
-        return encode_patches(tower, pixel_values, *settings, in_picture)
+        keep = config.encoder_counts if config.encoder_keep else None
+        return encode_patches(tower, pixel_values, layers, config.prior_layer, keep, in_picture)
 
     def encode_views(
         self,
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None,
-        layout: Layout | None,
-        max_views: Tensor | None,
-        question_ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Layout | None]:
-        """Run `encode` on all views, or on `max_views` of each image, and return these views' layout, too."""
-        if layout is None:
-            return *self.encode(pixel_values, vision_feature_layer), None
-        views, in_picture = layout.cut(pixel_values), layout.in_picture(self.config.num_patches)
-        if max_views is None:
-            return *self.encode(views, vision_feature_layer, in_picture), layout
-        return self.encode_some(views, vision_feature_layer, layout, max_views, question_ids)
+        layout: Layout,
+        max_views: Tensor | None = None,
+        question_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Layout]:
+        """Run `encode` on all views, or on `max_views` of each image.
+
+        Returns:
+            Features (images, tokens, dim) and prior (images, tokens), zero where there are none, and the layout that
+            knows where.
+        """
+        views, in_picture = layout.cut(pixel_values)
+        if max_views is None or in_picture is None:
+            features, prior, places = self.encode(views, vision_feature_layer, in_picture)
+        else:
+            wanted = (vision_feature_layer, layout, max_views, question_ids)
+            features, prior, places, layout = self.encode_some(views, in_picture, *wanted)
+        return layout.place(places, features, prior)
 
     def encode_some(
         self,
-        pixel_values: Tensor,
+        views: Tensor,
+        in_picture: Tensor,
         vision_feature_layer: int | list[int] | None,
         layout: Layout,
         max_views: Tensor,
         question_ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Layout]:
+    ) -> tuple[Tensor, Tensor, Tensor, Layout]:
         """Run `encode` on thumbnails, then on the tiles that they choose, and return these views' layout, too."""
-        is_thumbnail = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
-        starts = torch.tensor([0, *layout.views[:-1]], device=pixel_values.device).cumsum(0)
+        is_thumbnail = torch.zeros(len(views), dtype=torch.bool, device=views.device)
+        starts = torch.tensor([0, *layout.views[:-1]], device=views.device).cumsum(0)
         is_thumbnail[starts] = True
-        features, prior = self.encode(pixel_values[is_thumbnail], vision_feature_layer)
-        questions = None if question_ids is None else self.embed_questions(question_ids)
-        is_kept = layout.choose_views(self.pruner.score(features, prior, questions), max_views)
+        encoded = self.encode(views[is_thumbnail], vision_feature_layer)
+        features, prior, places = encoded
+        thumbnails = one_view(self.config.patches_per_side, len(features), features.device)
+        on_grid, prior_there, thumbnails = thumbnails.place(places, features, prior)
+        questions = self.embed_questions(question_ids) if question_ids is not None else None
+        scores = self.pruner.score(on_grid, prior_there, questions, thumbnails)
+        is_kept = layout.choose_views(scores, max_views)
         is_tile = is_kept & ~is_thumbnail
-        in_picture = layout.in_picture(self.config.num_patches)
         if is_tile.any():
-            tiles = self.encode(pixel_values[is_tile], vision_feature_layer, in_picture[is_tile])
+            tiles = self.encode(views[is_tile], vision_feature_layer, in_picture[is_tile])
             order = torch.cat([starts, is_tile.nonzero()[:, 0].to(starts)]).argsort()
-            features, prior = (torch.cat(pair)[order] for pair in zip((features, prior), tiles, strict=True))
-        return features, prior, layout.without_views(is_kept, self.config.num_patches)
+            features, prior, places = (torch.cat(pair)[order] for pair in zip(encoded, tiles, strict=True))
+        return features, prior, places, layout.without_views(is_kept)
 
     def prune(
-        self,
-        features: Tensor,
-        prior: Tensor,
-        layout: Layout | None,
-        budgets: list[int],
-        question_ids: Tensor | None = None,
-        means: list[int] | None = None,
+        self, features: Tensor, prior: Tensor, layout: Layout, budgets: Budgets, question_ids: Tensor | None = None
     ) -> LightVLMImageFeatures:
-        """Keep and project K patches of each image.
+        """Keep and project K tokens of each image.
 
         Args:
             features, prior, layout: as `encode_views` returns them.
-            budgets, means: as in `Budgets`.
+            budgets: of the images.
             question_ids: as in `get_image_features`.
         """
-        if layout is not None:
-            features, prior = layout.gather(features), layout.gather(prior)
-        questions = None if question_ids is None else self.embed_questions(question_ids)
-        kept = self.pruner(features, prior, budgets, questions, means, layout)
-        return self.keep(features, kept, layout)
+        questions = self.embed_questions(question_ids) if question_ids is not None else None
+        return self.keep(features, self.pruner(features, prior, budgets, questions, layout), layout)
 
-    def keep(self, features: Tensor, kept: list[Tensor], layout: Layout | None = None) -> LightVLMImageFeatures:
-        """Project each image's kept patches, and add the embeddings of their places.
+    def keep(self, features: Tensor, kept: list[Tensor], layout: Layout) -> LightVLMImageFeatures:
+        """Project each image's kept tokens, and add the embeddings of their places.
 
         Args:
-            features: (images, patches, dim) of the vision encoder, or (images, tokens, dim) as in the layout.
+            features, layout: as `encode_views` returns them.
             kept: (K,) indices of each image, in raster order.
-            layout: of images of many views; None if each is one view.
         """
         patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
-        tokens = self.multi_modal_projector(patches)  # [sum of K, hidden]
-        if layout is None:
-            tokens = self.pruner.add_positions(tokens, torch.cat(kept))
-        else:
-            tokens = self.place(tokens, layout.at(kept))
+        tokens, counts = self.multi_modal_projector(patches), [len(each) for each in kept]  # [sum of K, hidden]
+        if self.pruner.row_score is not None or self.image_newline is not None:
+            places = layout.at(torch.cat(kept), counts)
+            tokens = self.pruner.add_places(tokens, places)
+            tokens = tokens if self.image_newline is None else places.put_newlines(tokens, self.image_newline)
         return LightVLMImageFeatures(
             last_hidden_state=features,
-            pooler_output=list(tokens.split([len(each) for each in kept])),
+            pooler_output=list(tokens.split(counts)),
             kept_indices=kept,
-            lengths=layout.lengths if layout else None,
+            lengths=layout.lengths,
         )
-
-    def place(self, tokens: Tensor, kept: Layout) -> Tensor:
-        """Return tokens (sum of K, hidden) with the embeddings of their places, and newline tokens as they are."""
-        tokens = self.pruner.add_layout(tokens[None], kept)[0]
-        return tokens if self.image_newline is None else tokens.where(kept.is_patch[0, :, None], self.image_newline)
 
     @can_return_tuple
     def forward(
@@ -312,70 +306,60 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         if past_key_values is not None and input_ids is not None:
             if pixel_values is not None and Record.of(past_key_values).cached:
                 refuse_cached_images(input_ids, self.config.image_token_id, None)
-            attention_mask, position_ids = follow_cache(past_key_values, input_ids, attention_mask, position_ids)
+            if hasattr(past_key_values, "prompt_record") or attention_mask is not None and attention_mask.dim() == 2:
+                attention_mask, position_ids = follow_cache(past_key_values, input_ids, attention_mask, position_ids)
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
         inputs |= {"input_ids": input_ids, "past_key_values": past_key_values, **kwargs}
-        if mm_encoder_outputs:
-            features: Any = mm_encoder_outputs["image"]
-            written = [len(tokens) for tokens in features.pooler_output]
-        elif pixel_values is None:
-            return super().forward(**inputs)
-        else:
+        if pixel_values is not None and not mm_encoder_outputs:
             asked: dict[str, Any] = {"num_image_tokens": num_image_tokens, "mean_image_tokens": mean_image_tokens}
             asked |= {"question_ids": question_ids, "image_sizes": image_sizes, "max_views": max_views}
             layer = inputs.pop("vision_feature_layer", None)
-            features = self.get_image_features(pixel_values, layer, return_dict=True, **asked)
-            written = features.num_image_tokens
-        inputs["mm_encoder_outputs"] = {"image": features}
-        has_surplus = written != [len(tokens) for tokens in features.pooler_output]
-        if not has_surplus and not self.moves_positions(features):
+            images = self.get_image_features(pixel_values, layer, return_dict=True, **asked)
+            return self.forward_images(inputs, images, images.num_image_tokens)
+        if not mm_encoder_outputs:
+            return super().forward(**inputs)
+        if self.moves_positions(images := mm_encoder_outputs["image"]):
+            return self.forward_images(inputs, images, None)
+        return self.prefill(**inputs, mm_encoder_outputs=mm_encoder_outputs)
+
+    def forward_images(self, inputs: dict[str, Any], images: Any, written: list[int] | None) -> Any:
+        """Run `forward` with encoded images, of so many placeholders in the prompt; as many as tokens if None."""
+        inputs["mm_encoder_outputs"] = {"image": images}
+        kept = [len(tokens) for tokens in images.pooler_output]
+        is_short, is_moved = written not in (None, kept), self.moves_positions(images)
+        if not is_short and not is_moved:
             return self.prefill(**inputs)
-        if input_ids is None:
+        if inputs["input_ids"] is None:
             raise ValueError(NEEDS_IDS)
-        return self.forward_short(inputs, written) if has_surplus else self.forward_moved(inputs)
-
-    def moves_positions(self, features: LightVLMImageFeatures | BaseModelOutputWithPooling | None) -> bool:
-        """Return whether these images' tokens, and what follows them, have other positions than they are counted."""
-        return self.config.position_ids == "original" and getattr(features, "kept_indices", None) is not None
-
-    def count_dropped(self, input_ids: Tensor, features: Any) -> Tensor | None:
-        """Count dropped tokens before each of these ids and what follows; None if positions are consecutive."""
-        if not self.moves_positions(features):
-            return None
-        lengths = features.lengths or [self.config.num_patches] * len(features.kept_indices)
-        return count_dropped(input_ids == self.config.image_token_id, features.kept_indices, lengths)
-
-    def forward_moved(self, inputs: dict[str, Any]) -> Any:
-        """Run `forward` with kept tokens, and what follows them, at their original positions."""
-        input_ids, positions, record = (
-            inputs["input_ids"],
-            inputs["position_ids"],
-            Record.of(inputs["past_key_values"]),
-        )
-        if positions is None:
-            positions = record.count_behind(input_ids, inputs["attention_mask"])
-        dropped: Any = self.count_dropped(input_ids, inputs["mm_encoder_outputs"]["image"])
-        outputs = self.prefill(**inputs | {"position_ids": positions + dropped[:, :-1]})
-        record.moved_by(dropped[:, -1:]).write(outputs.past_key_values)
-        return outputs
-
-    def forward_short(self, inputs: dict[str, Any], written: list[int]) -> Any:
-        """Run `forward` without surplus positions, with hidden states at the positions of the whole prompt."""
         input_ids, mask, record = inputs["input_ids"], inputs["attention_mask"], Record.of(inputs["past_key_values"])
-        if record.cached and (mask is None or mask.dim() != 2):
-            raise ValueError("With past_key_values, a dynamic budget takes an attention_mask of two dimensions.")
-        features = inputs["mm_encoder_outputs"]["image"]
-        kept = [len(tokens) for tokens in features.pooler_output]
-        is_surplus = mark_surplus(input_ids == self.config.image_token_id, written, kept)
-        fill = self.config.text_config.pad_token_id or 0
-        short, compaction = compact(input_ids, mask, inputs["position_ids"], is_surplus, fill)
-        record = record.followed_by(compaction)
-        if (dropped := self.count_dropped(short["input_ids"], features)) is not None:
-            short["position_ids"], record = short["position_ids"] + dropped[:, :-1], record.moved_by(dropped[:, -1:])
-        outputs = self.prefill(**inputs | short)
+        positions, compaction = inputs["position_ids"], None
+        if is_short:
+            if record.cached and (mask is None or mask.dim() != 2):
+                raise ValueError("With past_key_values, a dynamic budget takes an attention_mask of two dimensions.")
+            is_surplus = mark_surplus(input_ids == self.config.image_token_id, written or [], kept)
+            fill = self.config.text_config.pad_token_id or 0
+            short, compaction = compact(input_ids, mask, positions, is_surplus, fill)
+            inputs |= short
+            input_ids, positions, record = short["input_ids"], short["position_ids"], record.followed_by(compaction)
+        elif positions is None:
+            positions = record.count_behind(input_ids, mask)
+        if is_moved:
+            dropped = self.count_dropped(input_ids, images)
+            positions, record = positions + dropped[:, :-1], record.moved_by(dropped[:, -1:])
+        outputs = self.prefill(**inputs | {"position_ids": positions})
         record.write(outputs.past_key_values)
-        outputs.last_hidden_state = compaction.restore(outputs.last_hidden_state)
+        if compaction is not None:  # hidden states at the positions of the whole prompt
+            outputs.last_hidden_state = compaction.restore(outputs.last_hidden_state)
         return outputs
+
+    def moves_positions(self, images: Any) -> bool:
+        """Return whether these images' tokens, and what follows them, have other positions than they are counted."""
+        kept = getattr(images, "kept_indices", None) if self.config.position_ids == "original" else None
+        return kept is not None and [len(indices) for indices in kept] != images.lengths
+
+    def count_dropped(self, input_ids: Tensor, images: Any) -> Tensor:
+        """Count tokens of these images that were dropped before each of these ids, and before what follows."""
+        return count_dropped(input_ids == self.config.image_token_id, images.kept_indices, images.lengths)
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor, inputs_embeds: Tensor, image_features: Tensor

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .budgets_lightvlm import Budgets
 from .configuration_lightvlm import LightVLMConfig
 from .views_lightvlm import Layout
 
@@ -21,11 +22,8 @@ QUESTION_RANK = 32  # so that the pruner of a 7B model stays below a million par
 
 
 def log_prior(prior: Tensor) -> Tensor:
-    """Return the score before any learned term: the logarithm of the encoder's attention, in float32.
-
-    A negative prior says that the patch was dropped in the encoder: it has no features, and the score -inf.
-    """
-    return prior.float().clamp_min(1e-12).log().masked_fill(prior < 0, -torch.inf)
+    """Return the score before any learned term: the logarithm of the encoder's attention, in float32."""
+    return prior.float().clamp_min(1e-12).log()
 
 
 def select_topk(scores: Tensor, features: Tensor, count: int) -> Tensor:
@@ -153,6 +151,13 @@ def embed_places(embedding: nn.Module, places: Tensor) -> Tensor:
     return low + (share * (high - low).float()).to(low.dtype)
 
 
+def embed_grid(row: nn.Module, column: nn.Module, layout: Layout) -> Tensor:
+    """Return the sum of the embeddings of each token's row and column, (..., dim)."""
+    if not layout.rows.is_floating_point():
+        return row(layout.rows) + column(layout.columns)
+    return embed_places(row, layout.rows) + embed_places(column, layout.columns)
+
+
 def only_row(embedding: nn.Module, device: torch.device) -> Tensor:
     """Return the row, (1, dim), of an embedding that has one."""
     return embedding(torch.zeros(1, dtype=torch.long, device=device))
@@ -164,11 +169,11 @@ class LightVLMImageFeatures(BaseModelOutputWithPooling):
 
     Args:
         pooler_output (`list[torch.Tensor]`): (K, hidden) of each image.
-        last_hidden_state (`torch.Tensor`): (images, patches, dim), the features that the pruner chose from; with many
-            views (images, tokens, dim), as in `Layout`.
+        last_hidden_state (`torch.Tensor`): (images, tokens, dim), the features that the pruner chose from, as in
+            `Layout`.
         hidden_states, attentions (`tuple[torch.Tensor]`): the vision encoder's, if requested, from a second run.
         kept_indices (`list[torch.Tensor]`): (K,) of each image, the indices of the kept patches, in raster order.
-        lengths (`list[int]`): tokens of each image before pruning; None if each image is one view.
+        lengths (`list[int]`): tokens of each image before pruning.
         num_image_tokens (`list[int]`): placeholders of each image in the prompt that its K was asked for with; those
             that a dynamic budget does not use are dropped.
     """
@@ -189,10 +194,10 @@ class TokenPruner(nn.Module):
     def __init__(self, config: LightVLMConfig) -> None:
         super().__init__()
         self.select = SELECTORS[config.select]
-        self.patches_per_side = side = config.patches_per_side
+        side = config.patches_per_side
         layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
         features = config.vision_config.hidden_size * layers
-        self.scorer = self.row_score = None
+        self.scorer = self.row_score = self.tile_score = None
         if config.score != "cls":
             self.scorer = nn.Sequential(
                 nn.LayerNorm(features),
@@ -217,35 +222,29 @@ class TokenPruner(nn.Module):
         self.dynamic_budget = config.dynamic_budget or {}
         self.complexity = Float32Linear(features, 1) if config.dynamic_budget else None
 
-    def score(
-        self, features: Tensor, prior: Tensor, questions: Tensor | None = None, layout: Layout | None = None
-    ) -> Tensor:
-        """Return the importance of each patch.
+    def score(self, features: Tensor, prior: Tensor, questions: Tensor | None, layout: Layout) -> Tensor:
+        """Return the importance of each token.
 
         Args:
-            features: (batch, patches, dim) of the vision encoder.
-            prior: (batch, patches), the encoder's attention.
-            questions: (batch, hidden), the mean embedding of the question's words; None to leave its term out.
-            layout: of images of many views, whose tokens take the place of patches; None if each is one view.
+            features: (images, tokens, dim) of the vision encoder.
+            prior: (images, tokens), the encoder's attention.
+            questions: (images, hidden), the mean embedding of the question's words; None to leave its term out.
+            layout: of the images.
 
         Returns:
-            (batch, patches) in float32; only the order within an image is meaningful. What is no patch has -inf.
+            (images, tokens) in float32; only the order within an image is meaningful. What is no patch has -inf.
         """
         scores = log_prior(prior)
         if self.scorer is not None:
             scores = scores + self.scorer(features).squeeze(-1).float()
         if self.row_score is not None:
-            places = self.embed_grid(self.row_score, self.column_score, features.device, layout)
-            scores = scores + places.squeeze(-1).float()
-            if layout is not None:
-                scores = scores + layout.is_tile * only_row(self.tile_score, features.device).float()
-        if layout is not None:
-            scores = scores.masked_fill(~layout.is_patch, -torch.inf)
-        return self.add_question(scores, features, questions, layout)
+            scores = scores + embed_grid(self.row_score, self.column_score, layout).squeeze(-1).float()
+        if self.tile_score is not None:
+            scores = scores + layout.is_tile * only_row(self.tile_score, features.device).float()
+        scores = layout.hide(scores)
+        return scores if questions is None else self.add_question(scores, features, questions, layout)
 
-    def add_question(
-        self, scores: Tensor, features: Tensor, questions: Tensor | None, layout: Layout | None = None
-    ) -> Tensor:
+    def add_question(self, scores: Tensor, features: Tensor, questions: Tensor | None, layout: Layout) -> Tensor:
         """Add the question's term to scores that `score` returned without it; arguments as in `score`."""
         if questions is None or self.patch_projection is None:
             return scores
@@ -256,15 +255,15 @@ class TokenPruner(nn.Module):
         asked = nn.functional.layer_norm(asked, asked.shape[-1:])
         asked = self.question_projection(asked)  # [B, rank]
         patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
-        places = self.embed_grid(self.row_key, self.column_key, features.device, layout) * QUESTION_RANK**0.5
+        places = embed_grid(self.row_key, self.column_key, layout) * QUESTION_RANK**0.5
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
-    def embed_grid(self, row: nn.Module, column: nn.Module, device: torch.device, layout: Layout | None) -> Tensor:
-        """Return the sum of two embeddings at each patch: (1, patches, dim), or (batch, tokens, dim) with a layout."""
-        if layout is not None:
-            return embed_places(row, layout.rows) + embed_places(column, layout.columns)
-        side = torch.arange(self.patches_per_side, device=device)
-        return (row(side)[:, None] + column(side)).flatten(0, 1)[None]
+    def rank(self, features: Tensor, prior: Tensor, questions: Tensor | None, layout: Layout, count: int) -> Tensor:
+        """Return each image's `count` tokens to keep, (images, count), best first; arguments as in `score`.
+
+        The first of them are the choice for a smaller count.
+        """
+        return self.select(self.score(features, prior, questions, layout), features, count)
 
     def estimate_complexity(self, features: Tensor, scores: Tensor) -> Tensor:
         """Estimate the logarithm of the number of tokens each image needs, by a linear layer on pooled features.
@@ -286,85 +285,62 @@ class TokenPruner(nn.Module):
             )
         return self.complexity(pool_important(features, scores))[:, 0]
 
-    def allot(self, features: Tensor, scores: Tensor, budgets: list[int], means: list[int] | Tensor) -> list[int]:
+    def allot(self, features: Tensor, scores: Tensor, budgets: Budgets) -> list[int]:
         """Return K of each image, estimated if a mean is given. This waits for the GPU: all later shapes depend on K.
 
         Args:
             features, scores: as in `estimate_complexity`.
-            budgets: the largest K of each image, or, if its mean is 0, its K.
-            means: (batch,), or (1,) for all.
-
-        Returns:
-            K of each image.
+            budgets: of the images, at least one of them dynamic.
 
         Raises:
             ValueError: if the checkpoint has no estimator, or was not calibrated for a mean.
         """
         complexity = self.estimate_complexity(features, scores).cpu()
-        means = torch.as_tensor(means).cpu().expand(len(features))
-        is_dynamic = means > 0
-        needs = iter(allot_budgets(complexity[is_dynamic], means[is_dynamic], self.dynamic_budget).tolist())
-        return [
-            min(next(needs), budget) if dynamic else budget
-            for budget, dynamic in zip(budgets, is_dynamic.tolist(), strict=True)
-        ]
+        dynamic = {image: mean for image, mean in enumerate(budgets.means) if mean is not None}
+        needs = allot_budgets(complexity[[*dynamic]], torch.tensor([*dynamic.values()]), self.dynamic_budget)
+        found = dict(zip(dynamic, needs.tolist(), strict=True))
+        return [min(found.get(image, limit), limit) for image, limit in enumerate(budgets.limits)]
 
     @torch.no_grad()  # indices have no gradient
     def forward(
         self,
         features: Tensor,
         prior: Tensor,
-        budgets: list[int],
-        questions: Tensor | None = None,
-        means: list[int] | Tensor | None = None,
-        layout: Layout | None = None,
+        budgets: Budgets,
+        questions: Tensor | None,
+        layout: Layout,
     ) -> list[Tensor]:
-        """Keep K patches of each image.
+        """Keep K tokens of each image.
 
         Args:
             features, prior, questions, layout: as in `score`.
-            budgets: K of each image, 1 to patches, or to its length in the layout; with means as in `allot`.
-            means: as in `allot`; None if no budget is dynamic.
+            budgets: of the images.
 
         Returns:
-            (K,) indices of the kept patches of each image, in raster order.
+            (K,) indices of the kept tokens of each image, in raster order.
         """
-        patches = features.shape[1]
-        lengths = [patches] * len(budgets) if layout is None else layout.lengths
-        if means is None and budgets == lengths:
-            return [torch.arange(length, device=features.device) for length in lengths]
-        scores = self.score(features, prior, layout=layout)
-        if means is not None:
-            budgets = self.allot(features, scores, budgets, means)
-        scores = self.add_question(scores, features, questions, layout)
-        order = self.select(scores, features, max(budgets))  # [B, largest K]
-        if min(budgets) < max(budgets):
-            ranks = torch.arange(max(budgets), device=order.device)
-            is_surplus = ranks >= torch.tensor(budgets).to(order.device, non_blocking=True)[:, None]
-            order = order.masked_fill(is_surplus, patches)  # not an index of a patch, so it sorts last
-        return [row[:budget] for row, budget in zip(order.sort(dim=1).values, budgets, strict=True)]
+        counts = budgets.limits
+        if not budgets.means and counts == layout.lengths:
+            return [torch.arange(length, device=features.device) for length in counts]
+        if not budgets.means:
+            order = self.rank(features, prior, questions, layout, max(counts))
+        else:
+            scores = self.score(features, prior, None, layout)
+            counts = self.allot(features, scores, budgets)
+            scores = self.add_question(scores, features, questions, layout)
+            order = self.select(scores, features, max(counts))
+        if min(counts) < max(counts):
+            ranks = torch.arange(max(counts), device=order.device)
+            is_surplus = ranks >= torch.tensor(counts).to(order.device, non_blocking=True)[:, None]
+            order = order.masked_fill(is_surplus, features.shape[1])  # not an index of a token, so it sorts last
+        return [row[:count] for row, count in zip(order.sort(dim=1).values, counts, strict=True)]
 
-    def add_positions(self, tokens: Tensor, indices: Tensor) -> Tensor:
-        """Add the learned embeddings of row and column to kept tokens of images of one view.
-
-        Args:
-            tokens: (..., hidden) after the projector.
-            indices: (...), the indices of their patches.
-        """
+    def add_places(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Add the learned embeddings of row and column, and of tiles, to kept tokens (..., hidden) of this layout."""
         if self.row_score is None:
             return tokens
-        rows, columns = indices // self.patches_per_side, indices % self.patches_per_side
-        return tokens + self.scale_up(self.row_embedding(rows) + self.column_embedding(columns))
-
-    def add_layout(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Add embeddings to tokens (batch, tokens, hidden) of a layout as `add_positions` does, and one for tiles."""
-        if self.row_score is None:
-            return tokens
-        places = embed_places(self.row_embedding, layout.rows) + embed_places(self.column_embedding, layout.columns)
-        is_tile = layout.is_tile[..., None].to(tokens)
-        return tokens + self.scale_up(places + is_tile * only_row(self.tile_embedding, tokens.device))
-
-    @staticmethod
-    def scale_up(places: Tensor) -> Tensor:
-        """Scale as in Vaswani et al. 2017: at weight matrices' learning rate, positions would stay too small."""
-        return places * places.shape[-1] ** 0.5
+        places = embed_grid(self.row_embedding, self.column_embedding, layout)
+        if self.tile_score is not None:
+            places = places + layout.is_tile[..., None].to(tokens) * only_row(self.tile_embedding, tokens.device)
+        # As in Vaswani et al. 2017: at weight matrices' learning rate, positions would stay too small.
+        return tokens + places * places.shape[-1] ** 0.5

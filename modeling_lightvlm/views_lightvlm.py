@@ -6,9 +6,11 @@ a newline token at the end of each row of that picture. Sizes of images are (hei
 processor saw them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,41 +22,78 @@ from .configuration_lightvlm import LightVLMConfig
 class Layout:
     """The tokens of several images before pruning; rows of fewer tokens end in padding.
 
+    If each image is one view, a token is a patch: `source` is None, `rows` and `columns` are whole numbers (tokens,)
+    for all images, and `is_patch` and `is_tile` are scalars.
+
     Args:
         source: (images, tokens), the patch that each token is, counted over all views of all images; 0 for no patch.
-        is_patch: (images, tokens), False at newline tokens and padding.
+        is_patch: (images, tokens), False at newline tokens and padding, and at patches that have no features.
         is_tile: (images, tokens), False in the thumbnail.
         rows, columns: (images, tokens), where a patch's center is in the whole picture, in patches of the thumbnail.
         lengths: tokens of each image.
         views: of each image.
+        patches: of a view that have features.
     """
 
-    source: Tensor
+    source: Tensor | None
     is_patch: Tensor
     is_tile: Tensor
     rows: Tensor
     columns: Tensor
     lengths: list[int]
     views: list[int]
+    patches: int
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Layout":
+        """Return a layout of what a function makes of each tensor."""
+        tensors = {name: getattr(self, name) for name in ("source", "is_patch", "is_tile", "rows", "columns")}
+        mapped: dict[str, Any] = {name: function(value) for name, value in tensors.items() if value is not None}
+        return replace(self, **mapped)
 
     def gather(self, values: Tensor) -> Tensor:
         """Return (views, patches, ...) of the encoder as (images, tokens, ...), zero where there is no patch."""
         values = values.flatten(0, 1)[self.source]
         return values * self.is_patch.view(*self.is_patch.shape, *[1] * (values.dim() - 2)).to(values)
 
-    def in_picture(self, patches: int) -> Tensor:
-        """Return which patches (views, patches) are tokens: all but the padding that fits an image to its grid."""
-        counts = torch.zeros(sum(self.views) * patches, dtype=torch.long, device=self.source.device)
-        return counts.index_add(0, self.source.flatten(), self.is_patch.flatten().long()).view(-1, patches) > 0
+    def place(self, places: Tensor, *values: Tensor) -> tuple[Any, ...]:
+        """Return what the encoder left, as (images, tokens, ...), zero where there is nothing, and its layout.
 
-    def cut(self, pixel_values: Tensor) -> Tensor:
-        """Return pixels (views, ...) of existing views, of (images, most views, ...); ValueError if any lack."""
+        Args:
+            places: (views, left), which patches it left.
+            values: (views, left, ...), of these.
+        """
+        layout = self if self.rows.device == places.device else self.map(lambda tensor: tensor.to(places.device))
+        if places.shape[1] < self.patches:
+            layout = layout.left_at(places)
+        return *(values if layout.source is None else map(layout.gather, values)), layout
+
+    def hide(self, scores: Tensor) -> Tensor:
+        """Return scores (images, tokens), those of what is no patch -inf."""
+        return scores if self.source is None else scores.masked_fill(~self.is_patch, -torch.inf)
+
+    def cut(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return pixels (views, ...) of existing views, and which of their patches are not a tile's padding.
+
+        Args:
+            pixel_values: (images, most views, ...), or (images, ...) of one view.
+
+        Returns:
+            Pixels, and (views, patches); None if all patches are tokens.
+
+        Raises:
+            ValueError: if views are missing.
+        """
+        if self.source is None:
+            return pixel_values, None
         if max(self.views) > pixel_values.shape[1]:
             raise ValueError(
                 f"pixel_values has {pixel_values.shape[1]} views of an image that has {max(self.views)} here: give "
                 "what the processor beside the weights returned."
             )
-        return torch.cat([image[:count] for image, count in zip(pixel_values, self.views, strict=True)])
+        counts = torch.zeros(sum(self.views) * self.patches, dtype=torch.long, device=self.source.device)
+        counts = counts.index_add(0, self.source.flatten(), self.is_patch.flatten().long())
+        views = torch.cat([image[:count] for image, count in zip(pixel_values, self.views, strict=True)])
+        return views, counts.view(-1, self.patches) > 0
 
     def view_importance(self, scores: Tensor) -> Tensor:
         """Return how important each view's part of the picture is by the scores (images, patches) of the thumbnails.
@@ -62,10 +101,11 @@ class Layout:
         Returns (images, views): of a tile the sum of its area's probabilities, of the thumbnail, the first, infinity,
         and -1 for views that an image has not.
         """
-        patches = scores.shape[1]
-        nearest = self.rows.round().long() * isqrt(patches) + self.columns.round().long()
+        if self.source is None:
+            return scores.new_full((len(scores), 1), torch.inf)
+        nearest = self.rows.round().long() * isqrt(scores.shape[1]) + self.columns.round().long()
         importance = scores.softmax(dim=-1).gather(1, nearest) * (self.is_tile & self.is_patch)  # (images, tokens)
-        views = (self.source // patches).flatten()
+        views = (self.source // self.patches).flatten()
         importance = importance.new_zeros(sum(self.views)).index_add(0, views, importance.flatten())
         by_image = nn.utils.rnn.pad_sequence([*importance.split(self.views)], batch_first=True, padding_value=-1)
         by_image[:, 0] = torch.inf
@@ -82,20 +122,56 @@ class Layout:
         is_kept = rank < max_views.to(rank.device)[:, None]
         return torch.cat([row[:count] for row, count in zip(is_kept, self.views, strict=True)])
 
-    def without_views(self, is_kept: Tensor, patches: int) -> "Layout":
+    def without_views(self, is_kept: Tensor) -> "Layout":
         """Return the same tokens, of which those of the views that are not kept, (views,), are no patches any more."""
-        view = self.source // patches
-        source = (is_kept.cumsum(0) - 1)[view] * patches + self.source % patches
+        assert self.source is not None  # of one view, none is left out
+        view = self.source // self.patches
+        source = (is_kept.cumsum(0) - 1)[view] * self.patches + self.source % self.patches
         return replace(self, source=source * is_kept[view], is_patch=self.is_patch & is_kept[view])
 
-    def at(self, kept: list[Tensor]) -> "Layout":
-        """Return the layout of the kept tokens, in one row: (1, sum of K)."""
-        image = torch.cat([indices.new_full(indices.shape, index) for index, indices in enumerate(kept)])
-        tokens = torch.cat(kept)
-        source, is_patch, is_tile, rows, columns = (
-            field[image, tokens][None] for field in (self.source, self.is_patch, self.is_tile, self.rows, self.columns)
-        )
-        return Layout(source, is_patch, is_tile, rows, columns, [len(tokens)], [sum(self.views)])
+    def left_at(self, places: Tensor) -> "Layout":
+        """Return the same tokens, of which those not at these patches, (views, left), are no patches any more.
+
+        The others' `source` is counted over the patches that are left.
+        """
+        views, left = places.shape
+        rows = torch.arange(views * left, device=places.device).view(views, left)
+        source = torch.zeros(views, self.patches, dtype=torch.long, device=places.device).scatter(1, places, rows)
+        is_left = torch.zeros_like(source, dtype=torch.bool).scatter(1, places, True)
+        if self.source is not None:
+            source, is_left = source.flatten()[self.source], is_left.flatten()[self.source] & self.is_patch
+        fields = {name: getattr(self, name).expand_as(source) for name in ("is_tile", "rows", "columns")}
+        return replace(self, source=source, is_patch=is_left, patches=left, **fields)
+
+    def at(self, tokens: Tensor, counts: list[int]) -> "Layout":
+        """Return the layout of chosen tokens, (sum of counts,), as many of each image as its count.
+
+        The tokens may have any shape, and the counts be empty, if each image is one view.
+        """
+        if self.source is None:
+            return replace(self, rows=self.rows[tokens], columns=self.columns[tokens])
+        image = torch.cat([tokens.new_full((count,), index) for index, count in enumerate(counts)])
+        return self.map(lambda tensor: tensor[image, tokens])
+
+    def put_newlines(self, tokens: Tensor, newline: Tensor) -> Tensor:
+        """Return tokens (tokens, hidden) of this layout, a newline token in place of what is no patch."""
+        return tokens if self.source is None else tokens.where(self.is_patch[:, None], newline)
+
+
+def place_patches(side: int, device: torch.device) -> dict[str, Any]:
+    """Return `is_patch`, `is_tile`, `rows` and `columns` of images of one view, as in `Layout`."""
+    with torch.inference_mode(False):  # they are kept, and needed in training too
+        patches, always = torch.arange(side**2, device=device), torch.ones((), dtype=torch.bool, device=device)
+        return {"is_patch": always, "is_tile": ~always, "rows": patches // side, "columns": patches % side}
+
+
+placed_patches = cache(place_patches)
+
+
+def one_view(side: int, images: int, device: torch.device) -> Layout:
+    """Return the layout of images of one view of `side` rows and columns of patches."""
+    fields = (place_patches if torch.compiler.is_compiling() else placed_patches)(side, device)  # a graph has its own
+    return Layout(source=None, **fields, lengths=[side**2] * images, views=[1] * images, patches=side**2)
 
 
 def joined_tiles(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
@@ -121,39 +197,34 @@ def encoded_tokens(size: tuple[int, int], config: LightVLMConfig, max_views: int
     return left + int(encoded[: views if max_views is None else max_views - 1].sum())
 
 
-def token_rows(size: tuple[int, int], config: LightVLMConfig) -> Tensor:
-    """Return `source` (-1 for a newline), `is_tile`, `rows` and `columns` of one image's tokens: (4, tokens)."""
-    side = config.patches_per_side
-    source = torch.arange(config.num_patches)
-    tokens = torch.stack([source, torch.zeros_like(source), source // side, source % side]).double()
+def image_tokens(size: tuple[int, int], config: LightVLMConfig) -> dict[str, Tensor]:
+    """Return `source`, `is_patch`, `is_tile`, `rows` and `columns` of one image's tokens, each (tokens,)."""
+    side, patches = config.patches_per_side, torch.arange(config.num_patches)
+    is_patch = torch.ones_like(patches, dtype=torch.bool)
+    thumbnail = {"source": patches, "is_patch": is_patch, "is_tile": ~is_patch}
+    thumbnail |= {"rows": (patches // side).double(), "columns": (patches % side).double()}
     if config.grids.count_views(size) == 1:
-        return tokens
+        return thumbnail
     joined = joined_tiles(size, config)
-    height, width = joined.shape
-    rows, columns = ((torch.arange(n).double() + 0.5) * side / n - 0.5 for n in (height, width))
-    fields = [joined.double(), torch.ones(height, width), rows[:, None].expand(-1, width), columns.expand(height, -1)]
-    tiles = torch.stack(fields)
+    rows, columns = (((torch.arange(n).double() + 0.5) * side / n - 0.5).clamp(0, side - 1) for n in joined.shape)
+    is_patch = torch.ones_like(joined, dtype=torch.bool)
+    tiles = {"source": joined, "is_patch": is_patch, "is_tile": is_patch}
+    tiles |= {"rows": rows[:, None].expand_as(joined), "columns": columns.expand_as(joined)}
     if config.image_newline:
-        tiles = nn.functional.pad(tiles, (0, 1), value=-1)
-    return torch.cat([tokens, tiles.flatten(1)], dim=1)
+        tiles = {name: nn.functional.pad(field, (0, 1)) for name, field in tiles.items()}
+    return {name: torch.cat([thumbnail[name], tiles[name].flatten()]) for name in tiles}
 
 
 def lay_out(sizes: Iterable[tuple[int, int]], config: LightVLMConfig, device: torch.device) -> Layout:
     """Return the layout of images of these sizes, whose views follow each other: thumbnail, tiles in raster order."""
     sizes = list(sizes)
-    images = [token_rows(size, config) for size in sizes]
-    lengths, views = [image.shape[1] for image in images], [config.grids.count_views(size) for size in sizes]
+    images, views = [image_tokens(size, config) for size in sizes], [config.grids.count_views(size) for size in sizes]
     for index, image in enumerate(images):
-        image[0, image[0] >= 0] += sum(views[:index]) * config.num_patches
-    padded = torch.stack([nn.functional.pad(each, (0, max(lengths) - each.shape[1]), value=-1) for each in images])
-    source, is_tile, rows, columns = padded.to(device).unbind(dim=1)
-    limit = config.patches_per_side - 1
-    return Layout(
-        source.clamp_min(0).long(),
-        source >= 0,
-        is_tile > 0,
-        rows.float().clamp(0, limit),
-        columns.float().clamp(0, limit),
-        lengths,
-        views,
-    )
+        image["source"] = (image["source"] + sum(views[:index]) * config.num_patches) * image["is_patch"]
+    fields: dict[str, Any] = {
+        name: nn.utils.rnn.pad_sequence([image[name] for image in images], batch_first=True).to(device)
+        for name in images[0]
+    }
+    fields |= {name: fields[name].float() for name in ("rows", "columns")}
+    lengths = [len(image["source"]) for image in images]
+    return Layout(**fields, lengths=lengths, views=views, patches=config.num_patches)

@@ -6,7 +6,6 @@ language model, that equals masking the dropped tokens as keys. Nothing of the m
 """
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +17,12 @@ from torch.nn.functional import pad
 from transformers import BatchFeature
 from transformers.cache_utils import Cache
 
-Budget = int | float | Sequence[int | float]
+Budget = int | float | list[int | float]
 PIXELS = {"image": {"pixel_values", "pixel_values_images", "image_patches"}, "video": {"pixel_values_videos"}}
 TYPES = {"image": 1, "video": 2}  # of mm_token_type_ids
+FIELDS = ("pooler_output", "deepstack_features", "last_hidden_state")  # the first that an encoder fills has the tokens
+COUNTED_ANEW = ("exaone4_5", "hyperclovax_vision_v2")  # their `generate` drops the position ids that it is given
+UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # unless they are the tokens
 
 
 @dataclass
@@ -72,8 +74,8 @@ def prune(
         model: any decoder-only model of transformers whose `forward` takes `mm_encoder_outputs`; it is not changed.
         inputs: what its processor returned, on the model's device, with or without `labels`; they are not changed.
         num_image_tokens: K of each image: an integer, a share of its tokens such as 0.25, or a list with one for each
-            image; all tokens if None. If a processor puts text between an image's tiles (SmolVLM, Idefics3), each
-            tile counts as an image.
+            image; all tokens if None. In Idefics and SmolVLM, whose encoder returns the images of a prompt as one,
+            these share a budget.
         num_video_tokens: the same for videos; K is for all frames of one together.
         shared: whether the images of a prompt share one budget, and its videos another; a list has one for each
             prompt then.
@@ -198,7 +200,7 @@ def encode_modality(
         raise ValueError(f"The prompt has {int(is_new.sum())} {modality} placeholders, and no {modality} is given.")
     encoder = getattr(model.base_model, f"get_{modality}_features")
     output = encoder(**{name: given[name] for name in names if name in given}, return_dict=True)
-    tokens = [*output.pooler_output]
+    tokens = find_tokens(output)
     lengths = [len(each) for each in tokens]
     if sum(lengths) == int(is_new.sum()):
         rows, columns = rows[is_new], columns[is_new]
@@ -208,7 +210,7 @@ def encode_modality(
     budgets = torch.arange(len(tokens))
     if shared:
         budgets = rows[firsts]
-    elif isinstance(output.pooler_output, Tensor):  # tiles; those of one image follow each other
+    elif isinstance(tokens, Tensor):  # tiles; those of one image follow each other
         budgets = (~pad(is_placeholder, (1, 0))[rows, columns]).cumsum(0)[firsts]
     entries = [index for index, column in enumerate(columns[firsts].tolist()) if column >= start]
     prompts, budgets = rows[firsts].tolist(), budgets.tolist()
@@ -230,7 +232,7 @@ def embed_text(model: Any, given: dict[str, Any]) -> Tensor:
 def choose(encoded: Encoded, budget: Budget, pruner: Chooser, questions: Tensor) -> dict[int, Tensor]:
     """Return the kept indices of each entry, by its index among the output's."""
     groups = [[n for n, other in enumerate(encoded.budgets) if other == one] for one in dict.fromkeys(encoded.budgets)]
-    numbers = [budget] * len(groups) if isinstance(budget, int | float) else [*budget]
+    numbers = [*budget] if isinstance(budget, list | tuple) else [budget] * len(groups)
     if len(numbers) != len(groups):
         raise ValueError(f"{len(numbers)} budgets are given for {len(groups)} images, videos, or prompts that share.")
     kept = {}
@@ -252,7 +254,7 @@ def count_kept(number: float, length: int) -> int:
     """Return how many of an image's tokens a budget keeps."""
     if isinstance(number, float) and 0 < number <= 1:
         return max(1, round(number * length))
-    if isinstance(number, int) and number >= 1:
+    if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
         return min(number, length)
     raise ValueError(f"{number!r} is no budget: give a number of tokens, 1 or more, or a share of them up to 1.0.")
 
@@ -267,20 +269,31 @@ def mark_kept(is_placeholder: Tensor, start: int, encoded: Encoded, kept: dict[i
     return torch.ones_like(is_placeholder).masked_scatter(is_new, torch.cat(flags).to(is_placeholder.device))
 
 
+def find_tokens(output: Any) -> Any:
+    """Return the tokens that an encoder hands to the language model: (tokens, hidden) of each entry."""
+    tokens = next(output[name] for name in FIELDS if output.get(name) is not None)
+    while not isinstance(tokens[0], Tensor):  # of several layers the first; Granite tells each with its number
+        tokens = tokens[0] if isinstance(tokens[0], list | tuple) else tokens[1]
+    return tokens
+
+
 def take_kept(encoded: Encoded, kept: dict[int, Tensor]) -> Any:
     """Return an encoder's output with the kept tokens alone, in the container that the family's `forward` expects."""
 
     def take(value: Any) -> Any:
-        if isinstance(value, Tensor) or isinstance(value[0], Tensor):
-            rows = [value[entry][indices] for entry, indices in kept.items()]
-            if not isinstance(value, Tensor):
-                return rows
+        if isinstance(value, int):
+            return value
+        if not isinstance(value, Tensor) and not isinstance(value[0], Tensor):
+            return type(value)(take(layer) for layer in value)
+        rows = [value[entry][indices] for entry, indices in kept.items()]
+        if isinstance(value, Tensor):
             return torch.cat(rows)[:, None]  # an entry for each token, which `generate` counts to repeat it for beams
-        return [take(layer) for layer in value]
+        return rows
 
     output = encoded.output
-    names = [name for name in ("pooler_output", "deepstack_features") if output.get(name) is not None]
-    short = type(output)(**{name: take(output[name]) for name in names})
+    used = next(name for name in FIELDS if output.get(name) is not None)
+    names = [name for name in output if name == used or name not in UNUSED]
+    short = type(output)(**{name: take(output[name]) if name in FIELDS else output[name] for name in names})
     short.kept_indices = [*kept.values()]
     return short
 
@@ -307,6 +320,8 @@ def drop(
             entries[f"{modality}_grid_thw"] = some.entries
     grids = {name: given[name][entries[name]] for name in entries if name in given}
     positions = whole_positions(model, given | grids, places, start)
+    if model.config.model_type in COUNTED_ANEW:
+        positions = count_positions(is_kept[:, start:])
     short, record = shorten(given, is_kept, positions, record)
     rest = {name: value for name, value in given.items() if name not in used and name not in short}
     return {**rest, **short, **({"mm_encoder_outputs": outputs} if outputs else {})}, record
@@ -320,6 +335,7 @@ def whole_positions(model: Any, given: dict[str, Any], places: dict[str, Tensor]
         return count_positions(mask)
     types = sum(places[name][:, start:] * number for name, number in TYPES.items())
     arguments = {**given, "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
+    arguments["second_per_grids"] = given.get("video_second_per_grid")  # as Qwen Omni's processor names it
     names = inspect.signature(count).parameters
     return count(**{name: arguments[name] for name in names if name in arguments})[0]
 
@@ -336,7 +352,9 @@ def shorten(
         record: what the cache remembers.
     """
     ids, start = given["input_ids"], record.whole_length
-    later = Compaction.without(~is_kept[:, start:])
+    # One column of padding in front: without any, and without a cache, transformers takes jumps in position ids for
+    # the borders of packed sequences. M-RoPE has the text's positions in a row of their own.
+    later = Compaction.without(~is_kept[:, start:], padding=int(positions.dim() == 2 and not start))
     whole = record.followed_by(later)
     compaction = whole.compaction
     names = [name for name, value in given.items() if isinstance(value, Tensor) and value.shape == ids.shape]
@@ -347,7 +365,7 @@ def shorten(
     if not (positions[..., -1] == following[:, 0] - 1).all():
         raise ValueError("A prompt ends in text: put a word behind its last image or video.")
     positions = pad(positions + behind, (record.cached, 0))  # of what is cached they are not read
-    if positions.dim() == 3:  # `generate` counts the text's in a row of their own
+    if len(positions) == 3 and positions.dim() == 3:  # `generate` counts the text's in a row of their own
         positions = torch.cat([count_positions(short["attention_mask"])[None], positions])
     shift = behind + following - short["attention_mask"].sum(dim=1, keepdim=True)
     return {**short, "position_ids": positions}, replace(whole, shift=shift, before=record)

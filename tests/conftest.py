@@ -1,4 +1,4 @@
-"""The one tiny model that every test builds on."""
+"""What tests of several files are given: the tiny model, saved and trained, and data."""
 
 import json
 import logging
@@ -8,9 +8,13 @@ import datasets
 import easy_vqa
 import pytest
 import torch
+from hub_server import TOKEN, HubServer
 from lightvlm import modeling_lightvlm
+from lightvlm.hub import push
+from lightvlm.hub.build import save
 from lightvlm.training import prepare_easy_vqa
-from tiny import make_model, make_processor
+from saved import CARD
+from tiny import CALIBRATION, make_dynamic, make_model, make_processor
 from transformers import AttentionInterface, set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -99,3 +103,45 @@ def data_dir(easy_vqa_folder, tmp_path_factory):
         (folder / f"{split}_captions.json").write_text(json.dumps(captions))
         (folder / "images" / split).symlink_to(easy_vqa_folder / "images" / split)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Return a folder of the tiny model and its processor; only for reading."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(params=["clip-phi", "clip-llama", "siglip-phi"])
+def dynamic(request):
+    """Return a model of each supported kind of parts that gives images what they need, and its processor."""
+    vision, text = request.param.split("-")
+    return make_dynamic(vision, text), make_processor(vision)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a tiny checkpoint with a card; only for reading."""
+    folder = tmp_path_factory.mktemp("trained")
+    save(make_model(dynamic_budget=CALIBRATION), make_processor(), folder)
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Return a server that this process takes for the Hub, without xet, whose protocol it does not speak."""
+    with HubServer() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Leave out the fresh process, which takes seconds."""
+    monkeypatch.setattr(push, "check_folder", lambda folder, name: None)

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from lightvlm_cli.main import main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import make_image, make_tokenizer, text_config, vision_config
@@ -35,6 +36,7 @@ HUB_FILES = {
     "tokenizer_config.json",
     "views_lightvlm.py",
 }
+PUBLISHED = HUB_FILES | {"LICENSE", "README.md"}
 
 
 CARD = """\
@@ -133,3 +135,19 @@ def lose_weights(folder, part: str) -> None:
     """Take the weights with a part of a name out of a checkpoint of one file."""
     weights = load_file(folder / "model.safetensors")
     save_file({name: weight for name, weight in weights.items() if part not in name}, folder / "model.safetensors")
+
+
+def without(*parts):
+    """Return the weights whose names have none of these parts."""
+    return lambda weights: {name: each for name, each in weights.items() if not any(part in name for part in parts)}
+
+
+def refusal_of_build(capsys, folder, *options) -> str:
+    """Run `lightvlm build` and return why it refuses; nothing is written then, and nothing else is said."""
+    before = {*folder.iterdir()}
+    capsys.readouterr()
+    assert main(["build", *options, "--output-dir", str(folder / "hub")]) == 2
+    assert {*folder.iterdir()} == before
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error

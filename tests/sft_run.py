@@ -1,11 +1,17 @@
 """Runs of `training/sft.py` on the tiny model: what is typed, and what is left."""
 
 import json
+from pathlib import Path
 
+import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.training import sft
+from lightvlm.training.collator import LightVLMCollator
 from lightvlm.training.prepare_easy_vqa import llava_row
-from tiny import make_image, make_model, make_processor
+from tiny import NUM_PATCHES, make_image, make_model, make_processor
+
+TRAINING = Path(sft.__file__).parent
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def make_data(folder):
@@ -67,3 +73,23 @@ def log_trainers(monkeypatch):
 
     monkeypatch.setattr(sft, "LightVLMTrainer", LoggedTrainer)
     return logged
+
+
+def curve(logs):
+    """Return step, loss and K of each step."""
+    return [(each["step"], each["loss"], each["kept_image_tokens"]) for each in logs if "loss" in each]
+
+
+def arguments(**options):
+    return sft.LightVLMArguments(
+        "", [], **{"min_image_tokens": 4, "max_image_tokens": NUM_PATCHES, "full_share": 0.0} | options
+    )
+
+
+def collator(**options):
+    return LightVLMCollator(make_processor(), assistant_only_loss=True, **options)
+
+
+def changed_names(model):
+    before = make_model(num_image_tokens=9).state_dict()
+    return {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}

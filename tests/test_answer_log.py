@@ -146,6 +146,7 @@ with AnswerLog(Path(sys.argv[1]), {"weights": "a"}) as log:
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_while_the_first_lives_and_not_after_it_was_killed(tmp_path):
     path = tmp_path / "answers.jsonl"
     first = subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, text=True, env={**os.environ})

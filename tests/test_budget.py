@@ -13,6 +13,7 @@ from lightvlm.data import features
 from lightvlm.pruning_lightvlm import allot_budgets, pool_important
 from lightvlm.training import budget, pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
+from lightvlm.views_lightvlm import one_view
 from saved import lose_weights
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 
@@ -28,6 +29,7 @@ def test_ridge_regression_finds_a_linear_need_and_shrinks_with_its_penalty():
     assert budget.fit_ridge(inputs, inputs @ wanted, 1.0)[0].norm() < 0.6 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_noise_explains_nothing_and_a_signal_nearly_all():
     inputs, noise = torch.randn(1000, 1024), torch.randn(1000)
     penalties = budget.BudgetArguments("", [], "", output_dir="").ridge
@@ -122,9 +124,10 @@ def test_the_need_is_the_smallest_budget_that_is_nearly_as_good_as_everything(mo
     )
     examples = [{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}] * 2
     features, prior = torch.randn(2, NUM_PATCHES, 32), torch.rand(2, NUM_PATCHES)
-    need = budget.needed_tokens(model, processor, examples, features, prior, None, [2, 4, 8], 0.1)
+    layout = one_view(6, 2, torch.device("cpu"))
+    need = budget.needed_tokens(model, processor, examples, features, prior, layout, [2, 4, 8], 0.1)
     assert need.tolist() == [8, 2]
-    need = budget.needed_tokens(model, processor, examples, features, prior, None, [2, 4, 8], 0.01)
+    need = budget.needed_tokens(model, processor, examples, features, prior, layout, [2, 4, 8], 0.01)
     assert need.tolist() == [NUM_PATCHES, NUM_PATCHES]
 
 
@@ -210,6 +213,7 @@ def test_images_that_the_pruner_learned_from_are_not_encoded_again(data, monkeyp
     assert encoded == [6, 2]
 
 
+@pytest.mark.slow
 def test_a_refusal_is_a_sentence_on_standard_error(data):
     words = ["--model_path", data / "model", "--output_dir", data / "out", "--data_path", data / "data.json"]
     command = [sys.executable, budget.__file__, *words, "--image_folder", data, "--max_images", 7]

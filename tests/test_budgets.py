@@ -80,6 +80,7 @@ def test_every_way_is_measured_at_each_mean_and_drawn(folder, monkeypatch, capsy
     assert "| dynamic | 9 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_answer_is_right_where_greedy_decoding_gives_it(easy_vqa_folder):
     model, processor = load(str(SHIPPED))
     images = budgets.load_images(str(easy_vqa_folder / "test.json"), str(easy_vqa_folder / "images"))[:8]

@@ -156,6 +156,7 @@ print(json.dumps([*loaded, load(revision="v1"), load()]))
 """
 
 
+@pytest.mark.slow
 def test_the_processor_and_its_code_come_from_the_revision_token_and_cache_of_the_weights(tmp_path):
     files = save_with_processor(tmp_path / "saved")
     template = "{# of main #}"

@@ -56,6 +56,7 @@ def test_it_answers_easy_vqa_at_every_budget(easy_vqa_folder):
     assert all(result["accuracy"] >= 0.95 for result in results), results
 
 
+@pytest.mark.slow
 def test_it_describes_an_image_in_chat(easy_vqa_folder):
     model = LightVLM.from_pretrained(SHIPPED).eval()
     rows = load_llava(easy_vqa_folder / "test_captions.json", easy_vqa_folder / "images").select(range(10))

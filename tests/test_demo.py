@@ -97,6 +97,7 @@ def test_a_comparison_has_the_answers_at_three_budgets(answerer, path):
     )
 
 
+@pytest.mark.slow
 def test_of_a_large_picture_fewer_views_may_be_encoded(tmp_path, monkeypatch):
     model = make_model(image_grid_pinpoints=GRIDS)
     answerer = Answerer(model, make_processor(pinpoints=GRIDS))
@@ -335,6 +336,7 @@ def browser():
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
+@pytest.mark.slow
 def test_in_a_browser(url, path, tmp_path, browser):
     """Upload, ask, change K, see the picture change; a bad file; an example; and nothing is asked of another host."""
     page = browser.new_page()

@@ -135,6 +135,7 @@ def test_commands_have_the_options_that_pages_name(verb, capsys):
             assert set(re.findall(r'"(--[\w-]+)"', cell)) <= known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_notebooks_run_the_kernels_python_and_end_at_an_error_with_its_cause(notebook):
     sources = ["".join(cell["source"]) for cell in code_cells(notebook)]
@@ -183,6 +184,7 @@ def test_python_runs_and_answers_what_the_picture_shows(page, answers, monkeypat
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == answers
 
 
+@pytest.mark.slow
 def test_an_exported_graph_answers_as_it_is_shown(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("checkpoints", "demo"):

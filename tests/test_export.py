@@ -29,7 +29,9 @@ def run_graph(path, pixels):
     return [torch.tensor(each) for each in found]
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx", ".xml"])
+@pytest.mark.parametrize(
+    "suffix", [".pt2", *(pytest.param(name, marks=pytest.mark.slow) for name in (".onnx", ".xml"))]
+)
 @pytest.mark.parametrize(("vision", "select"), [("clip", "diverse"), ("siglip", "topk")])
 def test_a_graph_has_the_tokens_of_the_model(tmp_path, suffix, vision, select):
     model, path = make_model(vision, select=select), tmp_path / f"graph{suffix}"
@@ -42,6 +44,7 @@ def test_a_graph_has_the_tokens_of_the_model(tmp_path, suffix, vision, select):
     torch.testing.assert_close(tokens, torch.stack(expected.pooler_output), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_in_int8_a_graph_is_smaller_and_has_nearly_the_same_tokens(tmp_path, vision):
     model = make_model(vision, select="topk")
@@ -59,6 +62,7 @@ def test_in_int8_a_graph_is_smaller_and_has_nearly_the_same_tokens(tmp_path, vis
     assert (tmp_path / "int8.onnx").stat().st_size < 0.7 * (tmp_path / "whole.onnx").stat().st_size
 
 
+@pytest.mark.slow
 def test_an_image_of_one_view_has_its_tokens_where_others_have_many(tmp_path):
     model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
     inputs = processor(images=IMAGES[0], text="<image>", return_tensors="pt")
@@ -95,6 +99,7 @@ def test_the_command_says_what_it_wrote_or_what_is_wrong(tmp_path, capsys, monke
     assert "image_tokens (1, 4, " in capsys.readouterr().out and (tmp_path / "graph.pt2").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "last_step"),
     [

@@ -28,6 +28,7 @@ def test_an_error_leaves_the_earlier_file_and_nothing_beside_it(tmp_path):
     assert (tmp_path / "graph.onnx").read_text() == "good" and names(tmp_path) == ["graph.onnx"]
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_earlier_file_and_the_next_call_tidies_up(tmp_path):
     path = tmp_path / "graph.onnx"
     path.write_text("good")

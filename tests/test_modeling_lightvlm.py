@@ -11,10 +11,7 @@ from lightvlm.inference.compilation import compile_for_inference
 from lightvlm.pruning_lightvlm import select_topk
 from tiny import IMAGES, NUM_PATCHES, TEXT, as_llava, make_image, make_model, make_processor, text_config
 from torch._dynamo.testing import CompileCounter
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-)
+from transformers import AutoModelForCausalLM, DynamicCache
 
 BUDGETS = [[16, 4], [], [9]]
 
@@ -85,7 +82,7 @@ def test_kept_tokens_are_the_projected_features_of_the_best_patches(tiny):
     with torch.no_grad():
         full = model.get_image_features(pixels, num_image_tokens=NUM_PATCHES)
         some = model.get_image_features(pixels, num_image_tokens=[5, 20])
-        _, prior = encode_patches(model.model.vision_tower, pixels, -2, model.config.prior_layer)
+        _, prior, _ = encode_patches(model.model.vision_tower, pixels, -2, model.config.prior_layer)
     for image, budget in enumerate([5, 20]):
         best = prior[image].topk(budget).indices.sort().values
         assert torch.equal(some.kept_indices[image], best)

@@ -1,11 +1,24 @@
 """With original position ids a pruned prompt is the whole one in which nobody attends to the dropped patches."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from lightvlm import LightVLMModel
 from lightvlm.compaction_lightvlm import Compaction, count_dropped
 from lightvlm.inference.compilation import compile_for_inference
-from tiny import IMAGES, NUM_PATCHES, TEXT, make_config, make_dynamic, make_image, make_processor, mixed_batch
+from tiny import (
+    IMAGES,
+    NUM_PATCHES,
+    TEXT,
+    make_config,
+    make_dynamic,
+    make_image,
+    make_model,
+    make_processor,
+    mixed_batch,
+)
 from transformers import DynamicCache
 
 NEW = 5
@@ -210,6 +223,36 @@ def test_at_a_fixed_k_positions_move_and_nothing_is_compacted(monkeypatch, budge
     monkeypatch.setattr(Compaction, "without", None)
     assert torch.equal(generate(model, inputs), expected)
     model(**inputs)
+
+
+def count_helpers(run) -> int:
+    """Return how many functions of the files that travel a call runs, without those of the processor."""
+    calls = []
+
+    def note(frame, event, _):
+        file = Path(frame.f_code.co_filename).name
+        if event == "call" and file.endswith("_lightvlm.py") and not frame.f_code.co_name.startswith("<"):
+            calls.append(frame.f_code.co_qualname)
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+@pytest.mark.parametrize(
+    ("position_ids", "budget", "most"),
+    [("consecutive", 9, 43), ("original", 9, 51), ("original", NUM_PATCHES, 34), ("consecutive", NUM_PATCHES, 34)],
+)
+def test_at_a_fixed_k_the_way_through_our_own_functions_is_short(position_ids, budget, most):
+    model, processor = make_model(position_ids=position_ids), make_processor()
+    inputs = processor(images=[make_image()], text=["<image> what?"], num_image_tokens=budget, return_tensors="pt")
+    generate(model, inputs)
+    assert count_helpers(lambda: generate(model, inputs, max_new_tokens=3, min_new_tokens=3)) <= most
+    one_more = count_helpers(lambda: generate(model, inputs, max_new_tokens=4, min_new_tokens=4))
+    assert one_more - count_helpers(lambda: generate(model, inputs, max_new_tokens=3, min_new_tokens=3)) == 2
 
 
 def test_generate_with_a_cache_asks_for_the_whole_sequence():

@@ -14,10 +14,14 @@ from lightvlm.data.turns import mask_blocks, pack_turns
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from lightvlm.training import pruner
 from lightvlm.training.prepare_easy_vqa import llava_row
+from lightvlm.views_lightvlm import one_view
 from PIL import Image
 from saved import lose_weights
 from tiny import GRIDS, NUM_PATCHES, make_image, make_model, make_processor
 from trl import TrlParser
+
+CPU = torch.device("cpu")
+LAYOUT = one_view(6, 1, CPU)
 
 
 def test_probabilities_of_all_orders_sum_to_one():
@@ -75,7 +79,7 @@ def test_one_informative_patch_per_image_is_found_with_near_certainty():
     objective = Planted(make_model())
     learn(objective, marked)
     batch = marked(500)
-    scores = objective.model.model.pruner.score(batch["features"], batch["prior"])
+    scores = objective.model.model.pruner.score(batch["features"], batch["prior"], None, LAYOUT)
     assert (scores.argmax(dim=-1) == batch["features"][..., 0].argmax(dim=-1)).float().mean() > 0.98
 
 
@@ -101,11 +105,11 @@ def test_the_question_points_at_its_patch_and_leaves_the_static_score_as_it_is()
     model = make_model(score="question")
     objective = Asked(model, question_aware=True)
     batch = asked(500)
-    before = model.model.pruner.score(batch["features"], batch["prior"])
+    before = model.model.pruner.score(batch["features"], batch["prior"], None, LAYOUT)
     learn(objective, asked, steps=300)
-    torch.testing.assert_close(model.model.pruner.score(batch["features"], batch["prior"]), before)
+    torch.testing.assert_close(model.model.pruner.score(batch["features"], batch["prior"], None, LAYOUT), before)
     questions = model.model.embed_questions(batch["question_ids"])
-    scores = model.model.pruner.score(batch["features"], batch["prior"], questions)
+    scores = model.model.pruner.score(batch["features"], batch["prior"], questions, LAYOUT)
     wanted = batch["features"][torch.arange(500), :, batch["mark"]].argmax(dim=-1)
     assert (scores.argmax(dim=-1) == wanted).float().mean() > 0.95
 
@@ -198,8 +202,9 @@ def test_what_all_questions_have_in_common_is_left_out_of_the_question():
 
     torch.nn.init.normal_(model.model.pruner.question_projection.weight)
     features, prior = torch.randn(1, NUM_PATCHES, 32), torch.rand(1, NUM_PATCHES)
-    static = model.model.pruner.score(features, prior)
-    torch.testing.assert_close(model.model.pruner.score(features, prior, center), static)  # an average question
+    static = model.model.pruner.score(features, prior, None, LAYOUT)
+    average = model.model.pruner.score(features, prior, center, LAYOUT)
+    torch.testing.assert_close(average, static)
 
 
 def test_a_question_aware_checkpoint_is_made_of_a_static_one(data, monkeypatch):
@@ -226,10 +231,11 @@ def test_the_reward_is_the_mean_log_probability_of_the_answers_with_the_kept_tok
     features, kept = torch.randn(2, NUM_PATCHES, 32), torch.tensor([[[1, 5], [0, 7]], [[2, 30], [3, 4]]])
     ask, say = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}
     conversations = [[ask, say], [ask, {**say, "content": "a circle"}, {**ask, "content": "no?"}, say]]
-    rewards = objective.reward(features, kept, pack_turns(conversations, processor, 2))
+    rewards = objective.reward(features, kept, pack_turns(conversations, processor, 2), one_view(6, 2, CPU))
     for sample, image in itertools.product(range(2), range(2)):
         chosen = kept[sample, image]
-        tokens = model.model.pruner.add_positions(model.model.multi_modal_projector(features[image, chosen]), chosen)
+        tokens = model.model.multi_modal_projector(features[image, chosen])
+        tokens = model.model.pruner.add_places(tokens, LAYOUT.at(chosen, []))
         inputs = mask_blocks(pack_turns(conversations[image : image + 1], processor, 2))
         labels = inputs.pop("labels")[0, 1:]
         images = {"image": LightVLMImageFeatures(pooler_output=[tokens])}
@@ -257,7 +263,7 @@ def test_the_reward_is_that_of_the_models_own_position_ids(position_ids):
     encoded = model.get_image_features(**inputs)
     packed = pack_turns([[ask, say]], processor, 5)
     kept = torch.stack(encoded.kept_indices)[None]
-    (found,) = pruner.PolicyGradient(model).reward(encoded.last_hidden_state, kept, {**packed})
+    (found,) = pruner.PolicyGradient(model).reward(encoded.last_hidden_state, kept, {**packed}, LAYOUT)
     # One question is a row like any other: the model counts its positions.
     logits, labels = model(input_ids=packed["input_ids"], **inputs).logits[0, :-1], packed["labels"][0, 1:]
     chosen = logits.log_softmax(dim=-1)[labels >= 0].gather(-1, labels[labels >= 0][:, None])

@@ -5,12 +5,16 @@ from collections import Counter
 import pytest
 import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner, pruning_lightvlm
+from lightvlm.budgets_lightvlm import Budgets
 from lightvlm.encoding_lightvlm import cls_attention, probe_attention, received_attention
 from lightvlm.evaluation.selectors import select_determinantal, select_k_center  # baselines, held to the same tests
 from lightvlm.pruning_lightvlm import cosine_similarity, select_density_peaks, select_topk
+from lightvlm.views_lightvlm import one_view
 from tiny import make_config, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, SiglipVisionConfig, SiglipVisionModel
+
+CPU = torch.device("cpu")
 
 
 def eager_tower(kind: str):
@@ -165,12 +169,24 @@ def test_topk_has_the_best_first():
 def test_budgets_of_one_batch_may_differ_and_kept_patches_are_in_raster_order(select):
     pruner = TokenPruner(make_config(score="cls", select=select))
     features, prior = torch.randn(3, 36, 32), torch.rand(3, 36)
-    kept = pruner(features, prior, [4, 36, 9])
+    kept = pruner(features, prior, Budgets([4, 36, 9]), None, one_view(6, 3, CPU))
     assert [len(indices) for indices in kept] == [4, 36, 9]
     for image, indices in enumerate(kept):
         assert indices.tolist() == sorted(set(indices.tolist()))
-        (alone,) = pruner(features[image : image + 1], prior[image : image + 1], [len(indices)])
+        some = features[image : image + 1], prior[image : image + 1], Budgets([len(indices)])
+        (alone,) = pruner(*some, None, one_view(6, 1, CPU))
         assert torch.equal(indices, alone)
+
+
+@pytest.mark.parametrize("select", ["topk", "diverse"])
+def test_a_ranking_begins_with_what_is_kept_of_any_number(select):
+    pruner, layout = TokenPruner(make_config(score="cls", select=select)), one_view(6, 2, CPU)
+    features, prior = torch.randn(2, 36, 32), torch.rand(2, 36)
+    order = pruner.rank(features, prior, None, layout, 36)
+    for count in (1, 9, 35):
+        assert torch.equal(pruner.rank(features, prior, None, layout, count), order[:, :count])
+        kept = pruner(features, prior, Budgets([count] * 2), None, layout)
+        assert torch.equal(torch.stack(kept), order[:, :count].sort(dim=1).values)
 
 
 @pytest.mark.parametrize("score", ["cls", "mlp", "positional", "question"])
@@ -178,10 +194,10 @@ def test_an_untrained_pruner_is_the_prior(score):
     model = LightVLMModel(make_config(score=score))
     prior = torch.rand(2, 36)
     for questions in (None, torch.randn(2, 32)):
-        scores = model.pruner.score(torch.randn(2, 36, 32), prior, questions)
+        scores = model.pruner.score(torch.randn(2, 36, 32), prior, questions, one_view(6, 2, CPU))
         torch.testing.assert_close(scores, prior.log())
     tokens = torch.randn(5, 32)
-    assert torch.equal(model.pruner.add_positions(tokens, torch.arange(5)), tokens)
+    assert torch.equal(model.pruner.add_places(tokens, one_view(6, 1, CPU).at(torch.arange(5), [])), tokens)
 
 
 def test_positional_terms_know_row_and_column():
@@ -193,9 +209,10 @@ def test_positional_terms_know_row_and_column():
         pruner.column_score.weight[3] = 1.0
         pruner.row_embedding.weight[2] = 1.0
         pruner.column_embedding.weight[3] = 10.0
-    scores = pruner.score(torch.randn(1, 36, 32), torch.ones(1, 36))
+    scores = pruner.score(torch.randn(1, 36, 32), torch.ones(1, 36), None, one_view(6, 1, CPU))
     assert scores.argmax() == 2 * 6 + 3
-    tokens = pruner.add_positions(torch.zeros(3, 32), torch.tensor([2 * 6 + 3, 2 * 6, 3]))
+    chosen = one_view(6, 1, CPU).at(torch.tensor([2 * 6 + 3, 2 * 6, 3]), [3])
+    tokens = pruner.add_places(torch.zeros(3, 32), chosen)
     torch.testing.assert_close(tokens[:, 0], 32**0.5 * torch.tensor([11.0, 1.0, 10.0]))  # times sqrt(hidden)
 
 
@@ -207,10 +224,10 @@ def test_a_question_may_ask_for_a_place():
         pruner.question_projection.weight[0] = torch.randn(32)
         pruner.row_key.weight[2, 0], pruner.column_key.weight[3, 0] = 1.0, 0.5
         question = pruner.question_projection.weight[:1]
-    features, prior = torch.randn(1, 36, 32), torch.ones(1, 36)
-    scores = pruner.score(features, prior, question).unflatten(-1, (6, 6))
+    features, prior, layout = torch.randn(1, 36, 32), torch.ones(1, 36), one_view(6, 1, CPU)
+    scores = pruner.score(features, prior, question, layout).unflatten(-1, (6, 6))
     assert scores.argmax() == 2 * 6 + 3 and torch.equal(scores[0, 0], scores[0, 1])
-    assert torch.equal(scores, -pruner.score(features, prior, -question).unflatten(-1, (6, 6)))
+    assert torch.equal(scores, -pruner.score(features, prior, -question, layout).unflatten(-1, (6, 6)))
 
 
 def test_diverse_patches_are_those_of_float32_under_autocast():
@@ -222,11 +239,12 @@ def test_diverse_patches_are_those_of_float32_under_autocast():
 
 def test_only_a_question_scorer_hears_the_question():
     features, prior, questions = torch.randn(2, 36, 32), torch.rand(2, 36), torch.randn(2, 32)
+    layout = one_view(6, 2, CPU)
     for score in ("cls", "mlp", "positional", "question"):
         pruner = TokenPruner(make_config(score=score))
-        unasked, asked = pruner.score(features, prior), pruner.score(features, prior, questions)
+        unasked, asked = (pruner.score(features, prior, each, layout) for each in (None, questions))
         assert torch.equal(unasked, asked) == (score != "question")
-    torch.testing.assert_close(asked[:1], pruner.score(features[:1], prior[:1], questions[:1]))
+    torch.testing.assert_close(asked[:1], pruner.score(features[:1], prior[:1], questions[:1], layout))
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,10 @@ from lightvlm.benchmark.speed import (
     summarise,
     watched,
 )
+from lightvlm.budgets_lightvlm import Budgets
 from lightvlm.inference.compilation import encode_and_rank
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
-from tiny import NUM_PATCHES, make_image, make_model, make_processor, vision_config
+from tiny import NUM_PATCHES, encode, make_image, make_model, make_processor, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,15 +85,21 @@ def test_every_stage_of_a_pass_is_timed_and_they_add_up(tiny):
         assert all(sample[stage] > 0 for stage in STAGES)
 
 
-def test_nothing_is_left_around_the_model():
+def test_nothing_is_left_around_the_model(monkeypatch):
     model = make_model()
     before = model.model.pruner.select
     with watched(stages_of(model), Stopwatch(CPU)):
         assert "encode" in vars(model.model) and model.model.pruner.select is not before
     assert "encode" not in vars(model.model) and model.model.pruner.select is before
+    fused, fuse = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention", lambda *all, **more: fused.append(1) or fuse(*all, **more)
+    )
     with encoder_attention(model, "eager"):
-        assert model.model.vision_tower.config._attn_implementation == "eager"
-    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+        model.model.encode(torch.randn(1, 3, 84, 84))
+        assert not fused
+    model.model.encode(torch.randn(1, 3, 84, 84))
+    assert fused
 
 
 def test_llava_shares_the_weights(tiny):
@@ -272,7 +279,7 @@ def test_encoding_and_pruning_never_wait_for_a_gpu(tiny):
     model, _ = tiny
     pixels = torch.randn(2, 3, 84, 84)
     with Waits() as waits, torch.no_grad():
-        model.model.prune(*model.model.encode(pixels), None, [9, 9])
+        model.model.prune(*encode(model, pixels), Budgets([9, 9]))
     assert waits.count == 0
 
 
@@ -340,9 +347,9 @@ def test_pruning_launches_no_more_for_more_tokens_and_one_gather_for_an_image(se
     model = make_model(select=select)
     counts = {}
     for images, budget in ((2, 4), (2, 16), (4, 16)):
-        features, prior = model.model.encode(torch.randn(images, 3, 84, 84))
+        encoded = encode(model, torch.randn(images, 3, 84, 84))
         with Launches() as launches, torch.no_grad():
-            model.model.prune(features, prior, None, [budget] * images)
+            model.model.prune(*encoded, Budgets([budget] * images))
         counts[images, budget] = launches.count
     assert counts[2, 4] == counts[2, 16]
     assert counts[4, 16] - counts[2, 16] == 2

@@ -1,5 +1,7 @@
 """The tiny model, whole and in parts: random weights, fp32, CPU, 36 patches an image."""
 
+import random
+
 import numpy as np
 import torch
 from lightvlm import CHAT_TEMPLATE, LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
@@ -15,6 +17,7 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     PhiConfig,
     Qwen2Config,
     SiglipImageProcessorPil,
@@ -134,16 +137,20 @@ TEXT = ["<image> or <image>?", "what color?", "<image>\nis there a red circle in
 IMAGES = [[make_image(0), make_image(1)], [], [make_image(2)]]
 
 
-def complexity_of(model, features, prior):
-    return model.model.pruner.estimate_complexity(features, model.model.pruner.score(features, prior))
+def encode(model, pixels):
+    """Return features, prior and layout of images of one view."""
+    return model.model.encode_views(pixels, None, model.model.lay_out(pixels, None))
+
+
+def complexity_of(model, features, prior, layout):
+    return model.model.pruner.estimate_complexity(features, model.model.pruner.score(features, prior, None, layout))
 
 
 def make_dynamic(vision="clip", text="phi", **overrides):
     """Return a tiny model whose estimator finds the images of `mixed_batch` simple, middling and complex."""
     model = make_model(vision, text, dynamic_budget=CALIBRATION, **overrides)
     linear = torch.nn.init.normal_(model.model.pruner.complexity.weight), model.model.pruner.complexity.bias
-    features, prior = model.model.encode(mixed_batch(make_processor(vision), 9)["pixel_values"])
-    complexity = complexity_of(model, features, prior)
+    complexity = complexity_of(model, *encode(model, mixed_batch(make_processor(vision), 9)["pixel_values"]))
     with torch.no_grad():
         linear[0].div_(complexity.std())
         linear[1].sub_(complexity.mean() / complexity.std())
@@ -154,3 +161,81 @@ def mixed_batch(processor, num_image_tokens, **options):
     return processor(
         images=IMAGES, text=TEXT, num_image_tokens=num_image_tokens, padding=True, return_tensors="pt", **options
     )
+
+
+def images_of(inputs) -> dict:
+    return {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask", "labels")}
+
+
+def budgets_of(model, inputs) -> list[int]:
+    return [len(kept) for kept in model.get_image_features(**images_of(inputs)).kept_indices]
+
+
+def both(model, processor, **options):
+    """Return a batch with dynamic budgets, and the same with those numbers asked for."""
+    batch = mixed_batch(processor, "dynamic:8", **options)
+    budgets = budgets_of(model, batch)
+    assert len({*budgets}) == 3
+    return batch, mixed_batch(processor, budgets, **options)
+
+
+def generate(model, inputs, **options):
+    return model.generate(**inputs, **{"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | options)
+
+
+def is_text(model, inputs) -> torch.Tensor:
+    return (inputs["input_ids"] != model.config.image_token_id) & inputs["attention_mask"].bool()
+
+
+LARGE_IMAGES = [[make_image(0, (250, 240)), make_image(1, (40, 60))], [], [make_image(2, (100, 300))]]
+
+
+def random_sizes(count):
+    draw = random.Random(0)
+    return [(draw.randint(1, 2000), draw.randint(1, 2000)) for _ in range(count)]
+
+
+def make_views(grids=GRIDS, newline=False, **overrides):
+    """Return a tiny model and processor of many views, with an estimator of budgets."""
+    model = make_model(image_grid_pinpoints=grids, image_newline=newline, **overrides)
+    return model, make_processor(pinpoints=grids, image_newline=newline)
+
+
+def make_next(grids=NEXT_GRIDS, text="llama", **overrides):
+    return make_views(grids, True, text=text, **overrides)
+
+
+def next_processor(processor):
+    return LlavaNextProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def randomize(*modules):
+    for module in modules:
+        for weight in module.parameters():
+            torch.nn.init.normal_(weight)
+
+
+def make_dynamic_views(**overrides):
+    return make_dynamic(image_grid_pinpoints=GRIDS, **overrides), make_processor(pinpoints=GRIDS)
+
+
+def placeholders(processor, inputs) -> list[int]:
+    ids = torch.as_tensor(inputs["input_ids"])
+    return (ids == processor.image_token_id).sum(dim=-1).tolist()
+
+
+def say(role: str, text: str, *images) -> dict:
+    return {
+        "role": role,
+        "content": [*({"type": "image", "image": each} for each in images), {"type": "text", "text": text}],
+    }
+
+
+def pixel_values(processor, image, **options):
+    return processor(images=image, text="<image>", return_tensors="pt", **options)["pixel_values"]

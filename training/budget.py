@@ -21,6 +21,11 @@ from lightvlm.pruning_lightvlm import allot_budgets, pool_important
 from lightvlm.training.machine import run
 from lightvlm.training.pruner import PolicyGradient, save_checkpoint
 from lightvlm.views_lightvlm import Layout
+from sklearn.linear_model import Ridge
+from sklearn.metrics import mean_squared_error, r2_score
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 from trl import TrlParser
 
@@ -94,7 +99,7 @@ def needed_tokens(
     examples: list[dict],
     features: torch.Tensor,
     prior: torch.Tensor,
-    layout: Layout | None,
+    layout: Layout,
     sweep: list[int],
     delta: float,
 ) -> torch.Tensor:
@@ -110,7 +115,7 @@ def needed_tokens(
     """
     judge, pruner, device = PolicyGradient(model), model.model.pruner, model.device
     whole = model.config.encoded_patches  # of many views, too, as many as one view has
-    order = pruner.select(pruner.score(features, prior, layout=layout), features, whole)
+    order = pruner.rank(features, prior, None, layout, whole)
     rewards = []
     for kept in (order[:, :budget].sort(dim=-1).values for budget in (*sweep, whole)):
         inputs = pack_turns([example["messages"] for example in examples], processor, kept.shape[1])
@@ -123,42 +128,35 @@ def needed_tokens(
     return budgets[is_enough.int().argmax(dim=0)]
 
 
-def fit_ridge(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights (dim,) and bias of the ridge regression of targets (rows,) on standardized inputs (rows, dim).
+def make_ridge(penalty: float, rows: int) -> Pipeline:
+    """Return a ridge regression on standardized inputs; the penalty is of the squared weights, for each row."""
+    return make_pipeline(StandardScaler(), Ridge(penalty * rows**2 / (rows - 1)))  # of deviations over n - 1
 
-    Args:
-        inputs: (rows, dim).
-        targets: (rows,).
-        penalty: of the squared weights, for each row.
-    """
-    inputs, targets = inputs.double(), targets.double()
-    mean, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp_min(1e-6)
-    standard = (inputs - mean) / scale
-    gram = standard.T @ standard + penalty * len(inputs) * torch.eye(inputs.shape[1], device=inputs.device)
-    weights = torch.linalg.solve(gram, standard.T @ (targets - targets.mean())) / scale
-    return weights.float(), (targets.mean() - weights @ mean).float()
+
+def fit_ridge(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights (dim,) and bias of `make_ridge` on inputs (rows, dim) and targets (rows,), not standardized."""
+    scaler, ridge = make_ridge(penalty, len(inputs)).fit(inputs.double().cpu(), targets.double().cpu())
+    weights = ridge.coef_ / scaler.scale_
+    bias = ridge.intercept_ - weights @ scaler.mean_
+    return tuple(torch.tensor(value, dtype=torch.float32, device=inputs.device) for value in (weights, bias))
 
 
 def choose_penalty(inputs: torch.Tensor, targets: torch.Tensor, penalties: list[float]) -> float:
     """Return the penalty of `fit_ridge` with the least squared error on held-out rows, by cross-validation."""
-    fold = torch.arange(len(inputs), device=inputs.device) % FOLDS
+    inputs, targets = inputs.double().cpu().numpy(), targets.double().cpu().numpy()
+    folds = PredefinedSplit([row % FOLDS for row in range(len(inputs))])
+    learned_from = len(inputs) - len(inputs) // FOLDS
 
     def held_out_error(penalty: float) -> float:
-        error = 0.0
-        for number in range(FOLDS):
-            is_held_out = fold == number
-            weights, bias = fit_ridge(inputs[~is_held_out], targets[~is_held_out], penalty)
-            error += (inputs[is_held_out] @ weights + bias - targets[is_held_out]).square().sum().item()
-        return error
+        predictions = cross_val_predict(make_ridge(penalty, learned_from), inputs, targets, cv=folds)
+        return mean_squared_error(targets, predictions)
 
     return min(penalties, key=held_out_error)
 
 
 def explained_variance(predictions: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the share of variance of targets (rows,) that predictions explain; negative if their mean is better."""
-    variance = targets.var(correction=0)
-    left = (predictions - targets).square().mean()
-    return (1 - left / variance).item() if variance > 1e-12 else 0.0
+    """Return R² of predictions of targets (rows,): negative if their mean is better, 0 if they are all the same."""
+    return r2_score(targets.cpu(), predictions.cpu()) if targets.std() > 1e-6 else 0.0
 
 
 def check_explained(explained: float, need: torch.Tensor, images: int) -> None:
@@ -203,7 +201,7 @@ def main() -> None:
         features, prior, layout = lay_out_batch(**stacked, config=model.config)
         needs.append(needed_tokens(model, processor, batch, features, prior, layout, args.sweep, args.delta))
         with torch.no_grad():
-            pooled.append(pool_important(features, pruner.score(features, prior, layout=layout)))
+            pooled.append(pool_important(features, pruner.score(features, prior, None, layout)))
     need, pooled = torch.cat(needs).log(), torch.cat(pooled)
     half, dtype = len(examples) // 2, config.dtype or torch.float32  # rows are in random order
     penalty = choose_penalty(pooled[:half], need[:half], args.ridge)

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from lightvlm import LightVLMProcessor
 from lightvlm.data.readable_rows import ReadableRows, read_or_replace, read_row, undecoded
 from lightvlm.data.turns import IGNORED, pack_turns
+from lightvlm.processing_lightvlm import expand_placeholders
 from PIL import Image
 from torch.nn.functional import pad
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -214,12 +215,13 @@ def add_blank_image(batch: dict, processor: LightVLMProcessor) -> dict:
     FSDP and ZeRO-3 gather each module's weights on all processes at once: one that skips the vision encoder, without
     an image, would leave the others waiting forever.
     """
-    (placeholders,), (mean,) = processor.resolve_budgets(None, 1)
-    budget = mean or placeholders  # a dynamic one is its mean, so that the blank image costs what others do
+    (largest,), (mean,) = processor.resolve_budgets(None, 1)
+    budget = mean or largest  # a dynamic one is its mean, so that the blank image costs what others do
     blank = processor(images=[Image.new("RGB", (32, 32))], num_image_tokens=budget, return_tensors="pt")
     paddings = {"attention_mask": 0, "blocks": -1, "position_ids": 0, "labels": -100}
     paddings["input_ids"] = processor.tokenizer.pad_token_id
+    (placeholders,) = expand_placeholders([[processor.image_token_id]], processor.image_token_id, [budget])
     for name in paddings.keys() & batch.keys():
-        batch[name] = pad(batch[name], (0, budget), value=paddings[name])
-    batch["input_ids"][0, -budget:] = processor.image_token_id
+        batch[name] = pad(batch[name], (0, len(placeholders)), value=paddings[name])
+    batch["input_ids"][0, -len(placeholders) :] = torch.tensor(placeholders)
     return {**batch, **blank}

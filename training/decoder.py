@@ -69,8 +69,7 @@ def rank_patches(model: LightVLMForConditionalGeneration, examples: EncodedImage
     for example in tqdm(examples, "Choosing patches"):
         stacked = stack_features([example], model.device)
         features, prior, layout = lay_out_batch(**stacked, config=model.config)
-        scores = pruner.score(features, prior, layout=layout)
-        orders.append(pruner.select(scores, features, count)[0].to("cpu", torch.int32))
+        orders.append(pruner.rank(features, prior, None, layout, count)[0].to("cpu", torch.int32))
     examples.columns["order"] = torch.stack(orders)
 
 
@@ -86,17 +85,23 @@ class Reader(nn.Module):
             module.requires_grad_(name in PLACES)
 
     def forward(
-        self, features: torch.Tensor, prior: torch.Tensor, sizes: torch.Tensor, kept: torch.Tensor, **inputs
+        self,
+        features: torch.Tensor,
+        prior: torch.Tensor,
+        sizes: torch.Tensor,
+        kept: torch.Tensor,
+        places: torch.Tensor | None = None,
+        **inputs: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Return the mean loss of the answers' tokens.
 
         Args:
-            features, prior, sizes: of `stack_features`.
+            features, prior, sizes, places: of `stack_features`.
             kept: (batch, K), in raster order.
             inputs: of `pack_turns`, with labels.
         """
         backbone, labels = self.model.model, inputs.pop("labels")
-        features, _, layout = lay_out_batch(features, prior, sizes, self.model.config)
+        features, _, layout = lay_out_batch(features, prior, sizes, self.model.config, places)
         images = {"image": backbone.keep(features, list(kept), layout)}
         hidden = backbone(**mask_blocks(inputs), mm_encoder_outputs=images)[0]
         is_answer = labels[:, 1:] != IGNORED

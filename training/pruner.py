@@ -106,11 +106,10 @@ def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
 
 def join_images(batches: list[LightVLMImageFeatures]) -> LightVLMImageFeatures:
     """Return the images of several batches as one batch."""
-    lengths = [batch.lengths for batch in batches]
     return LightVLMImageFeatures(
         pooler_output=[tokens for batch in batches for tokens in batch.pooler_output],
         kept_indices=[indices for batch in batches for indices in batch.kept_indices],
-        lengths=None if lengths[0] is None else sum(lengths, []),
+        lengths=[length for batch in batches for length in batch.lengths],
     )
 
 
@@ -144,18 +143,19 @@ class PolicyGradient(nn.Module):
         sizes: torch.Tensor,
         num_image_tokens: int,
         question_ids: torch.LongTensor | None = None,
+        places: torch.Tensor | None = None,
         **inputs: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Return the loss, and the mean reward of all samples.
 
         Args:
-            features, prior, sizes: of `stack_features`.
+            features, prior, sizes, places: of `stack_features`.
             num_image_tokens: K.
             question_ids: (batch, words), padded with -1.
             inputs: for the language model, with labels, of `pack_turns`.
         """
         backbone = self.model.model
-        features, prior, layout = lay_out_batch(features, prior, sizes, self.model.config)
+        features, prior, layout = lay_out_batch(features, prior, sizes, self.model.config, places)
         questions = backbone.embed_questions(question_ids) if self.question_aware else None
         scores = backbone.pruner.score(features, prior, questions, layout)
         scores = scores.clamp_min(NEVER)
@@ -165,16 +165,14 @@ class PolicyGradient(nn.Module):
         return {"loss": -(leave_one_out(rewards) * log_probability).mean(), "reward": rewards.mean()}
 
     @torch.no_grad()
-    def reward(
-        self, features: torch.Tensor, kept: torch.LongTensor, inputs: dict, layout: Layout | None = None
-    ) -> torch.Tensor:
+    def reward(self, features: torch.Tensor, kept: torch.LongTensor, inputs: dict, layout: Layout) -> torch.Tensor:
         """Return the mean log-probability of answers' tokens, each no less than -6, if only some patches are seen.
 
         Args:
-            features: (batch, patches, dim).
-            kept: (samples, batch, K) patches in raster order.
+            features: (batch, tokens, dim).
+            kept: (samples, batch, K) tokens in raster order.
             inputs: of `pack_turns`, for the batch.
-            layout: of images of many views, whose tokens take the place of patches.
+            layout: of the images.
 
         Returns:
             (samples, batch).

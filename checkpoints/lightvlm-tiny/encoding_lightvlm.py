@@ -92,7 +92,7 @@ def encode_patches(
     prior_layer: int,
     keep: dict[int, int] | None = None,
     in_picture: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run a CLIP or SigLIP encoder up to the last layer that features and prior need.
 
     Args:
@@ -104,8 +104,8 @@ def encode_patches(
         in_picture: (batch, patches), False at the padding of tiles, which is dropped first.
 
     Returns:
-        Features (batch, patches, dim), those of several layers concatenated, and the prior (batch, patches). Of a
-        dropped patch the features are zero and the prior is -1.
+        Of the patches that are left, in raster order: features (batch, left, dim), those of several layers
+        concatenated, the prior (batch, left), and which patches they are (batch, left).
     """
     is_clip = tower.config.model_type == "clip_vision_model"
     layers = tower.encoder.layers
@@ -114,19 +114,21 @@ def encode_patches(
     attending = max(wanted) if not is_clip and tower.use_head else prior_layer % len(layers)
 
     states, places = hidden_states_at(tower, pixel_values, {*wanted, attending}, keep or {}, in_picture)
+    last = places[max(places)]
     prior = attention_to_patches(tower, attending, states[attending])
     features = [states[index][:, 1:] if is_clip else states[index] for index in wanted]
     if keep:
-        last = places[max(places)]
-        rows, columns = (side // tower.config.patch_size for side in pixel_values.shape[-2:])
-        is_left = torch.zeros(len(last), rows * columns, dtype=torch.bool, device=last.device).scatter(1, last, True)
-        prior = is_left.float().scatter(1, places[attending], prior).where(is_left, -1.0)
-        features = [
-            each.new_zeros(*is_left.shape, each.shape[-1]).scatter(1, at[..., None].expand_as(each), each)
-            * is_left[..., None]
-            for each, at in zip(features, (places[index] for index in wanted), strict=True)
-        ]
-    return (features[0] if len(features) == 1 else torch.cat(features, dim=-1)), prior
+        prior = take_patches(prior, places[attending], last)
+        features = [take_patches(each, places[index], last) for each, index in zip(features, wanted, strict=True)]
+    return features[0] if len(features) == 1 else torch.cat(features, dim=-1), prior, last
+
+
+def take_patches(values: Tensor, places: Tensor, left: Tensor) -> Tensor:
+    """Return values (batch, patches[, dim]) at places (batch, patches) of those that are left, (batch, left)."""
+    if places.shape == left.shape:
+        return values
+    at = torch.searchsorted(places.contiguous(), left)
+    return values.gather(1, at if values.dim() == 2 else at[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def attention_to_patches(tower: Any, index: int, state: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def hidden_states_at(
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Return the encoder's hidden states at these indices alone: all would be most of the memory that images take.
 
-    Also which patches each of them has, (batch, patches left), in raster order, if `keep` drops any.
+    Also which patches each of them has, (batch, patches left), in raster order.
     """
     state, others = tower.embeddings(pixel_values), 0
     if tower.config.model_type == "clip_vision_model":
@@ -153,11 +155,10 @@ def hidden_states_at(
     layers = tower.encoder.layers
     for index in range(max(indices) + 1):
         if index in keep and index < len(layers):
-            count = min(keep[index], at.shape[1])
             attention = attention_to_patches(tower, index, state)
             if in_picture is not None:
                 attention = attention.masked_fill(~in_picture.to(at.device).gather(1, at), -1.0)
-            left = attention.topk(count).indices.sort().values
+            left = attention.topk(min(keep[index], at.shape[1])).indices.sort().values
             patches = state[:, others:].gather(1, left[..., None].expand(-1, -1, state.shape[-1]))
             state, at = torch.cat([state[:, :others], patches], dim=1), at.gather(1, left)
         if index in indices:

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from .budgets_lightvlm import Budgets
 from .compaction_lightvlm import Compaction, Record, count_positions, mark_surplus, restore_prompt
 from .configuration_lightvlm import LightVLMConfig
 from .pruning_lightvlm import LightVLMImageFeatures
@@ -16,7 +15,16 @@ from .pruning_lightvlm import LightVLMImageFeatures
 NEEDS_IDS = (
     "Dynamic budgets and original position ids need input_ids: inputs_embeds do not tell where placeholders are."
 )
-IMAGE_INPUTS = ("pixel_values", "num_image_tokens", "mean_image_tokens", "question_ids", "image_sizes", "max_views")
+IMAGE_INPUTS = (
+    "pixel_values",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "num_image_tokens",
+    "mean_image_tokens",
+    "question_ids",
+    "image_sizes",
+    "max_views",
+)
 
 
 def refuse_cached_images(input_ids: Tensor, image_token_id: int, num_placeholders: int | None) -> None:
@@ -72,51 +80,68 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
         suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
         kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
         prompt, past = kwargs.pop("input_ids", inputs), kwargs.get("past_key_values")
-        is_special, record = self.is_special(prompt, kwargs), Record.of(past)
-        if prompt is None or not is_special and record.is_plain:
-            output = run(prompt, generation_config, *args, **kwargs)
+        if prompt is None:
+            self.check_embeddings(kwargs)
+            output = run(None, generation_config, *args, **kwargs)
             for cache in (past, getattr(output, "past_key_values", None)):
                 Record().write(cache)  # it may hold an earlier call's: static caches are used again
             return output
-        input_ids, kwargs, record = self.prepare_prompt(prompt, record, settings, kwargs)
-        kwargs |= limit_short(kwargs, settings, prompt.shape[1] - input_ids.shape[1])
+        record, input_ids = Record() if past is None else Record.of(past), prompt
+        images, written = self.take_images(prompt, record, kwargs)
+        if written or self.model.moves_positions(images) or past is not None and not record.is_plain:
+            input_ids, record = self.place_prompt(prompt, record, settings, images, written, kwargs)
         output = run(input_ids, generation_config, *args, **kwargs)
+        if past is None and record.compaction is None and isinstance(output, Tensor):
+            return output  # nobody sees the cache
         return restore_prompt(output, prompt, input_ids.shape[1], record, past)
 
-    def is_special(self, prompt: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        """Return whether budgets are dynamic, or positions other than those that `generate` counts.
-
-        ValueError if budgets do not fit the images, or images are given that are in the cache.
-        """
-        images, encoded = kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs") or {}
-        if images is None:
-            kwargs.pop("mean_image_tokens", None)
-            return self.model.moves_positions(encoded.get("image"))
-        layout = self.model.lay_out(images, kwargs.get("image_sizes"))
-        lengths = layout.lengths if layout else [self.config.num_patches] * len(images)
-        budgets = Budgets.of(self.config, kwargs.get("num_image_tokens"), kwargs.get("mean_image_tokens"), lengths)
-        is_special = budgets.means is not None or self.config.position_ids == "original"
-        if prompt is None and is_special:
+    def check_embeddings(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError if `generate` has images that need ids, and has no ids."""
+        is_dynamic = kwargs.get("num_image_tokens") is None and self.config.num_image_tokens == "dynamic"
+        is_dynamic = is_dynamic or kwargs.get("mean_image_tokens") is not None
+        if kwargs.get("pixel_values") is not None and (is_dynamic or self.config.position_ids == "original"):
             raise ValueError(NEEDS_IDS)
-        record = Record.of(kwargs.get("past_key_values"))
-        if prompt is not None and record.cached:
-            new_ids = prompt[:, record.whole_length :]
-            refuse_cached_images(new_ids, self.config.image_token_id, sum(budgets.limits))
-        return is_special
 
-    def prepare_prompt(
-        self, prompt: Tensor, record: Record, settings: GenerationConfig, given: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any], Record]:
-        """Return ids without surplus placeholders, `generate`'s other arguments for them, and the cache's new record.
+    def take_images(self, prompt: Tensor, record: Record, kwargs: dict[str, Any]) -> tuple[Any, list[int]]:
+        """Return the images of `generate`'s arguments, encoded, and the placeholders of each if some are surplus.
+
+        Left in the arguments are the tokens alone: their positions are known then.
+        """
+        images: Any = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        written: list[int] = []
+        if kwargs.get("pixel_values") is None:
+            kwargs.pop("mean_image_tokens", None)
+        elif images is None:
+            asked = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+            images = self.model.get_image_features(**asked, return_dict=True)
+            written = images.num_image_tokens
+            if record.cached:
+                new_ids = prompt[:, record.whole_length :]
+                refuse_cached_images(new_ids, self.config.image_token_id, sum(written))
+        if images is None:
+            return None, []
+        kwargs["mm_encoder_outputs"] = {"image": LightVLMImageFeatures(pooler_output=images.pooler_output)}
+        return images, written if written != [len(tokens) for tokens in images.pooler_output] else []
+
+    def place_prompt(
+        self,
+        prompt: Tensor,
+        record: Record,
+        settings: GenerationConfig,
+        images: Any,
+        written: list[int],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Record]:
+        """Return ids without surplus placeholders, and the cache's new record.
 
         Args:
             prompt: (batch, length), of which the first positions may be in the cache already.
             record: what the cache remembers of these.
             settings: the generation configuration.
-            given: arguments of `generate`; images among them are encoded here, because positions depend on them.
+            images, written: of `take_images`.
+            kwargs: arguments of `generate`, among which mask, positions and lengths become those of these ids.
         """
-        kwargs, cached, start = {**given}, record.cached, record.whole_length
-        mask, positions = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
+        mask, input_ids, cached = kwargs.get("attention_mask"), prompt, record.cached
         if mask is None:
             mask = infer_attention_mask(prompt, settings, kwargs.get("pad_token_id"))
         if mask.shape != prompt.shape:
@@ -124,39 +149,44 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
                 f"attention_mask has the shape {(*mask.shape,)} and input_ids {(*prompt.shape,)}: give `generate` the "
                 "whole sequence, with what is in past_key_values."
             )
-        features, written, kept = self.take_features(kwargs)
-        is_image, input_ids, positions = prompt == self.config.image_token_id, prompt, None if start else positions
-        if written != kept:
-            is_surplus = mark_surplus(is_image[:, start:], written, kept)
-            later = Compaction.without(is_surplus | (mask[:, start:] == 0))
-            record = record.followed_by(later)
-            positions = None if positions is None else later.shorten(positions - is_surplus.cumsum(dim=1), 0)
+        kwargs["attention_mask"] = mask
+        if cached:
+            kwargs.pop("position_ids", None)
+        if written:
+            record = self.drop_surplus(prompt, record, images, written, kwargs)
         if record.compaction is not None:
-            pads = (kwargs.get("pad_token_id"), settings.pad_token_id, self.config.text_config.pad_token_id, 0)
-            fill = next(token for token in pads if token is not None)
-            input_ids, mask = record.compaction.shorten(prompt, fill), record.compaction.shorten(mask, 0)
-        dropped = self.model.count_dropped(input_ids[:, cached:], features)
-        if positions is None and (dropped is not None or record.shift is not None):
-            positions = record.add_shift(count_positions(mask))
-        if dropped is not None and not torch.equal(dropped[:, -1], dropped[:, -2]):
-            raise ValueError("With original position ids, a prompt ends in text: put a word behind its last image.")
-        if dropped is not None:  # positions of what is cached are not read
-            positions, record = positions + pad(dropped[:, :-1], (cached, 0)), record.moved_by(dropped[:, -1:])
-        more = {} if positions is None else {"position_ids": positions}
-        return input_ids, {**kwargs, **more, "attention_mask": mask}, record
+            input_ids = self.shorten_prompt(prompt, record.compaction, settings, kwargs)
+        is_moved = self.model.moves_positions(images)
+        if kwargs.get("position_ids") is None and (is_moved or record.shift is not None):
+            positions = count_positions(kwargs["attention_mask"])
+            kwargs["position_ids"] = positions if record.shift is None else positions + record.shift
+        if is_moved:
+            dropped = self.model.count_dropped(input_ids[:, cached:], images)
+            if not torch.equal(dropped[:, -1], dropped[:, -2]):
+                raise ValueError(
+                    "With original position ids, a prompt ends in text: put a word behind its last image."
+                )
+            kwargs["position_ids"] = kwargs["position_ids"] + pad(dropped[:, :-1], (cached, 0))
+            record = record.moved_by(dropped[:, -1:])
+        return input_ids, record
 
-    def take_features(self, kwargs: dict[str, Any]) -> tuple[Any, list[int], list[int]]:
-        """Return encoded images among `generate`'s arguments, or those it encodes, their placeholders and tokens.
+    def drop_surplus(
+        self, prompt: Tensor, record: Record, images: Any, written: list[int], kwargs: dict[str, Any]
+    ) -> Record:
+        """Return the record of what is cached and of the prompt without surplus; arguments as in `place_prompt`."""
+        start, kept = record.whole_length, [len(tokens) for tokens in images.pooler_output]
+        is_surplus = mark_surplus(prompt[:, start:] == self.config.image_token_id, written, kept)
+        later = Compaction.without(is_surplus | (kwargs["attention_mask"][:, start:] == 0))
+        if (positions := kwargs.get("position_ids")) is not None:
+            kwargs["position_ids"] = later.shorten(positions - is_surplus.cumsum(dim=1), 0)
+        return record.followed_by(later)
 
-        Left in the arguments are the tokens alone: their positions are known then.
-        """
-        images, written = (kwargs.get("mm_encoder_outputs") or {}).get("image"), None
-        if kwargs.get("pixel_values") is not None:
-            asked = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
-            images = self.model.get_image_features(**asked, return_dict=True)
-            written = images.num_image_tokens
-        if images is None:
-            return None, [], []
-        kept = [len(tokens) for tokens in images.pooler_output]
-        kwargs["mm_encoder_outputs"] = {"image": LightVLMImageFeatures(pooler_output=images.pooler_output)}
-        return images, written or kept, kept
+    def shorten_prompt(
+        self, prompt: Tensor, compaction: Compaction, settings: GenerationConfig, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Return the short ids of a prompt; mask and lengths among `generate`'s arguments become theirs."""
+        pads = (kwargs.get("pad_token_id"), settings.pad_token_id, self.config.text_config.pad_token_id, 0)
+        input_ids = compaction.shorten(prompt, next(token for token in pads if token is not None))
+        kwargs["attention_mask"] = compaction.shorten(kwargs["attention_mask"], 0)
+        kwargs |= limit_short(kwargs, settings, prompt.shape[1] - input_ids.shape[1])
+        return input_ids

@@ -1,6 +1,7 @@
 """Processor of LightVLM: decides each image's budget and writes that many placeholders into the prompt."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from math import isqrt
 from typing import Any
 
@@ -19,8 +20,6 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from .grids_lightvlm import Grids
 from .images_lightvlm import MAX_ASPECT_RATIO, extend_edges, open_images, reading, shrink, to_image, to_rgb
 
-HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-
 
 class LightVLMImagesKwargs(ImagesKwargs, total=False):
     """Image options of a call: transformers' own, K, views, and the question that the choice of tokens depends on."""
@@ -35,6 +34,27 @@ class LightVLMProcessorKwargs(ProcessingKwargs, total=False):
 
     images_kwargs: LightVLMImagesKwargs  # type: ignore[misc]
     _defaults = {}  # type: ignore[misc]  # transformers 5.19 raises without it
+
+
+def expand_placeholders(prompts: Sequence[Any], placeholder: str | int, counts: Sequence[int]) -> list[Any]:
+    """Return prompts with K placeholders of each image in place of one: all that write placeholders call this.
+
+    Args:
+        prompts: texts, or lists of token ids.
+        placeholder: the image token, or its id.
+        counts: K of each image of all prompts, in order.
+
+    Raises:
+        ValueError: if there are more or fewer images than placeholders.
+    """
+    mark = re.escape(str(placeholder))
+    rows = [re.split(f"({mark})", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    written = sum(row.count(placeholder) for row in rows)
+    if written != len(counts):
+        raise ValueError(f"{written} image placeholders in the prompts, but {len(counts)} images: write one for each.")
+    rest = iter(counts)
+    rows = [[part for part in row for _ in range(next(rest) if part == placeholder else 1)] for row in rows]
+    return ["".join(row) if isinstance(prompt, str) else row for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def read_texts(messages: list[dict[str, Any]], template: str, where: str = "") -> Iterator[str]:
@@ -113,7 +133,7 @@ class LightVLMProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as `ProcessorMixin` does; ValueError, as by `check`, if it contradicts the config.json beside it."""
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        place = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+        place = kwargs | {"trust_remote_code": None}  # which it would warn of
         try:
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
         except OSError:  # a processor alone
@@ -327,7 +347,10 @@ class LightVLMProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Return the placeholders of one image."""
-        return self.image_token * image_inputs["num_image_tokens"][image_idx]
+        (text,) = expand_placeholders(
+            [self.image_token], self.image_token, [image_inputs["num_image_tokens"][image_idx]]
+        )
+        return text
 
     def _get_num_multimodal_tokens(self, image_sizes: list[Any] | None = None, **kwargs: Any) -> MultiModalData:
         """Return the number of placeholders of images of these sizes, for vLLM; ValueError if it would be dynamic."""
