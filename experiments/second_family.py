@@ -650,13 +650,29 @@ def measure(args: argparse.Namespace) -> None:
                     kept = select(score(merged), merged, tokens).sort(dim=1).values
                     about = {"test": test, "way": way, "tokens": tokens, "seed": seed}
                     rows.append(answer_all(reader, full, kept, turns) | about)
-                    print(rows[-1], flush=True)
         for size in READ_SIZES[1:]:
             small = sizes[size]
             every = torch.arange(small.shape[2]).expand(len(small), -1)
             about = {"test": test, "way": "smaller picture", "tokens": small.shape[2]}
             rows.append(answer_all(reader, small, every, turns) | about)
-    write_json(args.output_dir / "measured.json", rows)
+        write_json(args.output_dir / "measured.json", rows)
+        print(tabulate([row for row in rows if row["test"] == test]), flush=True)
+
+
+def tabulate(rows: list[dict]) -> str:
+    """Return a table in Markdown: ways, and their accuracy with so many tokens, the mean of all seeds."""
+    counts = sorted({row["tokens"] for row in rows}, reverse=True)
+    cells: dict[str, dict[int, list[dict]]] = {}
+    for row in rows:
+        cells.setdefault(row["way"], {}).setdefault(row["tokens"], []).append(row)
+    lines = [f"| {rows[0]['test']} | " + " | ".join(map(str, counts)) + " |", "| --- |" + " ---: |" * len(counts)]
+    for way, found in cells.items():
+        texts = []
+        for some in (found.get(count, []) for count in counts):
+            means = [sum(row[key] for row in some) / len(some) for key in ("accuracy", "standard_error") if some]
+            texts.append("{:.1f} ± {:.1f}".format(*means) if some else "")
+        lines.append(f"| {way} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
 
 def encode_test(model, processor, args: argparse.Namespace, names: list[str], size: int) -> Tensor:
