@@ -119,11 +119,13 @@ def prune_prompt(
 
 def check_model(model: Any) -> None:
     """Raise ValueError if a model cannot be pruned from outside."""
-    name = type(model).__name__
+    name, takes = type(model).__name__, inspect.signature(model.forward).parameters
     if model.config.model_type == "lightvlm":
         raise ValueError("LightVLM prunes its images itself: give num_image_tokens to its processor or to `chat`.")
-    if model.config.is_encoder_decoder or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if model.config.is_encoder_decoder or "mm_encoder_outputs" not in takes:
         raise ValueError(f"{name} cannot be pruned: its forward does not take encoded images (mm_encoder_outputs).")
+    if "pixel_values" in takes and takes["pixel_values"].default is inspect.Parameter.empty:
+        raise ValueError(f"{name} cannot be pruned: its forward asks for pixels even if images are encoded.")
 
 
 def check_prompt(given: dict[str, Any]) -> None:
