@@ -131,7 +131,7 @@ class TokenScorer(nn.Module):
         if Path(name_or_path).is_dir():
             files = [Path(name_or_path) / name for name in (CONFIG, WEIGHTS)]
             if lacking := [file.name for file in files if not file.is_file()]:
-                raise FileNotFoundError(f"{name_or_path} has no {lacking[0]}: training/scorer.py writes a pruner.")
+                raise FileNotFoundError(f"{name_or_path} has no {lacking[0]}: training/pruner.py writes one.")
         else:
             files = [Path(hf_hub_download(str(name_or_path), name, **hub_options)) for name in (CONFIG, WEIGHTS)]
         scorer = cls(**json.loads(files[0].read_text()))

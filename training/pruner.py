@@ -9,6 +9,8 @@ did better than the others of the same image rise (REINFORCE with a leave-one-ou
 language model runs forward only, on K tokens an image.
 
 The encoder runs once for each image, and its features are kept on disk: 1.2 MB an image for CLIP ViT-L/14-336.
+
+Of any other vision-language model, the same command teaches a `TokenScorer`, by `token_scorer.py`.
 """
 
 import random
@@ -34,7 +36,7 @@ from lightvlm.training.machine import RunsHere, run
 from lightvlm.training.saving import folder_written_beside
 from lightvlm.views_lightvlm import Layout
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import AutoConfig, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import is_fsdp_enabled
 from trl import TrlParser
 
@@ -59,14 +61,25 @@ class PrunerArguments(ImageArguments):
     max_turns: int | None = field(
         default=None, metadata={"help": "questions about an image in a step, drawn anew each time; all if None"}
     )
-    image_tokens: list[int] | None = field(
+    image_tokens: list[float] | None = field(
         default=None,
-        metadata={"help": "K is drawn from these for each batch; 16, 36 and 64, but for those that are all patches"},
+        metadata={
+            "help": "K is drawn from these for each batch; 16, 36 and 64, but for those that are all patches; of "
+            "models that are not LightVLM, also shares below 1, by default 0.05, 0.1 and 0.25"
+        },
     )
     num_samples: int = field(default=4, metadata={"help": "choices of K tokens that are compared for each image"})
     question_aware: bool = field(
-        default=False, metadata={"help": "teach the question's term alone, and leave the static score as it is"}
+        default=False,
+        metadata={
+            "help": "teach the question's term alone, and leave the static score as it is; of models that are not "
+            "LightVLM, teach both"
+        },
     )
+
+    def __post_init__(self) -> None:
+        budgets = self.image_tokens
+        self.image_tokens = budgets and [int(budget) if budget == int(budget) else budget for budget in budgets]
 
 
 @dataclass
@@ -239,10 +252,8 @@ class PrunerCollator:
         }
 
 
-def check(args: PrunerArguments, training_args: PrunerTrainingArguments, config: LightVLMConfig) -> None:
-    """Raise ValueError if the arguments ask for the impossible."""
-    if not args.image_tokens or not all(1 <= budget < config.num_patches for budget in args.image_tokens):
-        raise ValueError(f"image_tokens={args.image_tokens}: give numbers from 1 to {config.num_patches - 1}.")
+def check(args: PrunerArguments, training_args: PrunerTrainingArguments) -> None:
+    """Raise ValueError if the arguments ask for the impossible, of whatever model."""
     if args.num_samples < 2:
         raise ValueError(f"num_samples={args.num_samples}: a sample is compared with others, so take 2 or more.")
     defaults = {option.name: option.default for option in fields(PrunerTrainingArguments)}
@@ -298,11 +309,17 @@ def main() -> None:
     set_seed(training_args.seed)
     training_args.remove_unused_columns = False
     training_args.data_seed = training_args.seed  # the same order on all processes, whatever noise each one draws
+    check(args, training_args)
+    if AutoConfig.from_pretrained(args.model_path).model_type != LightVLMConfig.model_type:
+        from lightvlm.training.token_scorer import teach  # it imports from here
+
+        return teach(args, training_args)
 
     processor = LightVLMProcessor.from_pretrained(args.model_path)
     config = LightVLMConfig.from_pretrained(args.model_path)
     args.image_tokens = args.image_tokens or [budget for budget in BUDGETS if budget < config.num_patches]
-    check(args, training_args, config)
+    if not all(isinstance(budget, int) and 1 <= budget < config.num_patches for budget in args.image_tokens):
+        raise ValueError(f"image_tokens={args.image_tokens}: give numbers from 1 to {config.num_patches - 1}.")
     score = "question" if args.question_aware else "positional" if config.score == "cls" else config.score
     new = "$^" if score == config.score else r"\.pruner\."
     model = load_to_train(args.model_path, new, score=score, dtype=torch.float32)
