@@ -203,7 +203,10 @@ def encode_modality(
     if sum(lengths) == int(is_new.sum()):
         rows, columns = rows[is_new], columns[is_new]
     elif sum(lengths) != len(rows):
-        raise ValueError(f"The prompt has {len(rows)} {modality} placeholders for {sum(lengths)} tokens.")
+        raise ValueError(  # the words that transformers has for it, which trainers look for
+            f"Image features and image tokens do not match: the prompt has {len(rows)} {modality} placeholders for "
+            f"{sum(lengths)} tokens."
+        )
     firsts = torch.tensor([0, *lengths[:-1]], device=rows.device).cumsum(0)
     budgets = torch.arange(len(tokens))
     if shared:
