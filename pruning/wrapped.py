@@ -14,14 +14,6 @@ from lightvlm.pruning.choosing import Chooser, keep_distinct
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-OWN = (
-    "_modules",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
 
 def with_pruning(
     model: Any,
@@ -59,8 +51,8 @@ def with_pruning(
 def derive(model: nn.Module, mixin: type, settings: Pruning) -> Any:
     """Return a shallow copy of a module, of a class made of a mixin and its own."""
     derived = copy(model)
-    for name in ("_modules", *(f"_{hooks}" for hooks in HOOKS)):  # what is put into one is not put into the other
-        setattr(derived, name, copy(getattr(model, name)))
+    for name in [name for name in vars(model) if name == "_modules" or name.startswith("_forward_")]:
+        setattr(derived, name, copy(getattr(model, name)))  # what is put into one, hooks too, is not in the other
     own = type(model)
     derived.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__, "__doc__": own.__doc__})
     derived.pruning = settings
