@@ -11,7 +11,12 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-PATCH, SIDE, HIDDEN = 8, 6, 32  # a merged token has two by two patches; an image of 96 pixels has 6 by 6 of them
+PATCH, CELL, SIDE, HIDDEN = (
+    8,
+    16,
+    6,
+    32,
+)  # a merged token is a cell of 2 x 2 patches, an image of 96 pixels 6 x 6
 START, IMAGE, END, VIDEO = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
 TEMPLATE = """\
 {%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -59,7 +64,7 @@ def make_qwen(processor: PaddleOCRVLProcessor | None = None) -> Qwen3VLForCondit
         "initializer_range": 0.2,
     }
     text = {
-        "vocab_size": 512,
+        "vocab_size": len(tokenizer),
         "hidden_size": HIDDEN,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
