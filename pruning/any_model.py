@@ -203,10 +203,7 @@ def encode_modality(
     if sum(lengths) == int(is_new.sum()):
         rows, columns = rows[is_new], columns[is_new]
     elif sum(lengths) != len(rows):
-        raise ValueError(  # the words that transformers has for it, which trainers look for
-            f"Image features and image tokens do not match: the prompt has {len(rows)} {modality} placeholders for "
-            f"{sum(lengths)} tokens."
-        )
+        raise ValueError(f"The prompt has {len(rows)} {modality} placeholders for {sum(lengths)} tokens.")
     firsts = torch.tensor([0, *lengths[:-1]], device=rows.device).cumsum(0)
     budgets = torch.arange(len(tokens))
     if shared:
@@ -344,6 +341,8 @@ def shorten(
     compaction = whole.compaction
     names = [name for name, value in given.items() if isinstance(value, Tensor) and value.shape == ids.shape]
     short = {name: compaction.shorten(given[name], -100 if name == "labels" else 0) for name in names}
+    if "labels" in short:  # in a row alone nothing predicts the first position, and padding should not
+        short["labels"] = short["labels"].masked_fill(short["attention_mask"].cumsum(dim=1) <= 1, -100)
     behind = record.add_shift(short["attention_mask"][:, : record.cached].sum(dim=1, keepdim=True))
     following = positions.movedim(-2, 0).flatten(1).amax(dim=1)[:, None] + 1
     positions = later.shorten(positions, 0)

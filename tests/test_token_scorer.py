@@ -118,6 +118,8 @@ def hub(monkeypatch):
     """Return a server that this process takes for the Hub, without xet, whose protocol it does not speak."""
     with HubServer() as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
@@ -191,7 +193,7 @@ def test_the_reward_is_the_mean_log_probability_of_the_answers_on_the_pruned_pro
     rows = [row("what color?", "red", "what is in this image?", "a small circle"), row("what color is it?", "yes")]
     batch = PromptCollator(make_qwen_processor(), [budget])(rows)
     with torch.enable_grad():
-        outputs = Watched(model, learned(), num_samples=3)(**batch)
+        outputs = Watched(model, TokenScorer(HIDDEN), num_samples=3)(**batch)
     batch.pop("num_image_tokens")
     torch.testing.assert_close(outputs["reward"], torch.stack([rewards for _, rewards in chosen]).mean())
     assert len({str(kept) for kept, _ in chosen}) == 3
