@@ -290,10 +290,9 @@ def save_checkpoint(
         extend_card(model_path, folder, line)
 
 
-def summarize(args: PrunerArguments, state: TrainerState) -> str:
-    """Return a line for the card about this run."""
+def summarize(args: PrunerArguments, state: TrainerState, term: str) -> str:
+    """Return a line for the card about this run and the term that learned."""
     files = ", ".join(Path(path).name for path in args.data_path)
-    term = "the question's term of the score" if args.question_aware else "the score"
     rewards = [logs["reward"] for logs in state.log_history if "reward" in logs]
     line = f"- pruner: {term}, by {state.global_step} steps of policy gradient on {files}, K of {args.image_tokens}"
     if rewards:  # fewer steps than logging_steps leave none
@@ -338,7 +337,10 @@ def main() -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         model.to(config.dtype or torch.float32)
-        save_checkpoint(model, processor, args.model_path, training_args.output_dir, summarize(args, trainer.state))
+        line = summarize(
+            args, trainer.state, "the question's term of the score" if args.question_aware else "the score"
+        )
+        save_checkpoint(model, processor, args.model_path, training_args.output_dir, line)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

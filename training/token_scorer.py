@@ -42,18 +42,18 @@ class OrderSampler:
 
     Args:
         scorer: gives the scores.
-        rows: of the batch; a question is the pair of its row and its embedding.
+        questions: (batch, hidden); of each, `choose` is given the row too.
     """
 
-    def __init__(self, scorer: TokenScorer, rows: int):
-        self.scorer, self.log_probabilities = scorer, [torch.zeros(())] * rows
+    def __init__(self, scorer: TokenScorer, questions: Tensor):
+        self.scorer = scorer
+        self.log_probabilities = [*questions.new_zeros(len(questions), dtype=torch.float32)]
 
     def __call__(self, tokens: Tensor, count: int, question: tuple[int, Tensor]) -> Tensor:
         row, text = question
         scores = self.scorer.score(tokens, text)[None]
         orders = sample_orders(scores.detach(), 1)
-        found = order_log_probability(scores, orders, count).squeeze()
-        self.log_probabilities[row] = self.log_probabilities[row].to(found.device) + found
+        self.log_probabilities[row] = self.log_probabilities[row] + order_log_probability(scores, orders, count)[0, 0]
         return orders[0, 0, :count].sort().values
 
 
@@ -70,7 +70,7 @@ class TokenPolicy(nn.Module):
         super().__init__()
         self.accepts_loss_kwargs = False  # tells the trainer that the loss is a mean over rows, not over labels
         self.model, self.scorer, self.num_samples = model.requires_grad_(False), scorer, num_samples
-        if scorer.question_projection is not None:
+        if scorer.reads_question:
             scorer.question_center.requires_grad_(False)
         self.train()
 
@@ -94,10 +94,10 @@ class TokenPolicy(nn.Module):
             encoded, questions = encode(self.model, given)["image"], embed_text(self.model, given)
         rewards, log_probabilities = [], []
         for _ in range(self.num_samples):
-            sampler = OrderSampler(self.scorer, len(questions))
+            sampler = OrderSampler(self.scorer, questions)
             kept = choose(encoded, num_image_tokens, sampler, [*enumerate(questions)])
             rewards.append(self.reward(given, encoded, kept))
-            log_probabilities.append(torch.stack([each.to(questions.device) for each in sampler.log_probabilities]))
+            log_probabilities.append(torch.stack(sampler.log_probabilities))
         if not log_probabilities[0].requires_grad:
             raise ValueError(
                 f"image_tokens={num_image_tokens}: no image of a batch has more, so give fewer, or shares such as 0.1."
@@ -168,9 +168,8 @@ class PromptCollator:
             pairs = enumerate(zip(part, whole, strict=False))
             return next((n for n, (one, other) in pairs if one != other), min(len(part), len(whole)))
 
-        whole, images = tokenize(len(prompt)), len(ids)
-        images -= len(whole)
-        turns = range(1, len(prompt), 2)
+        whole, turns = tokenize(len(prompt)), range(1, len(prompt), 2)
+        images = len(ids) - len(whole)
         spans = [(shared(tokenize(turn, asks=True)), shared(tokenize(turn + 1))) for turn in turns]
         if not all(start < end for start, end in spans) or ids[spans[0][0] + images :] != whole[spans[0][0] :]:
             raise ValueError("The answers are not found in the prompts that the model's chat template makes of rows.")
@@ -179,13 +178,13 @@ class PromptCollator:
 
 @torch.no_grad()
 def center_questions(policy: TokenPolicy, collator: PromptCollator, rows: Sequence[dict]) -> None:
-    """Tell the scorer what the rows' questions have in common: their mean embedding."""
-    center = policy.scorer.question_center.zero_()
-    for row in rows:
-        inputs = collator([row])
+    """Tell the scorer what the first rows' questions have in common: their mean embedding."""
+    center, count = policy.scorer.question_center.zero_(), min(CENTERED, len(rows))
+    for number in range(count):
+        inputs = collator([rows[number]])
         names = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
         text = {name: inputs[name].to(center.device) for name in names if name in inputs}
-        center += embed_text(policy.model, text)[0].float() / len(rows)
+        center += embed_text(policy.model, text)[0].float() / count
 
 
 def teach(args: Any, training_args: Any) -> None:
@@ -220,12 +219,13 @@ def teach(args: Any, training_args: Any) -> None:
     collator = PromptCollator(processor, args.image_tokens, 1 if args.question_aware else args.max_turns)
     rows = ReadableRows(load_rows(args, training_args.seed), args.skip_bad_rows)
     if args.question_aware:
-        center_questions(policy, collator, [rows[number] for number in range(min(CENTERED, len(rows)))])
+        center_questions(policy, collator, rows)
     trainer = PrunerTrainer(policy, training_args, data_collator=collator, train_dataset=rows)
     torch.manual_seed(training_args.seed + training_args.process_index)  # each process compares samples of its own
     trainer.train()
     if trainer.is_world_process_zero():
         scorer.cpu().save_pretrained(output)
-        print(summarize(args, trainer.state).removeprefix("- "))
+        term = "the score, with its question's term," if args.question_aware else "the score"
+        print(summarize(args, trainer.state, term).removeprefix("- "))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
