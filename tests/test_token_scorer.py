@@ -67,14 +67,15 @@ def test_what_is_saved_keeps_the_same_when_it_is_loaded(tmp_path, options):
     assert torch.equal(kept(prune(model, inputs, 0.25, pruner=again)), kept(prune(model, inputs, 0.25, pruner=scorer)))
 
 
-def test_a_kill_while_it_is_saved_leaves_what_was_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["save_file", "json.dumps"])
+def test_a_kill_while_it_is_saved_leaves_what_was_there(tmp_path, monkeypatch, step):
     learned().save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def kill(*args):
+    def kill(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightvlm.pruning.scorer.save_file", kill)
+    monkeypatch.setattr(f"lightvlm.pruning.scorer.{step}", kill)
     with pytest.raises(KeyboardInterrupt):
         learned(scorer_hidden_size=5).save_pretrained(tmp_path)
     assert before.items() <= {file.name: file.read_bytes() for file in tmp_path.iterdir()}.items()

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.data_utils import prepare_multimodal_messages
 
-SHARES = (0.05, 0.1, 0.25)
 CENTERED = 256  # rows whose mean text is the center of all questions
 
 
@@ -198,7 +197,6 @@ def teach(args: Any, training_args: Any) -> None:
         ValueError: if arguments ask for the impossible, or the model cannot be pruned.
     """
     output, base = Path(training_args.output_dir), Path(args.model_path)
-    args.image_tokens = args.image_tokens or [*SHARES]
     for budget in args.image_tokens:
         count_kept(budget, 1)  # which refuses what is no budget
     if args.features_dir:
