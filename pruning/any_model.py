@@ -361,6 +361,8 @@ def shorten(
     compaction = whole.compaction
     names = [name for name, value in given.items() if isinstance(value, Tensor) and value.shape == ids.shape]
     short = {name: compaction.shorten(given[name], -100 if name == "labels" else 0) for name in names}
+    if "labels" in short:  # in a row alone nothing predicts the first position, and padding should not
+        short["labels"] = short["labels"].masked_fill(short["attention_mask"].cumsum(dim=1) <= 1, -100)
     behind = record.add_shift(short["attention_mask"][:, : record.cached].sum(dim=1, keepdim=True))
     following = positions.movedim(-2, 0).flatten(1).amax(dim=1)[:, None] + 1
     positions = later.shorten(positions, 0)
