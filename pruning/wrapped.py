@@ -1,7 +1,7 @@
 """`with_pruning`: a model that prunes by itself, for pipelines, servers, trainers and benchmarks."""
 
 from copy import copy
-from functools import partial
+from functools import partial, update_wrapper
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -59,7 +59,7 @@ def derive(model: nn.Module, mixin: type, settings: Pruning) -> Any:
     replaced = derived.__dict__.pop("forward", None)  # a trainer's would run the given model
     if isinstance(replaced, partial):  # accelerate's, for offloading
         derived._old_forward = MethodType(type(derived).forward, derived)
-        derived.forward = partial(replaced.func, derived)
+        derived.forward = update_wrapper(partial(replaced.func, derived), derived._old_forward)  # for its signature
     return derived
 
 

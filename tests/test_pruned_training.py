@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 from lightvlm import TokenScorer, keep_distinct, prune, with_pruning
 from lightvlm.training.draw_budget import DrawBudget
@@ -178,6 +179,16 @@ def test_a_model_that_a_trainer_was_given_can_be_made_to_prune(tmp_path):
     expected = base(**prune(base, inputs, 5)).logits[:, -1]
     last = inputs["attention_mask"].sum(dim=1) - 1
     torch.testing.assert_close(with_pruning(base, 5)(**inputs).logits[torch.arange(3), last], expected)
+
+
+def test_a_model_that_is_offloaded_learns_and_generates(tmp_path):
+    batch = make_batch(make_trainer(tmp_path, make_qwen()))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    base, offloaded = make_qwen(), cpu_offload(make_qwen(), torch.device("cpu"))
+    model, options = with_pruning(offloaded, 5), {"max_new_tokens": 4, "do_sample": False}
+    torch.testing.assert_close(model(**batch).loss, base(**prune(base, batch, 5)).loss)
+    found = model.generate(**inputs, **options)[:, -4:]
+    assert torch.equal(found, base.generate(**prune(base, inputs, 5), **options)[:, -4:])
 
 
 def test_hooks_of_the_one_are_not_the_others():
