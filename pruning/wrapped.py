@@ -100,6 +100,8 @@ class PrunedForward:
             )
         record.write(past)
         output.last_hidden_state = record.compaction.carry(output.last_hidden_state)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(map(record.compaction.carry, output.hidden_states))
         return output
 
 
@@ -114,7 +116,7 @@ class PrunedGenerate:
         No placeholder has a label: at those that are dropped it would be another prompt's loss.
         """
         if (labels := kwargs.get("labels")) is not None and has_pixels(kwargs) and "input_ids" in kwargs:
-            placeholders = find_placeholders(self.config, {"attention_mask": torch.ones_like(labels)} | kwargs)
+            placeholders = find_placeholders(self.config, kwargs | {"attention_mask": torch.ones_like(labels)})
             is_placeholder = placeholders["image"] | placeholders["video"]
             kwargs["labels"] = kwargs["answers"] = labels.masked_fill(is_placeholder, -100)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
