@@ -1,7 +1,7 @@
 """`with_pruning`: a model that prunes by itself, for pipelines, servers, trainers and benchmarks."""
 
 from copy import copy
-from functools import partial
+from functools import partial, update_wrapper
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -59,7 +59,7 @@ def derive(model: nn.Module, mixin: type, settings: Pruning) -> Any:
     replaced = derived.__dict__.pop("forward", None)  # a trainer's would run the given model
     if isinstance(replaced, partial):  # accelerate's, for offloading
         derived._old_forward = MethodType(type(derived).forward, derived)
-        derived.forward = partial(replaced.func, derived)
+        derived.forward = update_wrapper(partial(replaced.func, derived), derived._old_forward)  # for its signature
     return derived
 
 
@@ -100,6 +100,8 @@ class PrunedForward:
             )
         record.write(past)
         output.last_hidden_state = record.compaction.carry(output.last_hidden_state)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(map(record.compaction.carry, output.hidden_states))
         return output
 
 
@@ -114,7 +116,7 @@ class PrunedGenerate:
         No placeholder has a label: at those that are dropped it would be another prompt's loss.
         """
         if (labels := kwargs.get("labels")) is not None and has_pixels(kwargs) and "input_ids" in kwargs:
-            placeholders = find_placeholders(self.config, {"attention_mask": torch.ones_like(labels)} | kwargs)
+            placeholders = find_placeholders(self.config, kwargs | {"attention_mask": torch.ones_like(labels)})
             is_placeholder = placeholders["image"] | placeholders["video"]
             kwargs["labels"] = kwargs["answers"] = labels.masked_fill(is_placeholder, -100)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]

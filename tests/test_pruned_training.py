@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 from lightvlm import TokenScorer, keep_distinct, prune, with_pruning
 from lightvlm.training.draw_budget import DrawBudget
@@ -114,6 +115,9 @@ def test_a_pruner_that_would_read_the_answers_is_refused(tmp_path):
     with pytest.raises(ValueError, match="The pruner would read the answers with the question: give the model labels"):
         model.forward(**batch, labels=labels)  # as PEFT did before it called modules
     assert model(**batch, labels=labels).loss.isfinite()
+    alone = {name: value[:1] for name, value in batch.items() if value.shape == labels.shape}
+    pixels = {"pixel_values": batch["pixel_values"][:96], "image_grid_thw": batch["image_grid_thw"][:1]}
+    assert model(**alone | pixels | {"attention_mask": None}, labels=labels[:1]).loss.isfinite()
     model.pruning.pruner = TokenScorer(HIDDEN, question_rank=0)
     assert model.forward(**batch, labels=labels).loss.isfinite()
 
@@ -178,6 +182,26 @@ def test_a_model_that_a_trainer_was_given_can_be_made_to_prune(tmp_path):
     expected = base(**prune(base, inputs, 5)).logits[:, -1]
     last = inputs["attention_mask"].sum(dim=1) - 1
     torch.testing.assert_close(with_pruning(base, 5)(**inputs).logits[torch.arange(3), last], expected)
+
+
+def test_a_model_that_is_offloaded_learns_and_generates(tmp_path):
+    batch = make_batch(make_trainer(tmp_path, make_qwen()))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    base, offloaded = make_qwen(), cpu_offload(make_qwen(), torch.device("cpu"))
+    model, options = with_pruning(offloaded, 5), {"max_new_tokens": 4, "do_sample": False}
+    torch.testing.assert_close(model(**batch).loss, base(**prune(base, batch, 5)).loss)
+    found = model.generate(**inputs, **options)[:, -4:]
+    assert torch.equal(found, base.generate(**prune(base, inputs, 5), **options)[:, -4:])
+
+
+def test_all_hidden_states_have_the_positions_of_the_prompt_as_given(tmp_path):
+    base, batch = make_qwen(), make_batch(make_trainer(tmp_path, make_qwen()))
+    outputs = with_pruning(base, 5)(**batch, output_hidden_states=True)
+    short = base(**prune(base, batch, 5), output_hidden_states=True)
+    is_answer = batch["labels"] != -100
+    for whole, expected in zip(outputs.hidden_states, short.hidden_states, strict=True):
+        assert whole.shape[:2] == batch["input_ids"].shape
+        torch.testing.assert_close(whole[is_answer], expected[prune(base, batch, 5)["labels"] != -100])
 
 
 def test_hooks_of_the_one_are_not_the_others():
