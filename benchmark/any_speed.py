@@ -152,7 +152,7 @@ def measure_any(
         prompt_tokens: of text in each prompt.
         new_tokens: to decode after the first.
         repetitions: that count.
-        warmup: repetitions before them; before these, FLOPs are counted.
+        warmup: repetitions before them, 1 or more; the first counts FLOPs.
         pruner: as in `prune`.
 
     Yields:
@@ -163,7 +163,7 @@ def measure_any(
     for picture in pictures:
         trial = AnyTrial(model, picture, prompt_tokens, new_tokens, pruner)
         flops, samples = trial.flops(wanted), {method: [] for method in wanted}
-        for repetition in tqdm(range(warmup + repetitions), desc=describe_picture(picture)):
+        for repetition in tqdm(range(1, warmup + repetitions), desc=describe_picture(picture)):
             encoded, encoder_ms = trial.time_encoder()
             for method, budget in wanted.items():
                 sample = trial.run(budget, encoded, encoder_ms)
