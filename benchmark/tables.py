@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lightvlm.benchmark.any_speed import ANY_HEADS, any_cells, describe_picture
 from lightvlm.benchmark.speed import ENCODER, LIGHTVLM, PREFILL, TTFT
-from lightvlm.benchmark.speed_report import gains as gains_over_llava
 from lightvlm.benchmark.speed_report import describe_model, headline
+from lightvlm.benchmark.speed_report import gains as gains_over_llava
 from lightvlm.data.files import written_beside
 from lightvlm.evaluation.markdown import markdown_table
 
