@@ -271,7 +271,7 @@ def take_kept(encoded: Encoded, kept: dict[int, Tensor]) -> Any:
     """Return an encoder's output with the kept tokens alone, in the container that the family's `forward` expects."""
 
     def take(value: Any) -> Any:
-        if isinstance(value, Tensor) or isinstance(value[0], Tensor):
+        if isinstance(value, Tensor) or any(isinstance(each, Tensor) for each in value):
             rows = [value[entry][indices] for entry, indices in kept.items()]
             if not isinstance(value, Tensor):
                 return rows

@@ -5,7 +5,6 @@ Speed itself is never asserted. What it rests on is counted: positions, layers, 
 
 import pytest
 import torch
-from lightvlm.benchmark import families
 from lightvlm.benchmark.any_speed import ALL, CEILING, AnyTrial, drop_images, measure_any, table
 from lightvlm.benchmark.families import FAMILIES, family_config, make_prompt
 from lightvlm.benchmark.presets import random_model
@@ -19,12 +18,9 @@ TEXT, LAYERS = 30, 2
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
-    before = FAMILIES[request.param]
-    families.FAMILIES[request.param] = tiny_family(request.param)
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(FAMILIES, request.param, tiny_family(request.param))
         return random_model(family_config(request.param, LAYERS), "cpu", torch.float32)
-    finally:
-        families.FAMILIES[request.param] = before
 
 
 def linear_weights(module) -> int:
@@ -163,6 +159,14 @@ def test_the_choice_takes_at_most_two_percent_of_the_encoders_operations(preset,
     with Flops() as learned:
         TokenScorer(width)(features, tokens // 10, torch.zeros(width))
     assert max(untrained.total, learned.total) < 0.02 * 2 * patches * linear_weights(blocks)
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_a_slice_of_one_layer_has_no_layers_that_deepstack_reads(monkeypatch, preset):
+    monkeypatch.setitem(FAMILIES, preset, tiny_family(preset))
+    model = random_model(family_config(preset, 1), "cpu", torch.float32)
+    (result,) = measure_any(model, [PICTURE], [0.25], TEXT, 1, 1, 1)
+    assert [row["method"] for row in result["rows"]] == [ALL, "25 %", CEILING]
 
 
 def test_encoding_is_put_back_after_a_pass(model):

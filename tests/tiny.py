@@ -169,7 +169,7 @@ def tiny_family(preset: str) -> dict:
     sizes |= {"image_token_id": 1020, "video_token_id": 1021}
     if "depth" in vision:
         vision |= {"depth": 8, "num_heads": 4, "out_hidden_size": 64}
-        vision |= {name: [1, 5] for name in ("deepstack_visual_indexes", "fullatt_block_indexes") if name in vision}
+        vision |= {name: [3, 5] for name in ("deepstack_visual_indexes", "fullatt_block_indexes") if name in vision}
         text["head_dim"] = 16
         text["rope_parameters"] |= {"mrope_section": [2, 3, 3]}
         return sizes
