@@ -3,6 +3,9 @@
 Speed itself is never asserted. What it rests on is counted: positions, layers, FLOPs.
 """
 
+import copy
+import json
+
 import pytest
 import torch
 from lightvlm.benchmark.any_speed import ALL, CEILING, AnyTrial, drop_images, measure_any, table
@@ -10,10 +13,29 @@ from lightvlm.benchmark.families import FAMILIES, family_config, make_prompt
 from lightvlm.benchmark.presets import random_model
 from lightvlm.benchmark.speed import ENCODER, PREFILL, SCORING, SELECTION, TTFT, Flops
 from lightvlm.pruning import TokenScorer, any_model, keep_distinct
-from tiny import tiny_family
+from lightvlm_cli.main import main
 
 PICTURE, VIDEO = (300, 200), (100, 100, 4)
 TEXT, LAYERS = 30, 2
+
+
+def tiny_family(preset: str) -> dict:
+    """Return the sizes of another family's preset with fewer channels and layers."""
+    sizes = copy.deepcopy(FAMILIES[preset])
+    vision, text = sizes["vision_config"], sizes["text_config"]
+    for config in (vision, text):
+        config |= {"hidden_size": 64, "intermediate_size": 96}
+    text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024}
+    sizes |= {"image_token_id": 1020, "video_token_id": 1021}
+    if "depth" in vision:
+        vision |= {"depth": 8, "num_heads": 4, "out_hidden_size": 64}
+        vision |= {name: [3, 5] for name in ("deepstack_visual_indexes", "fullatt_block_indexes") if name in vision}
+        text["head_dim"] = 16
+        text["rope_parameters"] |= {"mrope_section": [2, 3, 3]}
+        return sizes
+    vision |= {"num_hidden_layers": 8, "num_attention_heads": 4}
+    side = 56 if preset.startswith("internvl") else 84
+    return sizes | {"vision_config": vision | {"image_size": side}, "image_seq_length": 4}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -174,3 +196,44 @@ def test_encoding_is_put_back_after_a_pass(model):
     trial = AnyTrial(model, PICTURE, TEXT, 1)
     trial.run(0.25, *trial.time_encoder())
     assert any_model.encode is before
+
+
+def bench(*options):
+    return main(["bench", "--repetitions", "1", "--warmup", "1", "--new-tokens", "1", "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_bench_knows_every_family(preset, capsys):
+    assert bench("--preset", preset, "--layers", "99") == 2
+    assert "--layers 99" in capsys.readouterr().err
+
+
+def test_bench_times_another_family_with_the_ceiling_beside_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(FAMILIES, "smolvlm2-2.2b", tiny_family("smolvlm2-2.2b"))
+    report = tmp_path / "new" / "out.json"
+    options = ["--preset", "smolvlm2-2.2b", "--num-image-tokens", "50%,4", "--pictures", "200x100,100x100x3"]
+    assert bench(*options, "--dtype", "float32", "--prompt-tokens", "40", "--output", str(report)) == 0
+    out = capsys.readouterr().out
+    assert out.count("| 50 % |") == out.count("| text alone | 0 |") == 2 and "100x100, 3 frames" in out
+    written = json.loads(report.read_text())
+    assert [result["picture"] for result in written["results"]] == [[200, 100], [100, 100, 3]]
+    assert [row["num_image_tokens"] for row in written["results"][1]["rows"]] == [12, 6, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "cure"),
+    [
+        (["--preset", "qwen3-vl-2b", "--views", "672x672"], "--views is not for --preset qwen3-vl-2b"),
+        (["--preset", "qwen3-vl-2b", "--batch-sizes", "1"], "--batch-sizes is not for"),
+        (["--preset", "tiny", "--pictures", "100x100"], "--pictures needs a --preset of another family"),
+        (["--preset", "tiny", "--num-image-tokens", "25%"], "numbers of tokens such as 144,64"),
+        (["--preset", "qwen3-vl-2b", "--num-image-tokens", "0%"], "above 0% and up to 100%"),
+        (["--preset", "qwen3-vl-2b", "--pictures", "1024"], "no size such as 1024x1024"),
+    ],
+)
+def test_bench_refuses_options_of_other_kinds_of_models(options, cure, capsys):
+    try:
+        assert bench(*options) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    assert cure in capsys.readouterr().err

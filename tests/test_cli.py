@@ -12,7 +12,6 @@ import torch
 from huggingface_hub.utils import tqdm as hub_bar
 from launch import launch
 from lightvlm import LightVLM, LightVLMModel
-from lightvlm.benchmark.families import FAMILIES
 from lightvlm.benchmark.presets import PRESETS
 from lightvlm.evaluation.accuracy import Batch
 from lightvlm.evaluation.selectors import SELECTORS
@@ -25,7 +24,7 @@ from lightvlm_cli.options import SHIPPED as DEFAULT
 from lightvlm_cli.quiet import silence_libraries
 from PIL import Image
 from saved import broken_images, edit_weights, save_parts
-from tiny import GRIDS, make_image, make_model, make_processor, tiny_family
+from tiny import GRIDS, make_image, make_model, make_processor
 from transformers.utils.logging import tqdm as transformers_bar
 
 
@@ -484,41 +483,10 @@ def test_bench_prints_tables_writes_json_and_draws(checkpoint, tmp_path, capsys)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, *FAMILIES])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_bench_knows_every_preset(preset, capsys):
     assert bench("--preset", preset, "--layers", "99") == 2
     assert "--layers 99" in capsys.readouterr().err
-
-
-def test_bench_times_another_family_with_the_ceiling_beside_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(FAMILIES, "smolvlm2-2.2b", tiny_family("smolvlm2-2.2b"))
-    report = tmp_path / "new" / "out.json"
-    options = ["--preset", "smolvlm2-2.2b", "--num-image-tokens", "50%,4", "--pictures", "200x100,100x100x3"]
-    assert bench(*options, "--dtype", "float32", "--prompt-tokens", "40", "--output", str(report)) == 0
-    out = capsys.readouterr().out
-    assert out.count("| 50 % |") == out.count("| text alone | 0 |") == 2 and "100x100, 3 frames" in out
-    written = json.loads(report.read_text())
-    assert [result["picture"] for result in written["results"]] == [[200, 100], [100, 100, 3]]
-    assert [row["num_image_tokens"] for row in written["results"][1]["rows"]] == [12, 6, 4, 0]
-
-
-@pytest.mark.parametrize(
-    ("options", "cure"),
-    [
-        (["--preset", "qwen3-vl-2b", "--views", "672x672"], "--views is not for --preset qwen3-vl-2b"),
-        (["--preset", "qwen3-vl-2b", "--batch-sizes", "1"], "--batch-sizes is not for"),
-        (["--preset", "tiny", "--pictures", "100x100"], "--pictures needs a --preset of another family"),
-        (["--preset", "tiny", "--num-image-tokens", "25%"], "numbers of tokens such as 144,64"),
-        (["--preset", "qwen3-vl-2b", "--num-image-tokens", "0%"], "above 0% and up to 100%"),
-        (["--preset", "qwen3-vl-2b", "--pictures", "1024"], "no size such as 1024x1024"),
-    ],
-)
-def test_bench_refuses_options_of_other_kinds_of_models(options, cure, capsys):
-    try:
-        assert bench(*options) == 2
-    except SystemExit as stopped:
-        assert stopped.code == 2
-    assert cure in capsys.readouterr().err
 
 
 def test_bench_times_steps_of_training(tmp_path, capsys):

@@ -1,11 +1,8 @@
 """The tiny model, whole and in parts: random weights, fp32, CPU, 36 patches an image."""
 
-import copy
-
 import numpy as np
 import torch
 from lightvlm import CHAT_TEMPLATE, LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
-from lightvlm.benchmark.families import FAMILIES
 from lightvlm.training.init_decoder import train_tokenizer
 from PIL import Image
 from transformers import (
@@ -157,22 +154,3 @@ def mixed_batch(processor, num_image_tokens, **options):
     return processor(
         images=IMAGES, text=TEXT, num_image_tokens=num_image_tokens, padding=True, return_tensors="pt", **options
     )
-
-
-def tiny_family(preset: str) -> dict:
-    """Return the sizes of another family's preset with fewer channels and layers."""
-    sizes = copy.deepcopy(FAMILIES[preset])
-    vision, text = sizes["vision_config"], sizes["text_config"]
-    for config in (vision, text):
-        config |= {"hidden_size": 64, "intermediate_size": 96}
-    text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024}
-    sizes |= {"image_token_id": 1020, "video_token_id": 1021}
-    if "depth" in vision:
-        vision |= {"depth": 8, "num_heads": 4, "out_hidden_size": 64}
-        vision |= {name: [3, 5] for name in ("deepstack_visual_indexes", "fullatt_block_indexes") if name in vision}
-        text["head_dim"] = 16
-        text["rope_parameters"] |= {"mrope_section": [2, 3, 3]}
-        return sizes
-    vision |= {"num_hidden_layers": 8, "num_attention_heads": 4}
-    side = 56 if preset.startswith("internvl") else 84
-    return sizes | {"vision_config": vision | {"image_size": side}, "image_seq_length": 4}
