@@ -285,7 +285,7 @@ def take_kept(encoded: Encoded, kept: dict[int, Tensor]) -> Any:
     def take(value: Any) -> Any:
         if isinstance(value, int):
             return value
-        if not isinstance(value, Tensor) and not isinstance(value[0], Tensor):
+        if not isinstance(value, Tensor) and not any(isinstance(each, Tensor) for each in value):
             return type(value)(take(layer) for layer in value)
         rows = [value[entry][indices] for entry, indices in kept.items()]
         if isinstance(value, Tensor):
