@@ -219,18 +219,8 @@ def check_family(args: argparse.Namespace) -> None:
         if any(isinstance(number, float) for number in args.num_image_tokens or []):
             raise ValueError("--num-image-tokens: LightVLM takes numbers of tokens such as 144,64, not shares.")
         return
-    options = [
-        "views",
-        "max_views",
-        "encoder_keep",
-        "train",
-        "methods",
-        "int8",
-        "plot",
-        "growth",
-        "batch_sizes",
-        "images",
-    ]
+    options = ["views", "max_views", "encoder_keep", "train", "methods", "int8", "plot", "growth"]
+    options += ["batch_sizes", "images"]
     if given := [name for name in options if getattr(args, name)]:
         option = given[0].replace("_", "-")
         raise ValueError(
