@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lightvlm.benchmark.any_speed import ANY_HEADS, any_cells, describe_picture
 from lightvlm.benchmark.speed import ENCODER, LIGHTVLM, PREFILL, TTFT
+from lightvlm.benchmark.speed_report import describe_model, headline
 from lightvlm.benchmark.speed_report import gains as gains_over_llava
-from lightvlm.benchmark.speed_report import headline
 from lightvlm.data.files import written_beside
 from lightvlm.evaluation.markdown import markdown_table
 
@@ -290,9 +291,20 @@ def training(folder: Path) -> str:
     return markdown_table(["", "tokens", "step, ms", "share of all tokens' step", "peak memory, MB"], once_each(lines))
 
 
+def any_speed(folder: Path) -> str:
+    """Return the speed of other families' models that `prune` prunes."""
+    lines = []
+    for path in sorted(folder.glob("once/any_speed_*.json")):
+        report = json.loads(path.read_text())
+        for result in report["results"]:
+            label = f"{describe_model(report)}: {describe_picture(result['picture'])}"
+            lines += [[label, row["method"], *any_cells(row)] for row in result["rows"]]
+    return markdown_table(["model and picture", "kept", *ANY_HEADS], once_each(lines), 2)
+
+
 WRITERS: Iterable[Callable[[Path], str]] = (
     *(readme, accuracy, selectors, easy_vqa, budgets, speed_short, speed_cpu, speed_gpu, encoder_keep, first_token),
-    *(ceilings, runtimes, views_slice, views_full, picture_shapes, untrained, training),
+    *(ceilings, runtimes, views_slice, views_full, picture_shapes, untrained, training, any_speed),
 )
 TABLES = {writer.__name__.replace("_", "-"): writer for writer in WRITERS}
 

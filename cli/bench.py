@@ -7,6 +7,7 @@ examples:
   lightvlm bench --preset phi2-clip-l-336 --layers 4 --views 1008x1008 --max-views 5,3 --batch-sizes 1 --repetitions 3
   lightvlm bench --preset phi2-clip-l-336 --layers 4 --train --batch-sizes 4 --repetitions 3
   lightvlm bench --model-path phi2-clip --num-image-tokens 144,64
+  lightvlm bench --preset qwen3-vl-2b --layers 7 --num-image-tokens 25%,10% --pictures 1024x1024,640x480x16
 """
 
 import argparse
@@ -19,23 +20,28 @@ from pathlib import Path
 
 from lightvlm_cli.options import add_model_path, add_precision, layer_shares, positive, positive_list
 
+FAMILIES = ["qwen3-vl-2b", "qwen2.5-vl-3b", "smolvlm2-2.2b", "internvl3-2b"]
+PICTURES = [(1024, 1024), (1448, 1448), (640, 480, 16)]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
     add_model_path(model)
     model.add_argument(
         "--preset",
-        choices=["phi2-clip-l-336", "phi2-siglip-so400m-384", "llava-1.5-7b", "tiny"],
-        help="random weights of this size, instead of a checkpoint",
+        choices=["phi2-clip-l-336", "phi2-siglip-so400m-384", "llava-1.5-7b", "tiny", *FAMILIES],
+        help="random weights of this size, instead of a checkpoint; those of another family are pruned by prune",
     )
     parser.add_argument(
-        "--layers", type=positive, help="of a preset's language model; the vision encoder keeps all of its own"
+        "--layers",
+        type=positive,
+        help="of a preset's language model; the vision encoder keeps all of its own, another family's the same share",
     )
     add_precision(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (the GPU, if there is one)")
     parser.add_argument("--attn-implementation", default="sdpa", help="sdpa, eager, flash_attention_2 (sdpa)")
-    parser.add_argument("--batch-sizes", type=positive_list, default=[1, 4, 16], help="1,4,16")
-    parser.add_argument("--images", type=positive_list, default=[1], help="in each row: 1, or several such as 1,4,16")
+    parser.add_argument("--batch-sizes", type=positive_list, help="1,4,16 (default)")
+    parser.add_argument("--images", type=positive_list, help="in each row: 1, or several such as 1,4,16")
     parser.add_argument(
         "--views",
         type=size,
@@ -69,9 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num-image-tokens",
-        type=positive_list,
-        default=[144, 64],
-        help="144,64; all patches, for LLaVA and LightVLM, are always measured",
+        type=tokens_list,
+        help="144,64 (default), of another family also shares such as 25%%,10%% (default); all are always measured",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=picture_list,
+        help="of another family: sizes, with frames of a video: 1024x1024,1448x1448,640x480x16 (default)",
     )
     parser.add_argument("--prompt-tokens", type=positive, default=64, help="text tokens beside the image's (64)")
     parser.add_argument("--new-tokens", type=positive, default=16, help="tokens to decode (16)")
@@ -80,6 +90,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--plot", type=Path, help="also draw the stages as stacked bars, to this picture")
     parser.add_argument("--growth", type=Path, help="also draw time and memory over --images, to this picture")
+
+
+def share_or_count(text: str) -> int | float:
+    """Parse "25%" to 0.25, "64" to 64."""
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)%", text)):
+        return positive(text)
+    if not 0 < float(found[1]) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: give one above 0% and up to 100%")
+    return float(found[1]) / 100
+
+
+def tokens_list(text: str) -> list[int | float]:
+    """Parse "144,64" or "25%,10%"."""
+    return [share_or_count(part) for part in text.split(",")]
+
+
+def picture_list(text: str) -> list[tuple[int, ...]]:
+    """Parse "1024x1024,640x480x16", sizes of pictures and of videos with their number of frames."""
+    if unknown := [part for part in text.split(",") if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", part)]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no size such as 1024x1024 or 640x480x16, with frames")
+    return [tuple(map(int, part.split("x"))) for part in text.split(",")]
 
 
 def size(text: str) -> tuple[int, int]:
@@ -156,8 +187,51 @@ def time_training(args: argparse.Namespace, device: str) -> None:
             write_json(args.output, report)
 
 
+def time_family(args: argparse.Namespace, device: str) -> None:
+    """Time a model of another family, print a table for each picture, and write the report."""
+    import torch
+    from lightvlm.benchmark.any_speed import describe_picture, measure_any, table
+    from lightvlm.benchmark.families import family_config
+    from lightvlm.benchmark.presets import random_model
+    from lightvlm.benchmark.speed_report import describe
+    from lightvlm.data.files import write_json
+
+    dtype = args.dtype or "bfloat16"
+    model = random_model(family_config(args.preset, args.layers), device, getattr(torch, dtype))
+    model.set_attn_implementation(args.attn_implementation)
+    about = {"dtype": dtype, "attention": args.attn_implementation, "parameters": model.num_parameters()}
+    report = begin_report(args, device) | about | {"new_tokens": args.new_tokens, "results": []}
+    print(f"{report['command']}\n{report['date']}: {describe(report)}", flush=True)
+    pictures, budgets = args.pictures or PICTURES, args.num_image_tokens or [0.25, 0.1]
+    counts = args.prompt_tokens, args.new_tokens, args.repetitions, args.warmup
+    for result in measure_any(model, pictures, budgets, *counts):
+        report["results"].append(result)
+        print(f"\n{describe_picture(result['picture'])}\n\n{table(result)}", flush=True)
+        if args.output:
+            write_json(args.output, report)
+
+
+def check_family(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option is of LightVLM's presets, or of other families', alone."""
+    if args.preset not in FAMILIES:
+        if args.pictures:
+            raise ValueError(f"--pictures needs a --preset of another family: {', '.join(FAMILIES)}.")
+        if any(isinstance(number, float) for number in args.num_image_tokens or []):
+            raise ValueError("--num-image-tokens: LightVLM takes numbers of tokens such as 144,64, not shares.")
+        return
+    options = ["views", "max_views", "encoder_keep", "train", "methods", "int8", "plot", "growth"]
+    options += ["batch_sizes", "images"]
+    if given := [name for name in options if getattr(args, name)]:
+        option = given[0].replace("_", "-")
+        raise ValueError(
+            f"--{option} is not for --preset {args.preset}: it is measured at one prompt, with --pictures."
+        )
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Raise ValueError if options do not fit each other, or what they need is not installed."""
+    check_family(args)
+    args.batch_sizes, args.images = args.batch_sizes or [1, 4, 16], args.images or [1]
     if args.layers and not args.preset:
         raise ValueError("--layers slices a --preset: a checkpoint is measured as it is.")
     if (args.plot or args.growth) and importlib.util.find_spec("matplotlib") is None:
@@ -220,6 +294,10 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     for path in filter(None, (args.output, args.plot, args.growth)):
         path.parent.mkdir(parents=True, exist_ok=True)
+    if args.preset in FAMILIES:
+        time_family(args, device)
+        return
+    args.num_image_tokens = args.num_image_tokens or [144, 64]
     if args.train:
         time_training(args, device)
     else:

@@ -119,11 +119,13 @@ def prune_prompt(
 
 def check_model(model: Any) -> None:
     """Raise ValueError if a model cannot be pruned from outside."""
-    name = type(model).__name__
+    name, takes = type(model).__name__, inspect.signature(model.forward).parameters
     if model.config.model_type == "lightvlm":
         raise ValueError("LightVLM prunes its images itself: give num_image_tokens to its processor or to `chat`.")
-    if model.config.is_encoder_decoder or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if model.config.is_encoder_decoder or "mm_encoder_outputs" not in takes:
         raise ValueError(f"{name} cannot be pruned: its forward does not take encoded images (mm_encoder_outputs).")
+    if "pixel_values" in takes and takes["pixel_values"].default is inspect.Parameter.empty:
+        raise ValueError(f"{name} cannot be pruned: its forward asks for pixels even if images are encoded.")
 
 
 def check_prompt(given: dict[str, Any]) -> None:
@@ -283,7 +285,7 @@ def take_kept(encoded: Encoded, kept: dict[int, Tensor]) -> Any:
     def take(value: Any) -> Any:
         if isinstance(value, int):
             return value
-        if not isinstance(value, Tensor) and not isinstance(value[0], Tensor):
+        if not isinstance(value, Tensor) and not any(isinstance(each, Tensor) for each in value):
             return type(value)(take(layer) for layer in value)
         rows = [value[entry][indices] for entry, indices in kept.items()]
         if isinstance(value, Tensor):
@@ -359,6 +361,8 @@ def shorten(
     compaction = whole.compaction
     names = [name for name, value in given.items() if isinstance(value, Tensor) and value.shape == ids.shape]
     short = {name: compaction.shorten(given[name], -100 if name == "labels" else 0) for name in names}
+    if "labels" in short:  # in a row alone nothing predicts the first position, and padding should not
+        short["labels"] = short["labels"].masked_fill(short["attention_mask"].cumsum(dim=1) <= 1, -100)
     behind = record.add_shift(short["attention_mask"][:, : record.cached].sum(dim=1, keepdim=True))
     following = positions.movedim(-2, 0).flatten(1).amax(dim=1)[:, None] + 1
     positions = later.shorten(positions, 0)

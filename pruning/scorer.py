@@ -1,6 +1,7 @@
 """`TokenScorer`: an adapter of under a million parameters that learned which tokens matter to one base model."""
 
 import json
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +12,8 @@ from lightvlm.pruning.choosing import log_distance
 from lightvlm.pruning_lightvlm import QUESTION_RANK, SELECTORS, ZeroLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "pruner_config.json", "pruner.safetensors"
 CARD = """---
@@ -74,6 +77,11 @@ class TokenScorer(nn.Module):
             self.question_projection = ZeroLinear(hidden_size, question_rank, bias=False)
             nn.init.zeros_(self.question_projection.weight)
 
+    @property
+    def reads_question(self) -> bool:
+        """Return whether a question changes the scores."""
+        return self.question_projection is not None
+
     def score(self, tokens: Tensor, question: Tensor) -> Tensor:
         """Return the importance of each token, (tokens,) in float32, up to a constant.
 
@@ -84,7 +92,7 @@ class TokenScorer(nn.Module):
         width = tokens.shape[-1:]
         normalized = nn.functional.layer_norm(tokens.float(), width)
         scores = log_distance(tokens) + self.scorer(normalized).squeeze(-1)
-        if self.question_projection is None:
+        if not self.reads_question:
             return scores
         # Embeddings have no fixed scale, and the mean of all questions distinguishes none.
         asked = nn.functional.layer_norm(question.float() - self.question_center, width)
@@ -103,7 +111,10 @@ class TokenScorer(nn.Module):
                 f"({self.config['base_model'] or 'an unnamed model'}), and the model's have {tokens.shape[-1]}: give "
                 "the scorer that was trained for this model."
             )
-        scores = self.to(tokens.device).score(tokens, question.to(tokens.device))
+        if (device := self.scorer[0].weight.device) != tokens.device:
+            logger.warning("The pruner moves from %s to %s, where the model's tokens are.", device, tokens.device)
+            self.to(tokens.device)
+        scores = self.score(tokens, question.to(tokens.device))
         select = SELECTORS[self.config["select"]]
         return select(scores[None], tokens[None], count)[0].sort().values
 
@@ -111,10 +122,11 @@ class TokenScorer(nn.Module):
         """Write `pruner_config.json` and `pruner.safetensors` to a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = folder / f"{WEIGHTS}.part"
+        config, weights = folder / f"{CONFIG}.part", folder / f"{WEIGHTS}.part"
+        config.write_text(json.dumps(self.config, indent=2) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
         weights.replace(folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
+        config.replace(folder / CONFIG)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub_options: Any) -> "TokenScorer":
@@ -131,7 +143,7 @@ class TokenScorer(nn.Module):
         if Path(name_or_path).is_dir():
             files = [Path(name_or_path) / name for name in (CONFIG, WEIGHTS)]
             if lacking := [file.name for file in files if not file.is_file()]:
-                raise FileNotFoundError(f"{name_or_path} has no {lacking[0]}: training/scorer.py writes a pruner.")
+                raise FileNotFoundError(f"{name_or_path} has no {lacking[0]}: training/pruner.py writes one.")
         else:
             files = [Path(hf_hub_download(str(name_or_path), name, **hub_options)) for name in (CONFIG, WEIGHTS)]
         scorer = cls(**json.loads(files[0].read_text()))
@@ -151,11 +163,13 @@ class TokenScorer(nn.Module):
         """
         hub = HfApi(token=token)
         address = hub.create_repo(name, private=private, exist_ok=True)
+        if private and not hub.model_info(name).private:
+            raise ValueError(f"{name} is public already: give another name, or make it private on the Hub.")
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            data = ModelCardData(
-                base_model=self.config["base_model"], library_name="lightvlm", pipeline_tag="image-text-to-text"
-            )
+            base = self.config["base_model"] or ""
+            base = base if "/" in base else None  # a folder's name is no repository
+            data = ModelCardData(base_model=base, library_name="lightvlm", pipeline_tag="image-text-to-text")
             ModelCard(CARD.format(data=data.to_yaml(), name=name)).save(Path(folder, "README.md"))
             hub.upload_folder(repo_id=name, folder_path=folder)
         return str(address)

@@ -1,7 +1,7 @@
 """`with_pruning`: a model that prunes by itself, for pipelines, servers, trainers and benchmarks."""
 
 from copy import copy
-from functools import partial
+from functools import partial, update_wrapper
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightvlm.compaction_lightvlm import Record, follow_cache, restore_prompt
 from lightvlm.generation_lightvlm import infer_attention_mask, limit_short
-from lightvlm.pruning.any_model import PIXELS, Budget, Pruning, check_model, prune_prompt
+from lightvlm.pruning.any_model import PIXELS, Budget, Pruning, check_model, find_placeholders, prune_prompt
 from lightvlm.pruning.choosing import Chooser, keep_distinct
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -36,6 +36,7 @@ def with_pruning(
     Raises:
         ValueError: if the model cannot be pruned this way.
     """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, with its layers in it
     check_model(model)
     base = model.base_model
     if base is model:
@@ -50,13 +51,15 @@ def with_pruning(
 def derive(model: nn.Module, mixin: type, settings: Pruning) -> Any:
     """Return a shallow copy of a module, of a class made of a mixin and its own."""
     derived = copy(model)
-    derived._modules = dict(model._modules)
+    for name in [name for name in vars(model) if name == "_modules" or name.startswith("_forward_")]:
+        setattr(derived, name, copy(getattr(model, name)))  # what is put into one, hooks too, is not in the other
     own = type(model)
     derived.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__, "__doc__": own.__doc__})
     derived.pruning = settings
-    if (hooked := model.__dict__.get("forward")) is not None:  # accelerate's, for offloading
+    replaced = derived.__dict__.pop("forward", None)  # a trainer's would run the given model
+    if isinstance(replaced, partial):  # accelerate's, for offloading
         derived._old_forward = MethodType(type(derived).forward, derived)
-        derived.forward = partial(hooked.func, derived)
+        derived.forward = update_wrapper(partial(replaced.func, derived), derived._old_forward)  # for its signature
     return derived
 
 
@@ -69,7 +72,7 @@ class PrunedForward:
         """Run the model's own `forward` on pruned prompts, and return hidden states at their positions as given."""
         run = super().forward  # type: ignore[misc]
         kwargs |= zip(signature(run).parameters, args, strict=False)
-        past = kwargs.get("past_key_values")
+        past, answers = kwargs.get("past_key_values"), kwargs.pop("answers", None)
         if not has_pixels(kwargs):
             mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
             if Record.of(past).compaction is not None and ids is not None and not isinstance(mask, dict):
@@ -82,10 +85,23 @@ class PrunedForward:
             )
         if kwargs.get("use_cache") and past is None:
             past = kwargs["past_key_values"] = DynamicCache(config=self.config)
-        short, record = prune_prompt(self, kwargs, self.pruning)
+        if self.training and answers is None and getattr(self.pruning.pruner, "reads_question", False):  # type: ignore
+            raise ValueError(
+                "The pruner would read the answers with the question: give the model labels, and update PEFT if it is "
+                "older than 0.21."
+            )
+        short, record = prune_prompt(self, kwargs | {"labels": answers}, self.pruning)
+        short.pop("labels", None)
         output = run(**short, past_key_values=past)
+        if output.get("router_logits") is not None:
+            raise ValueError(
+                "The experts' load is not balanced on pruned prompts: set router_aux_loss_coef to 0.0, or prune each "
+                "batch by `prune`."
+            )
         record.write(past)
         output.last_hidden_state = record.compaction.carry(output.last_hidden_state)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(map(record.compaction.carry, output.hidden_states))
         return output
 
 
@@ -93,6 +109,17 @@ class PrunedGenerate:
     """Put before the class of a model with a head: `generate` prunes prompts that come with pixels."""
 
     pruning: Pruning
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward`, a trainer's in its place too, and let the pruner know which words are answers.
+
+        No placeholder has a label: at those that are dropped it would be another prompt's loss.
+        """
+        if (labels := kwargs.get("labels")) is not None and has_pixels(kwargs) and "input_ids" in kwargs:
+            placeholders = find_placeholders(self.config, kwargs | {"attention_mask": torch.ones_like(labels)})
+            is_placeholder = placeholders["image"] | placeholders["video"]
+            kwargs["labels"] = kwargs["answers"] = labels.masked_fill(is_placeholder, -100)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -292,6 +292,7 @@ def test_the_reward_of_many_views_is_that_of_the_model_with_these_tokens():
     [
         ({"image_tokens": NUM_PATCHES}, "from 1 to 35"),
         ({"image_tokens": 0}, "image_tokens"),
+        ({"image_tokens": 0.5}, "from 1 to 35"),
         ({"num_samples": 1}, "take 2 or more"),
         ({"save_strategy": "steps"}, "leave out save_strategy: .* its end alone is saved"),
         ({"resume_from_checkpoint": True}, "leave out resume_from_checkpoint: .* its end alone is saved"),

@@ -9,6 +9,8 @@ did better than the others of the same image rise (REINFORCE with a leave-one-ou
 language model runs forward only, on K tokens an image.
 
 The encoder runs once for each image, and its features are kept on disk: 1.2 MB an image for CLIP ViT-L/14-336.
+
+Of any other vision-language model, the same command teaches a `TokenScorer`, by `token_scorer.py`.
 """
 
 import random
@@ -34,14 +36,14 @@ from lightvlm.training.machine import RunsHere, run
 from lightvlm.training.saving import folder_written_beside
 from lightvlm.views_lightvlm import Layout
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import AutoConfig, PreTrainedConfig, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import is_fsdp_enabled
 from trl import TrlParser
 
 STATIC_TERMS = ("scorer", "row_score", "column_score", "tile_score")
 NEVER = -1e4  # the score of what is no patch, for which the logarithm of a probability has no gradient
 QUESTION_TERM = ("patch_projection", "row_key", "column_key", "question_projection")
-BUDGETS = (16, 36, 64)
+BUDGETS, SHARES = (16, 36, 64), (0.05, 0.1, 0.25)  # of LightVLM, and of other models
 OF_NO_USE = {  # options of TrainingArguments that would be ignored, or fail
     "nothing is evaluated": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size do_eval "
     "do_predict prediction_loss_only metric_for_best_model load_best_model_at_end",
@@ -59,14 +61,25 @@ class PrunerArguments(ImageArguments):
     max_turns: int | None = field(
         default=None, metadata={"help": "questions about an image in a step, drawn anew each time; all if None"}
     )
-    image_tokens: list[int] | None = field(
+    image_tokens: list[float] | None = field(
         default=None,
-        metadata={"help": "K is drawn from these for each batch; 16, 36 and 64, but for those that are all patches"},
+        metadata={
+            "help": "K is drawn from these for each batch; 16, 36 and 64, but for those that are all patches; of "
+            "models that are not LightVLM, also shares below 1, by default 0.05, 0.1 and 0.25"
+        },
     )
     num_samples: int = field(default=4, metadata={"help": "choices of K tokens that are compared for each image"})
     question_aware: bool = field(
-        default=False, metadata={"help": "teach the question's term alone, and leave the static score as it is"}
+        default=False,
+        metadata={
+            "help": "teach the question's term alone, and leave the static score as it is; of models that are not "
+            "LightVLM, teach both"
+        },
     )
+
+    def __post_init__(self) -> None:
+        budgets = self.image_tokens
+        self.image_tokens = budgets and [int(budget) if budget == int(budget) else budget for budget in budgets]
 
 
 @dataclass
@@ -237,10 +250,12 @@ class PrunerCollator:
         }
 
 
-def check(args: PrunerArguments, training_args: PrunerTrainingArguments, config: LightVLMConfig) -> None:
+def check(args: PrunerArguments, training_args: PrunerTrainingArguments, config: PreTrainedConfig) -> None:
     """Raise ValueError if the arguments ask for the impossible."""
-    if not args.image_tokens or not all(1 <= budget < config.num_patches for budget in args.image_tokens):
-        raise ValueError(f"image_tokens={args.image_tokens}: give numbers from 1 to {config.num_patches - 1}.")
+    if config.model_type == LightVLMConfig.model_type:
+        in_range = [isinstance(budget, int) and 1 <= budget < config.num_patches for budget in args.image_tokens]
+        if not in_range or not all(in_range):
+            raise ValueError(f"image_tokens={args.image_tokens}: give numbers from 1 to {config.num_patches - 1}.")
     if args.num_samples < 2:
         raise ValueError(f"num_samples={args.num_samples}: a sample is compared with others, so take 2 or more.")
     defaults = {option.name: option.default for option in fields(PrunerTrainingArguments)}
@@ -277,10 +292,9 @@ def save_checkpoint(
         extend_card(model_path, folder, line)
 
 
-def summarize(args: PrunerArguments, state: TrainerState) -> str:
-    """Return a line for the card about this run."""
+def summarize(args: PrunerArguments, state: TrainerState, term: str) -> str:
+    """Return a line for the card about this run and the term that learned."""
     files = ", ".join(Path(path).name for path in args.data_path)
-    term = "the question's term of the score" if args.question_aware else "the score"
     rewards = [logs["reward"] for logs in state.log_history if "reward" in logs]
     line = f"- pruner: {term}, by {state.global_step} steps of policy gradient on {files}, K of {args.image_tokens}"
     if rewards:  # fewer steps than logging_steps leave none
@@ -296,11 +310,17 @@ def main() -> None:
     set_seed(training_args.seed)
     training_args.remove_unused_columns = False
     training_args.data_seed = training_args.seed  # the same order on all processes, whatever noise each one draws
+    config = AutoConfig.from_pretrained(args.model_path)
+    is_lightvlm = config.model_type == LightVLMConfig.model_type
+    defaults = [budget for budget in BUDGETS if budget < config.num_patches] if is_lightvlm else [*SHARES]
+    args.image_tokens = args.image_tokens or defaults
+    check(args, training_args, config)
+    if not is_lightvlm:
+        from lightvlm.training.token_scorer import teach  # it imports from here
+
+        return teach(args, training_args)
 
     processor = LightVLMProcessor.from_pretrained(args.model_path)
-    config = LightVLMConfig.from_pretrained(args.model_path)
-    args.image_tokens = args.image_tokens or [budget for budget in BUDGETS if budget < config.num_patches]
-    check(args, training_args, config)
     score = "question" if args.question_aware else "positional" if config.score == "cls" else config.score
     new = "$^" if score == config.score else r"\.pruner\."
     model = load_to_train(args.model_path, new, score=score, dtype=torch.float32)
@@ -319,7 +339,9 @@ def main() -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         model.to(config.dtype or torch.float32)
-        save_checkpoint(model, processor, args.model_path, training_args.output_dir, summarize(args, trainer.state))
+        term = "the question's term of the score" if args.question_aware else "the score"
+        line = summarize(args, trainer.state, term)
+        save_checkpoint(model, processor, args.model_path, training_args.output_dir, line)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
