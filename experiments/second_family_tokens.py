@@ -11,7 +11,9 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -116,43 +118,54 @@ WAYS = {  # a score of merged tokens, and how tokens are chosen by it
 }
 
 
+def load_ways(folder: Path) -> dict:
+    """Return `WAYS`, and those of the learned scorer if there is one."""
+    if not (folder / "scorer").exists():
+        return WAYS
+    score = partial(learned, TokenScorer.from_pretrained(folder / "scorer").requires_grad_(False))
+    return {**WAYS, "learned": (score, select_topk), "learned, density peaks": (score, select_density_peaks)}
+
+
+def choose(sizes: dict[int, Tensor], counts: list[int], ways: dict) -> Iterator[tuple[dict, Tensor, Tensor]]:
+    """Yield what each way is, its features (pictures, streams, tokens, channels), and the tokens that it keeps.
+
+    Args:
+        sizes: features of the pictures, by their size in pixels.
+        counts: K.
+        ways: as `WAYS`.
+    """
+    for size, features in sizes.items():
+        every = torch.arange(features.shape[2]).expand(len(features), -1)
+        yield {"way": "all" if size == FULL else "smaller picture", "tokens": features.shape[2]}, features, every
+    merged = sizes[FULL][:, 0].float()
+    for count, (way, (score, select)) in product(counts, ways.items()):
+        tokens = round(math.sqrt(count)) ** 2 if select is select_uniform else count
+        for seed in range(3 if "random" in way else 1):
+            torch.manual_seed(seed)
+            kept = select(score(merged), merged, tokens).sort(dim=1).values
+            yield {"way": way, "tokens": tokens, "seed": seed}, sizes[FULL], kept
+
+
 def measure(args: argparse.Namespace) -> None:
-    """Measure which ways of choosing tokens without training keep what the decoder needs, and smaller pictures."""
+    """Measure which ways of choosing tokens keep what the decoder needs, and smaller pictures."""
     processor = build_processor()
     model = Qwen3VLForConditionalGeneration.from_pretrained(args.output_dir / "model", dtype=torch.float32).eval()
-    reader, rows, ways = Reader(model, processor), [], {**WAYS}
-    if (args.output_dir / "scorer").exists():
-        scorer = TokenScorer.from_pretrained(args.output_dir / "scorer").requires_grad_(False)
-        ways["learned, density peaks"] = (partial(learned, scorer), select_density_peaks)
-        ways["learned"] = (partial(learned, scorer), select_topk)
+    reader, rows = Reader(model, processor), []
     for test in args.tests:
         pictures = dict([*load_test(args.data_dir, test).items()][: args.images])
-        turns = list(pictures.values())
+        turns, whole, table = [*pictures.values()], None, []
         sizes = {size: encode_test(model, processor, args, [*pictures], size) for size in READ_SIZES}
-        full = sizes[FULL]
-        every = torch.arange(full.shape[2]).expand(len(full), -1)
-        rows.append(answer_all(reader, full, every, turns) | {"test": test, "way": "all", "tokens": full.shape[2]})
-        for count in args.counts:
-            for way, (score, select) in ways.items():
-                square = round(math.sqrt(count)) ** 2
-                tokens = square if select is select_uniform else count
-                for seed in range(3 if "random" in way else 1):
-                    torch.manual_seed(seed)
-                    merged = full[:, 0].float()
-                    kept = select(score(merged), merged, tokens).sort(dim=1).values
-                    about = {"test": test, "way": way, "tokens": tokens, "seed": seed}
-                    rows.append(answer_all(reader, full, kept, turns) | about)
-        for size in READ_SIZES[1:]:
-            small = sizes[size]
-            every = torch.arange(small.shape[2]).expand(len(small), -1)
-            about = {"test": test, "way": "smaller picture", "tokens": small.shape[2]}
-            rows.append(answer_all(reader, small, every, turns) | about)
+        for about, features, kept in choose(sizes, args.counts, load_ways(args.output_dir)):
+            right = answer_all(reader, features, kept, turns)
+            whole = right if whole is None else whole  # all tokens come first
+            table.append({"test": test, **about, **summarize(right, whole, [len(each) for each in turns])})
+        rows += table
         write_json(args.output_dir / "measured.json", rows)
-        print(tabulate([row for row in rows if row["test"] == test]), flush=True)
+        print(tabulate(table), flush=True)
 
 
 def tabulate(rows: list[dict]) -> str:
-    """Return a table in Markdown: ways, and their accuracy with so many tokens, the mean of all seeds."""
+    """Return a table in Markdown: accuracy with so many tokens (and what is lost to all), the mean of all seeds."""
     counts = sorted({row["tokens"] for row in rows}, reverse=True)
     cells: dict[str, dict[int, list[dict]]] = {}
     for row in rows:
@@ -161,30 +174,37 @@ def tabulate(rows: list[dict]) -> str:
     for way, found in cells.items():
         texts = []
         for some in (found.get(count, []) for count in counts):
-            means = [sum(row[key] for row in some) / len(some) for key in ("accuracy", "standard_error") if some]
-            texts.append("{:.1f} ± {:.1f}".format(*means) if some else "")
+            means = [sum(row[key] for row in some) / len(some) for key in ("accuracy", "lost", "lost_error") if some]
+            texts.append("{:.1f} ({:.1f} ± {:.1f})".format(*means) if some else "")
         lines.append(f"| {way} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
-def answer_all(
-    reader: Reader, features: Tensor, kept: Tensor, turns: list[list[tuple[str, str]]]
-) -> dict[str, float | int]:
-    """Return the accuracy, with the standard error of pictures that are drawn by chance."""
-    right, start = [], 0
-    for some, places in zip(features.split(20), kept.split(20), strict=True):
-        asked = turns[start : start + len(some)]
-        answers = iter(answer_right(reader, some, places, asked))
-        right += [[next(answers) for _ in each] for each in asked]
-        start += len(some)
-    hits, counts = torch.tensor([[sum(each), len(each)] for each in right]).double().T
-    accuracy = hits.sum() / counts.sum()
-    error = (hits - accuracy * counts).square().sum().sqrt() / counts.sum()
-    return {
-        "accuracy": round(100 * accuracy.item(), 2),
-        "standard_error": round(100 * error.item(), 2),
-        "questions": int(counts.sum()),
-    }
+def answer_all(reader: Reader, features: Tensor, kept: Tensor, turns: list[list[tuple[str, str]]]) -> Tensor:
+    """Return how many questions about each picture are answered right, (pictures,)."""
+    right: list[int] = []
+    for start in range(0, len(turns), 20):
+        asked = turns[start : start + 20]
+        answers = iter(answer_right(reader, features[start : start + 20], kept[start : start + 20], asked))
+        right += [sum(islice(answers, len(each))) for each in asked]
+    return torch.tensor(right).double()
+
+
+def summarize(right: Tensor, whole: Tensor, counts: list[int]) -> dict[str, float | int]:
+    """Return the accuracy, and what is lost to all tokens, in %, with standard errors of pictures drawn by chance.
+
+    Args:
+        right: questions that are answered right, of each picture.
+        whole: the same with all tokens.
+        counts: questions about each picture.
+    """
+    asked = torch.tensor(counts).double()
+    summary: dict[str, float | int] = {"questions": int(asked.sum())}
+    for name, hits in (("accuracy", right), ("lost", whole - right)):
+        mean = hits.sum() / asked.sum()
+        error = (hits - mean * asked).square().sum().sqrt() / asked.sum()
+        summary |= {name: round(100 * mean.item(), 2), f"{name}_error": round(100 * error.item(), 2)}
+    return summary
 
 
 def main() -> None:
