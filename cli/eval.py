@@ -8,6 +8,7 @@ examples:
   lightvlm eval --data-path a.json --image-folder images --selectors diverse,diverse+question --plot out.png
   lightvlm eval --benchmark vqav2 --data-dir data/vqav2 --num-image-tokens 576,144,64 --answers vqav2-answers
   accelerate launch --num_processes 8 -m lightvlm_cli.main eval --benchmark gqa --data-dir data/gqa
+  lightvlm eval --model-path Qwen/Qwen3-VL-2B-Instruct --benchmark textvqa --data-dir data/textvqa
 
 benchmarks, and what the folder holds:
   vqav2                v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/
@@ -39,6 +40,9 @@ number and images are one view. "where a smaller image fails" counts the questio
 same K, which a plainly smaller image does not answer. "yes_excess" is how much more often than right the answer to a
 yes-or-no question is yes.
 
+A model of another family is measured at all tokens, 25%, 10% and 5%, with learned, if there is a --pruner, distinct,
+the untrained choice, norm, uniform and random, and on request with distance and max-min.
+
 "selection" is the time from scores to projected tokens; scoring itself is not in it. "dynamic:64" among the budgets
 gives each image as many tokens as it needs, 64 on average, chosen by the checkpoint's own selector.
 """
@@ -49,8 +53,8 @@ import shlex
 from pathlib import Path
 
 from lightvlm_cli.options import (
+    add_any_model,
     add_device,
-    add_model_path,
     add_precision,
     budget_list,
     claim_device,
@@ -61,7 +65,7 @@ from lightvlm_cli.options import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_path(parser)
+    add_any_model(parser)
     parser.add_argument("--data-path", nargs="+", help="LLaVA JSON files; the first question of each row counts")
     parser.add_argument("--image-folder", help="folder that their image paths are relative to")
     parser.add_argument("--benchmark", help="one of those above, instead of the two")
@@ -69,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--selectors", help="one or several of those above: topk,random (the checkpoint's own, which infer runs)"
     )
-    parser.add_argument("--num-image-tokens", type=budget_list, help="576,144,dynamic:64 (see above)")
+    parser.add_argument("--num-image-tokens", type=budget_list, help="576,25%%,dynamic:64 (see above)")
     parser.add_argument(
         "--encoder-keep",
         type=layer_shares,
@@ -99,10 +103,12 @@ def run(args: argparse.Namespace) -> None:
     from lightvlm.data.files import write_json
     from lightvlm.data.llava import load_llava
     from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
-    from lightvlm.inference.checkpoint import check_question_aware, load
+    from lightvlm.inference.any_model import Options, load_any
+    from lightvlm.inference.checkpoint import check_question_aware, read_type
     from lightvlm.inference.fingerprint import fingerprint
 
     try:
+        from lightvlm.evaluation import any_accuracy
         from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, Questions, accuracy, choose_settings, table
         from lightvlm.evaluation.benchmarks import BENCHMARKS, load_benchmark
         from lightvlm.evaluation.metrics import ExactMatch
@@ -113,7 +119,8 @@ def run(args: argparse.Namespace) -> None:
 
     selectors = [name.strip() for name in args.selectors.split(",")] if args.selectors else []
     by_score = [f"{name}{score}" for name, score in itertools.product(SCORED, ("+question", "+cls"))]
-    if unknown := set(selectors) - {*SELECTORS, *SHARES, *by_score}:
+    is_own = read_type(args.model_path) == "lightvlm"
+    if is_own and (unknown := set(selectors) - {*SELECTORS, *SHARES, *by_score}):
         raise ValueError(
             f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join([*SELECTORS, *SHARES])}"
         )
@@ -129,37 +136,54 @@ def run(args: argparse.Namespace) -> None:
         if len(files) < len(args.data_path):
             raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
     claim_device(args)
-    model, processor = load(args.model_path, **loading(args))
-    if args.encoder_keep:
-        checked = type(model.config).from_dict({**model.config.to_dict(), "encoder_keep": args.encoder_keep})
-        model.config.encoder_keep = checked.encoder_keep
-    own = model.config.select
-    selectors = selectors or [own]
-    for name in selectors:
-        if name.endswith("+question"):
-            check_question_aware(name, args.model_path, model)
-    for budget in args.num_image_tokens or []:
-        processor.resolve_budgets(budget, 1)
-    numbers = args.num_image_tokens and [budget for budget in args.num_image_tokens if isinstance(budget, int)]
-    dynamic = [budget for budget in args.num_image_tokens or [] if isinstance(budget, str)]
-    if dynamic and own not in selectors:
-        raise ValueError(f"a dynamic budget is spent by the checkpoint's own selector: add {own} to --selectors.")
-    measured = {"dtype": str(model.dtype), "int8": args.int8, "encoder_keep": model.config.encoder_keep}
-    if args.answers or args.output:
-        measured |= on_main(fingerprint, args.model_path)
+    asked = load_any(args.model_path, **loading(args))
+    model, processor = asked.model, asked.processor
+    budgets = args.num_image_tokens and [asked.resolve(budget) for budget in args.num_image_tokens]
+    measured = {"dtype": str(model.dtype), "int8": args.int8}
+    if not is_own:
+        if args.encoder_keep:
+            raise ValueError(asked.refusal("--encoder-keep"))
+        selectors = any_accuracy.choose_selectors(asked, selectors)
+        measured |= on_main(asked.describe, Options()) if args.answers or args.output else {}
+    else:
+        if args.encoder_keep:
+            checked = type(model.config).from_dict({**model.config.to_dict(), "encoder_keep": args.encoder_keep})
+            model.config.encoder_keep = checked.encoder_keep
+        own = model.config.select
+        selectors = selectors or [own]
+        for name in selectors:
+            if name.endswith("+question"):
+                check_question_aware(name, args.model_path, model)
+        for budget in budgets or []:
+            processor.resolve_budgets(budget, 1)
+        numbers = budgets and [budget for budget in budgets if isinstance(budget, int)]
+        dynamic = [budget for budget in budgets or [] if isinstance(budget, str)]
+        if dynamic and own not in selectors:
+            raise ValueError(f"a dynamic budget is spent by the checkpoint's own selector: add {own} to --selectors.")
+        measured["encoder_keep"] = model.config.encoder_keep
+        if args.answers or args.output:
+            measured |= on_main(fingerprint, args.model_path)
+
+    def choose(questions) -> list[tuple]:
+        """Return selector and K of each measurement."""
+        if not is_own:
+            return any_accuracy.choose_settings(asked, selectors, budgets)
+        settings = choose_settings(questions, model.config, selectors, numbers)
+        return settings + [(own, budget) for budget in dynamic]
+
     results = []
     for name, rows in files.items():
         questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
         try:
-            settings = choose_settings(questions, model.config, selectors, numbers)
+            settings = choose(questions)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        settings += [(own, budget) for budget in dynamic]
         about = measured | {"settings": settings, "seed": args.seed, "max_new_tokens": MAX_NEW_TOKENS}
         if args.answers:
             about["questions_sha256"] = on_main(questions.digest)
         with AnswerLog(args.answers and args.answers / f"{name}.jsonl", about) as log:
-            found = accuracy(model, questions, settings, metric, args.batch_size, args.seed, log)
+            measure, what = (accuracy, model) if is_own else (any_accuracy.any_accuracy, asked)
+            found = measure(what, questions, settings, metric, args.batch_size, args.seed, log)
         results += [{"data": name, **result} for result in found]
     if not PartialState().is_main_process:
         return

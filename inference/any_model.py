@@ -254,7 +254,7 @@ class AnyModel:
         if positions and inputs["input_ids"].shape[1] + new_tokens > positions:
             raise ValueError(
                 f"{inputs['input_ids'].shape[1]} tokens and {new_tokens} new ones are more than the {positions} that "
-                "the model reads: give a shorter text, fewer images or fewer tokens of each, or ask for fewer new ones."
+                "the model reads: give a shorter text, fewer images or tokens of each, or ask for fewer new ones."
             )
 
     @torch.no_grad()

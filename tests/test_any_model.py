@@ -9,6 +9,7 @@ from families import FAMILIES, save_family
 from lightvlm import TokenScorer
 from lightvlm.inference.any_model import AnyModel, Options, load_any
 from lightvlm_cli.main import main
+from PIL import Image
 from tiny import make_image, make_tokenizer, text_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -176,3 +177,67 @@ def test_checkpoints_that_cannot_be_pruned_are_refused(qwen, pictures, tmp_path,
     assert "takes no encoded images (mm_encoder_outputs) and so cannot be pruned" in capsys.readouterr().err
     assert main(["infer", "--image", str(pictures / "0.png"), "--prompt", "what?", "--pruner", "some"]) == 2
     assert "is a LightVLM, which has its own pruner: leave out --pruner" in capsys.readouterr().err
+
+
+@pytest.fixture
+def questions(pictures, tmp_path):
+    """Return rows of which a base model answers the first two of three as they say."""
+    asked = ["what color?", "is there a circle?", "what shape?"]
+    rows = [
+        {"id": row, "image": f"{row}.png", "conversations": [{"from": "human", "value": f"<image>\n{text}"}]}
+        for row, text in enumerate(asked)
+    ]
+
+    def write(answers):
+        for row, answer in zip(rows, answers, strict=True):
+            row["conversations"][1:] = [{"from": "gpt", "value": answer}]
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        return ["--data-path", str(tmp_path / "rows.json"), "--image-folder", str(pictures)]
+
+    return write
+
+
+def test_eval_measures_untrained_ways_beside_all_tokens(qwen, questions, pictures, tmp_path, capsys):
+    asked, long = load_any(qwen), {"max_new_tokens": 64}
+    images = [asked.prepare(Image.open(pictures / f"{row}.png"), "") for row in range(3)]
+    asked_about = zip(("what color?", "is there a circle?", "what shape?"), images, strict=True)
+    talks = [talk(*each) for each in asked_about]
+    whole = [answer.text for answer in asked.answer(talks, long, Options("100%"))]
+    data = questions([*whole[:2], "no"])
+    run = [
+        "eval",
+        "--model-path",
+        qwen,
+        *data,
+        "--answers",
+        str(tmp_path / "log"),
+        "--output",
+        str(tmp_path / "o.json"),
+    ]
+    assert main(run) == 0
+    results = json.loads((tmp_path / "o.json").read_text())["results"]
+    assert [(row["selector"], row["num_image_tokens"]) for row in results] == [
+        ("all", "100%"),
+        *((name, budget) for name in ("distinct", "norm", "uniform", "random") for budget in ("25%", "10%", "5%")),
+    ]
+    assert results[0]["accuracy"] == pytest.approx(2 / 3) and results[0]["tokens"] == pytest.approx((6 + 16 + 2) / 3)
+    assert results[1]["tokens"] == pytest.approx((2 + 4 + 1) / 3)
+    text = (tmp_path / "log/rows.jsonl").read_text()
+    assert main(run) == 0 and (tmp_path / "log/rows.jsonl").read_text() == text  # nothing is asked again
+    answers = json.loads(text.splitlines()[0])["answers"]
+    distinct = [answer.text for answer in asked.answer(talks, long, Options("25%"))]
+    assert [answer.strip() for answer in answers[1]] == distinct
+    capsys.readouterr()
+    assert main([*run, "--selectors", "topk"]) == 2
+    assert "there is no selector topk of another family's tokens: choose among distinct" in capsys.readouterr().err
+    assert main([*run, "--selectors", "random"]) == 2 and "was answered with other settings" in capsys.readouterr().err
+
+
+def test_eval_measures_a_learned_pruner(qwen, questions, tmp_path):
+    TokenScorer(32, 8).save_pretrained(tmp_path / "pruner")
+    run = ["eval", "--model-path", qwen, *questions(["yes"] * 3), "--num-image-tokens", "50%,3"]
+    run += ["--pruner", str(tmp_path / "pruner"), "--selectors", "learned,distinct,max-min,distance"]
+    assert main([*run, "--output", str(tmp_path / "o.json"), "--plot", str(tmp_path / "o.png")]) == 0
+    results = json.loads((tmp_path / "o.json").read_text())["results"]
+    assert [row["selector"] for row in results[::2]] == ["learned", "distinct", "max-min", "distance", "random"]
+    assert (tmp_path / "o.png").is_file()
