@@ -61,7 +61,7 @@ class LMMSModel(lmms):
         self.asked = load_any(pretrained, pruner, dtype=dtype)
         self.model, self.processor = self.asked.model, self.asked.processor
         self.options = Options(self.asked.resolve(num_image_tokens), question_aware=question_aware)
-        self.asked.check(self.options)
+        self.asked.check(self.options, "question_aware")
         self.device = torch.device(device or self.model.device)
         self.model.to(self.device)
         self.batch_size = int(batch_size)

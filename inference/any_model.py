@@ -105,10 +105,10 @@ class OwnModel:
         share = read_share(budget)
         return budget if share is None else max(1, round(share * self.processor.num_patches))
 
-    def check(self, options: Options) -> None:
-        """Raise ValueError if the checkpoint cannot do what the options ask for."""
+    def check(self, options: Options, question_aware: str = "--question-aware") -> None:
+        """Raise ValueError, with the option's name, if the checkpoint cannot do what the options ask for."""
         if options.question_aware:
-            check_question_aware("--question-aware", self.model_path, self.model)
+            check_question_aware(question_aware, self.model_path, self.model)
         self.processor.resolve_budgets(options.num_image_tokens, 1)
 
     def check_largest(self, options: Options) -> None:
@@ -197,13 +197,13 @@ class AnyModel:
         """Return the sentence that says what only a LightVLM can do."""
         return OF_LIGHTVLM.format(what, self.model_path, self.model.config.model_type, cure)
 
-    def check(self, options: Options) -> None:
-        """Raise ValueError if a model of another family cannot do what the options ask for."""
+    def check(self, options: Options, question_aware: str = "--question-aware") -> None:
+        """Raise ValueError, with the option's name, if another family cannot do what the options ask for."""
         if options.max_views is not None:
             raise ValueError(self.refusal("--max-views"))
         if options.question_aware:
-            cure = "; a --pruner that was trained with questions reads them anyway"
-            raise ValueError(self.refusal("--question-aware", cure))
+            cure = "; a pruner that was trained with questions reads them anyway"
+            raise ValueError(self.refusal(question_aware, cure))
 
     def check_largest(self, options: Options) -> None:
         """Do nothing: an image with fewer tokens than K keeps all."""

@@ -148,7 +148,7 @@ def test_a_pruner_chooses_the_tokens(qwen, tmp_path):
         (["--num-image-tokens", "64,dynamic"], "or give a number or a share such as 25%"),
         (["--num-image-tokens", "0"], "0 is no budget: give a number of tokens"),
         (["--max-views", "2"], "--max-views is of LightVLM checkpoints alone"),
-        (["--question-aware"], "a --pruner that was trained with questions reads them anyway"),
+        (["--question-aware"], "a pruner that was trained with questions reads them anyway"),
         (["--int8"], "--int8 is made for LightVLM checkpoints"),
         (["--pruner", "missing"], "missing is not a folder or Hub repository with a pruner"),
         (["--pruner", "wide"], "wide was trained for tokens of width 48, and those of .* have 32"),
