@@ -126,7 +126,7 @@ class Batch:
         """Return greedy answers, the mean number of tokens of an image, and milliseconds of choice and prefill."""
         kept, selection = self.timed(self.choose, selector, budget)
         short, _ = drop(self.model, self.given, self.encoded, kept, Record())
-        self.asked.check_room(short, MAX_NEW_TOKENS)
+        self.asked.check_positions(short["input_ids"].shape[1], MAX_NEW_TOKENS)
         counts = self.asked.count(self.inputs, short, self.talks)
         measured = {"tokens": statistics.fmean(sum(kept) for kept, _ in counts), "selection_ms": selection}
         if time_prefill:

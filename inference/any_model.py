@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jinja2 import TemplateError
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.images_lightvlm import reading, to_rgb
 from lightvlm.inference.answers import (
@@ -98,8 +101,10 @@ class OwnModel:
         """Return K of a call without one."""
         return self.processor.num_image_tokens
 
-    def resolve(self, budget: int | float | str | None) -> int | str | None:
-        """Return K of a command's budget: a share is one of a view's patches, and "all" is as many as there can be."""
+    def resolve(self, budget: Any) -> Any:
+        """Return K of a command's budget, or of each in a list: a share is one of a view's patches."""
+        if isinstance(budget, list):
+            return [self.resolve(each) for each in budget]
         if budget == "all":
             return self.processor.max_image_tokens
         share = read_share(budget)
@@ -110,6 +115,10 @@ class OwnModel:
         if options.question_aware:
             check_question_aware(question_aware, self.model_path, self.model)
         self.processor.resolve_budgets(options.num_image_tokens, 1)
+
+    def check_question(self, option: str) -> None:
+        """Raise ValueError, with the option's name, if the question has no say in which tokens are kept."""
+        check_question_aware(option, self.model_path, self.model)
 
     def check_largest(self, options: Options) -> None:
         """Raise ValueError if not even the largest image can have K."""
@@ -140,6 +149,56 @@ class OwnModel:
             expected = sum(map(self.processor.count_tokens, sizes))
         new_tokens = generation_options(wanted, default_new_tokens(self.model))["max_new_tokens"]
         self.model.config.check_length(text_length - len(images) + expected, new_tokens)
+
+    @property
+    def positions(self) -> int:
+        """Return how many tokens the language model reads."""
+        return self.model.config.text_config.max_position_embeddings
+
+    @property
+    def longest_side(self) -> int | None:
+        """Return the pixels that an image's longer side needs at most; None if an image is resized already."""
+        return max(map(max, self.processor.grid_pinpoints), default=None)
+
+    def check_images(self, num_image_tokens: Any, images: int) -> None:
+        """Raise ValueError if so many images cannot have K, or a list of K."""
+        self.processor.resolve_budgets(num_image_tokens, images)
+
+    def prompt_length(self, messages: list[dict], num_image_tokens: Any) -> int:
+        """Return how many positions a prompt has at most, or takes up among the position ids."""
+        images = images_of(messages)
+        budgets, means = self.processor.resolve_budgets(num_image_tokens, len(images))
+        whole = [self.processor.count_tokens((image.height, image.width)) for image in images]
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        length = len(self.processor.tokenizer(prompt)["input_ids"]) - len(images)
+        if self.model.config.position_ids == "original":
+            return length + sum(whole)
+        return length + sum(
+            min(mean or budget, most) for budget, mean, most in zip(budgets, means, whole, strict=True)
+        )
+
+    def check_positions(self, length: int, new_tokens: int) -> None:
+        """Raise ValueError if so many prompt tokens and so many new ones are more than the language model reads."""
+        self.model.config.check_length(length, new_tokens)
+
+    def template_options(self, num_image_tokens: Any) -> dict[str, Any]:
+        """Return what `apply_chat_template` takes for K."""
+        return {"processor_kwargs": {"num_image_tokens": num_image_tokens}}
+
+    def generate(self, num_image_tokens: Any, **inputs: Any) -> tuple[torch.Tensor, list[int], int]:
+        """Run the model's own `generate` on one prompt.
+
+        Returns:
+            Sequences that begin with the prompt; tokens of each image; and how many more placeholders the prompt has.
+        """
+        found = []
+        hook = self.model.model.pruner.register_forward_hook(lambda *call: found.extend(map(len, call[2])))
+        try:
+            sequences = self.model.generate(**inputs)
+        finally:
+            hook.remove()
+        surplus = int(sum(inputs["num_image_tokens"])) - sum(found) if found else 0
+        return sequences, found, surplus
 
     def answer(self, conversations: list[list[dict]], wanted: dict, options: Options) -> list[Answer]:
         """Return an answer to each conversation, as `lightvlm.inference.answers.answer` does."""
@@ -179,8 +238,10 @@ class AnyModel:
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
-    def resolve(self, budget: int | float | str | None) -> int | str:
-        """Return K of a command's budget: a number, or a share such as "25%", which no number is equal to."""
+    def resolve(self, budget: Any) -> Any:
+        """Return K of a command's budget, or of each in a list: a number, or a share as a text, unlike any number."""
+        if isinstance(budget, list):
+            return [self.resolve(each) for each in budget]
         if budget is None or budget == "all":
             return self.default
         if (share := read_share(budget)) is not None:
@@ -205,6 +266,11 @@ class AnyModel:
             cure = "; a pruner that was trained with questions reads them anyway"
             raise ValueError(self.refusal(question_aware, cure))
 
+    def check_question(self, option: str) -> None:
+        """Raise ValueError, with the option's name, if the question has no say in which tokens are kept."""
+        if getattr(self.pruner, "question_projection", None) is None:
+            raise ValueError(f"{option} needs a --pruner that was trained with questions: without one, leave it out.")
+
     def check_largest(self, options: Options) -> None:
         """Do nothing: an image with fewer tokens than K keeps all."""
 
@@ -217,24 +283,99 @@ class AnyModel:
         with reading(name):
             return to_rgb(image)
 
+    longest_side = None
+
+    @property
+    def positions(self) -> int:
+        """Return how many tokens the language model reads."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+    def check_images(self, num_image_tokens: Any, images: int) -> None:
+        """Raise ValueError if a list of K is not as long as there are images."""
+        if isinstance(num_image_tokens, list) and len(num_image_tokens) != images:
+            raise ValueError(f"num_image_tokens has {len(num_image_tokens)} numbers, but there are {images} images.")
+
+    def prompt_length(self, messages: list[dict], num_image_tokens: Any) -> int:
+        """Return about how many positions a prompt has after pruning; `generate` knows it."""
+        inputs, images = self.read([messages]), len(images_of(messages))
+        (row,) = find_placeholders(self.model.config, inputs)["image"].cpu()
+        runs, total = count_runs(row), int(row.sum())
+        budgets = (
+            num_image_tokens if isinstance(num_image_tokens, list) else [num_image_tokens] * max(len(runs), images)
+        )
+        shares = [read_share(budget) for budget in budgets]
+        kept = sum(
+            b if share is None else share * total / len(budgets) for b, share in zip(budgets, shares, strict=True)
+        )
+        return row.numel() - total + min(total, round(kept))
+
+    def check_positions(self, length: int, new_tokens: int) -> None:
+        """Raise ValueError if so many prompt tokens and so many new ones are more than the language model reads."""
+        if length + new_tokens > self.positions:
+            raise ValueError(
+                f"{length} tokens and {new_tokens} new ones are more than the {self.positions} that the model reads: "
+                "give a shorter text, fewer images or tokens of each, or ask for fewer new ones."
+            )
+
+    def template_options(self, num_image_tokens: Any) -> dict[str, Any]:
+        """Return what `apply_chat_template` takes for K: nothing."""
+        return {}
+
+    def generate(self, num_image_tokens: Any, **inputs: Any) -> tuple[torch.Tensor, list[int], int]:
+        """Prune one prompt and run the model's own `generate`.
+
+        Returns:
+            Sequences that begin with the prompt; tokens of each image, or of all if a family writes text between an
+            image's tokens; and how many more placeholders the prompt has.
+        """
+        names = ("streamer", "generation_config", "tokenizer", "stopping_criteria", "max_new_tokens", "do_sample")
+        options = {name: inputs.pop(name) for name in names if name in inputs}
+        given = BatchFeature(inputs).to(self.model.device, dtype=self.model.dtype)
+        short = self.prune(given, num_image_tokens)
+        length = short["input_ids"].shape[1]
+        limit = options.get("max_new_tokens") or getattr(options.get("generation_config"), "max_new_tokens", None)
+        self.check_positions(length, limit or 1)
+        sequences = self.model.generate(**short, **options)
+        rows = [find_placeholders(self.model.config, each)["image"][0].cpu() for each in (short, given)]
+        runs, surplus = [count_runs(row) for row in rows], int(rows[1].sum() - rows[0].sum())
+        kept = runs[0] if len(runs[0]) == len(runs[1]) else [int(rows[0].sum())]
+        return torch.cat([given["input_ids"], sequences[:, length:]], dim=1), kept, surplus
+
     def check_length(self, text_length: int, images: list[Image.Image], wanted: dict, options: Options) -> None:
         """Do nothing: `answer` checks the length, which is known once images are read."""
 
     def read(self, conversations: list[list[dict]]) -> BatchFeature:
-        """Return the inputs of prompts, left-padded, on the model's device."""
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
+        """Return the inputs of prompts, left-padded, on the model's device.
+
+        Raises:
+            ValueError: if a text has a placeholder, or the chat template refuses a role or an order of roles.
+        """
+        mark = getattr(self.processor, "image_token", None)
+        texts = (part.get("text") or "" for talk in conversations for message in talk for part in message["content"])
+        if mark and any(mark in text for text in texts):
+            raise ValueError(
+                f'A message has {mark} in its text: take it out, and give images as parts of type "image".'
+            )
+        try:
+            inputs = self.processor.apply_chat_template(
+                conversations,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
+        except TemplateError as error:
+            raise ValueError(f"The chat template cannot be applied: {error}") from error
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
-    def prune(self, inputs: BatchFeature, num_image_tokens: int | str) -> BatchFeature:
+    def prune(self, inputs: BatchFeature, num_image_tokens: Any) -> BatchFeature:
         """Return the inputs of `generate` with K tokens of each image."""
-        return prune(self.model, inputs, read_share(num_image_tokens) or num_image_tokens, pruner=self.pruner)
+        if isinstance(num_image_tokens, list):
+            budget = [read_share(each) or each for each in num_image_tokens]
+        else:
+            budget = read_share(num_image_tokens) or num_image_tokens
+        return prune(self.model, inputs, budget, pruner=self.pruner)
 
     def count(
         self, inputs: BatchFeature, short: BatchFeature, conversations: list[list[dict]]
@@ -248,14 +389,30 @@ class AnyModel:
             counts.append(runs if is_clear else ([int(kept.sum())], [int(whole.sum())]))
         return counts
 
-    def check_room(self, inputs: BatchFeature, new_tokens: int) -> None:
-        """Raise ValueError if the language model has not enough positions for prompts and their answers."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if positions and inputs["input_ids"].shape[1] + new_tokens > positions:
+    @torch.no_grad()
+    def look(
+        self, image: Image.Image, num_image_tokens: int | str, question: str = ""
+    ) -> tuple[Image.Image, tuple[int, int], list[int]]:
+        """Return an image as the model sees it, the rows and columns of its tokens, and the indices of those kept.
+
+        Raises:
+            ValueError: if its tokens are no grid, as those of tiles and rows with marks at their end.
+        """
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = self.read([[{"role": "user", "content": content}]])
+        total = int(find_placeholders(self.model.config, inputs)["image"].sum())
+        kept = self.prune(inputs, num_image_tokens)["mm_encoder_outputs"]["image"].kept_indices
+        grid = find_grid(self.model.config, inputs, total) if len(kept) == 1 else None
+        if grid is None:
             raise ValueError(
-                f"{inputs['input_ids'].shape[1]} tokens and {new_tokens} new ones are more than the {positions} that "
-                "the model reads: give a shorter text, fewer images or tokens of each, or ask for fewer new ones."
+                f"{self.model_path} is a {self.model.config.model_type}, which cuts this image into tiles or rows "
+                "with marks: tokens are drawn of models that read an image as one grid, such as Qwen3-VL's family."
             )
+        pixels = inputs["pixel_values"]
+        if pixels.shape[-3:-2] == (3,) and prod(pixels.shape[:-3]) == 1 and "pixel_attention_mask" not in inputs:
+            return Image.fromarray(as_seen(pixels.flatten(0, -4)[0], self.processor)), grid, kept[0].tolist()
+        cell = max(8, round(max(image.size) / max(grid)))
+        return image.resize((grid[1] * cell, grid[0] * cell)), grid, kept[0].tolist()
 
     @torch.no_grad()
     def answer(self, conversations: list[list[dict]], wanted: dict, options: Options) -> list[Answer]:
@@ -273,7 +430,7 @@ class AnyModel:
         inputs = self.read(conversations)
         short = self.prune(inputs, options.num_image_tokens)
         generation, stops = generation_options(wanted, default_new_tokens(self.model)), stop_strings(wanted)
-        self.check_room(short, generation["max_new_tokens"])
+        self.check_positions(short["input_ids"].shape[1], generation["max_new_tokens"])
         stopping = {"stop_strings": stops, "tokenizer": self.processor.tokenizer} if stops else {}
         output = self.model.generate(**short, **generation, **stopping)
         texts = self.processor.batch_decode(output[:, short["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -283,6 +440,33 @@ class AnyModel:
     def describe(self, options: Options) -> dict[str, Any]:
         """Return what answers depend on, besides the questions, K and generation."""
         return fingerprint(self.model_path) | {"pruner_sha256": hash_chooser(self.pruner)}
+
+
+def find_grid(config: Any, inputs: BatchFeature, total: int) -> tuple[int, int] | None:
+    """Return the rows and columns of an image's tokens in raster order; None if they are no grid.
+
+    Args:
+        config: the model's.
+        inputs: of a prompt with one image, as its processor returned them.
+        total: tokens of the image.
+    """
+    vision, side = config.vision_config, isqrt(total)
+    merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1)
+    sizes = {
+        "image_grid_thw": merge,  # of patches, after the number of frames
+        "spatial_shapes": getattr(config, "downsample_factor", 1),  # of patches
+        "image_sizes": merge * getattr(vision, "patch_size", 1) if isinstance(merge, int) else 1,  # of pixels
+    }
+    grids = [tuple(int(n) // sizes[name] for n in inputs[name][0][-2:]) for name in sizes if name in inputs]
+    grids = grids or [(side, side)]
+    return next((grid for grid in grids if prod(grid) == total), None)
+
+
+def as_seen(pixel_values: torch.Tensor, processor: Any) -> np.ndarray:
+    """Return the image that the encoder sees, resized and cropped: 8-bit RGB (height, width, 3)."""
+    mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
+    pixels = pixel_values.float().cpu().permute(1, 2, 0) * std + mean
+    return (pixels * 255).round().clamp(0, 255).byte().numpy()
 
 
 def hash_chooser(pruner: Chooser) -> str:

@@ -3,10 +3,11 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, save_family
-from lightvlm import TokenScorer
+from lightvlm import TokenScorer, prune
 from lightvlm.inference.any_model import AnyModel, Options, load_any
 from lightvlm_cli.main import main
 from PIL import Image
@@ -241,3 +242,35 @@ def test_eval_measures_a_learned_pruner(qwen, questions, tmp_path):
     results = json.loads((tmp_path / "o.json").read_text())["results"]
     assert [row["selector"] for row in results[::2]] == ["learned", "distinct", "max-min", "distance", "random"]
     assert (tmp_path / "o.png").is_file()
+
+
+def show(folder, image, output, *options):
+    paths = ["--model-path", str(folder), "--image", str(image), "--output", str(output)]
+    return main(["show", *paths, *options])
+
+
+@pytest.mark.parametrize(("name", "size", "grid"), [("qwen3_vl", (84, 56), (2, 3)), ("llava", (80, 50), (4, 4))])
+def test_show_draws_the_tokens_that_answers_are_given_from(name, size, grid, tmp_path, capsys):
+    folder = save_family(name, tmp_path / "model")
+    make_image(4, size).save(tmp_path / "image.png")
+    assert show(folder, tmp_path / "image.png", tmp_path / "whole.png") == 0
+    assert show(folder, tmp_path / "image.png", tmp_path / "kept.png", "--num-image-tokens", "50%") == 0
+    total = grid[0] * grid[1]
+    assert f"{total // 2} of {total} tokens" in capsys.readouterr().out
+    whole, kept = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("whole", "kept"))
+    rows, columns = whole.shape[0] // grid[0], whole.shape[1] // grid[1]
+    assert whole.shape[0] % grid[0] == whole.shape[1] % grid[1] == 0
+    asked = load_any(folder)
+    inputs = asked.read([talk("", asked.prepare(Image.open(tmp_path / "image.png"), ""))])
+    (indices,) = prune(asked.model, inputs, 0.5)["mm_encoder_outputs"]["image"].kept_indices
+    same = (whole == kept).all(axis=-1).reshape(grid[0], rows, grid[1], columns)
+    shown = [place for place in range(total) if same[place // grid[1], :2, place % grid[1], -8:].all()]
+    assert shown == indices.tolist()  # compared in a corner, since the label hides another
+
+
+def test_show_refuses_tiles_and_a_question_that_nothing_reads(pictures, tmp_path, capsys):
+    folder = save_family("smolvlm", tmp_path / "model")
+    assert show(folder, pictures / "1.png", tmp_path / "kept.png", "--num-image-tokens", "50%") == 2
+    assert "smolvlm, which cuts this image into" in capsys.readouterr().err and not (tmp_path / "kept.png").exists()
+    assert show(folder, pictures / "1.png", tmp_path / "kept.png", "--prompt", "what?") == 2
+    assert "--prompt needs a --pruner that was trained with questions" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
+from lightvlm.inference.any_model import OwnModel
 from lightvlm.inference.checkpoint import SHIPPED, load
 from lightvlm.serving.connections import Server
 from lightvlm.serving.server import DEFAULTS, KEPT, PREPARED, Limits, build_app
@@ -88,7 +89,7 @@ def model():
 
 @contextlib.contextmanager
 def serving(model, limits=LIMITS, name="lightvlm-tiny", **options):
-    app = build_app(name, model, model.processor_beside_weights(), limits, **options)
+    app = build_app(name, OwnModel(model, model.processor_beside_weights()), limits, **options)
     server = Server(app, model, limits.seconds)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -527,7 +528,7 @@ def test_one_image_is_decoded_at_a_time_and_kept_resized(model, monkeypatch):
         counts.append(sum(reference().width * reference().height for reference in alive.valuerefs() if reference()))
 
     limits = Limits(pixels=side**2, new_tokens=2)
-    app = build_app("lightvlm-tiny", model, model.processor_beside_weights(), limits)
+    app = build_app("lightvlm-tiny", OwnModel(model, model.processor_beside_weights()), limits)
     endpoint = next(route.endpoint for route in app.routes if route.path == "/v1/chat/completions")
     body = {"messages": [user("what?", *[Image.new("RGBA", (side, side), "red")] * images)], "num_image_tokens": 4}
     monkeypatch.setattr(Image.Image, "__init__", count)
