@@ -185,7 +185,7 @@ class OwnModel:
         """Return what `apply_chat_template` takes for K."""
         return {"processor_kwargs": {"num_image_tokens": num_image_tokens}}
 
-    def generate(self, num_image_tokens: Any, **inputs: Any) -> tuple[torch.Tensor, list[int], int]:
+    def generate(self, num_image_tokens: Any, /, **inputs: Any) -> tuple[torch.Tensor, list[int], int]:
         """Run the model's own `generate` on one prompt.
 
         Returns:
@@ -321,7 +321,7 @@ class AnyModel:
         """Return what `apply_chat_template` takes for K: nothing."""
         return {}
 
-    def generate(self, num_image_tokens: Any, **inputs: Any) -> tuple[torch.Tensor, list[int], int]:
+    def generate(self, num_image_tokens: Any, /, **inputs: Any) -> tuple[torch.Tensor, list[int], int]:
         """Prune one prompt and run the model's own `generate`.
 
         Returns:

@@ -32,6 +32,12 @@ TEMPLATE = (
     "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+TURNS = {"turn_token": "<|im_start|>", "turn_end_token": "<|im_end|>"}
+CHATML = {
+    "{{ message['role'] + ': ' }}": "{{ '<|im_start|>' + message['role'] + '\\n' }}",
+    "{{ '\\n' }}": "{{ '<|im_end|>\\n' }}",
+    "assistant:": "{{ '<|im_start|>assistant\\n' }}",
+}
 
 
 def named_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
@@ -61,9 +67,14 @@ def text_config(tokenizer, **more) -> dict:
 def qwen3_vl():
     """Return a model of native resolution and M-RoPE: a picture of 56 by 84 pixels has 6 tokens."""
     words = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    tokenizer = named_tokenizer(image_token=words[0], video_token=words[1], start_token=words[2], end_token=words[3])
+    tokenizer = named_tokenizer(
+        image_token=words[0], video_token=words[1], start_token=words[2], end_token=words[3], **TURNS
+    )
     look = Qwen2VLImageProcessorPil(patch_size=PATCH, size={"shortest_edge": 28 * 28, "longest_edge": 140 * 140})
-    processor = PaddleOCRVLProcessor(look, tokenizer, TEMPLATE.replace("IMAGE", words[2] + words[0] + words[3]))
+    template = TEMPLATE.replace("IMAGE", words[2] + words[0] + words[3])
+    for old, new in CHATML.items():  # as transformers' server expects it of this family
+        template = template.replace(old, new)
+    processor = PaddleOCRVLProcessor(look, tokenizer, template)
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
     vision |= {"patch_size": PATCH, "num_position_embeddings": 36, "deepstack_visual_indexes": [0]}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}

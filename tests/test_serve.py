@@ -20,14 +20,15 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
-from lightvlm.inference.any_model import OwnModel
+from families import save_family
+from lightvlm.inference.any_model import AnyModel, Options, OwnModel, load_any
 from lightvlm.inference.checkpoint import SHIPPED, load
 from lightvlm.serving.connections import Server
 from lightvlm.serving.server import DEFAULTS, KEPT, PREPARED, Limits, build_app
 from lightvlm_cli.main import main
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from PIL import Image, ImageDraw
-from tiny import make_model, make_processor
+from tiny import make_image, make_model, make_processor
 
 LIMITS = Limits(body_bytes=2**20, images=3, pixels=200 * 200, new_tokens=32, messages=40, characters=50_000)
 DONE = {
@@ -89,8 +90,8 @@ def model():
 
 @contextlib.contextmanager
 def serving(model, limits=LIMITS, name="lightvlm-tiny", **options):
-    app = build_app(name, OwnModel(model, model.processor_beside_weights()), limits, **options)
-    server = Server(app, model, limits.seconds)
+    asked = model if isinstance(model, AnyModel) else OwnModel(model, model.processor_beside_weights())
+    server = Server(build_app(name, asked, limits, **options), asked.model, limits.seconds)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -221,7 +222,7 @@ def test_without_a_budget_it_is_that_of_the_checkpoint(client, model):
     assert default == given + 4
 
 
-@pytest.mark.parametrize("budget", [0, 5761, 1.5, True, "64", "dynamic:0", "dynamic:5761", "some", [16], {"K": 16}])
+@pytest.mark.parametrize("budget", [0, 5761, True, "64", "dynamic:0", "dynamic:5761", "some", [16], {"K": 16}])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_bad_budget_is_refused_in_the_words_of_the_processor(client, model, budget, streamed):
     with pytest.raises(ValueError) as reason:
@@ -229,6 +230,15 @@ def test_a_bad_budget_is_refused_in_the_words_of_the_processor(client, model, bu
     messages = [user("what color?", draw(1), draw(2))]
     answer = refusal(client, messages, stream=streamed, extra_body={"num_image_tokens": budget})
     assert answer == (400, str(reason.value))
+
+
+def test_a_share_is_one_of_a_views_patches(client):
+    def kept(budget) -> list[int]:
+        messages = [user("what color?", draw(1), draw(2))]
+        return complete(client, messages, max_tokens=1, extra_body={"num_image_tokens": budget}).usage.num_image_tokens
+
+    assert kept(0.25) == kept("25%") == [144, 144] and kept(["12.5%", 16]) == [72, 16]
+    assert "give more than 0% and at most 100%" in post_fields(client, num_image_tokens=1.5)[1]
 
 
 @pytest.mark.parametrize(
@@ -686,3 +696,52 @@ def test_an_origin_that_no_browser_sends_is_refused(origin, capsys):
 def test_a_taken_port_is_one_clear_sentence(client, capsys):
     assert main(["serve", "--port", str(client.base_url.port)]) == 2
     assert "in use" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "smolvlm"])
+def other(request, tmp_path_factory):
+    """Return a model of another family."""
+    return load_any(save_family(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+def answers_of(other, messages: list[dict], num_image_tokens, new_tokens: int = 6):
+    """Return what a model answers to messages with images, and from how many of their tokens."""
+    return other.answer([messages], {"max_new_tokens": new_tokens}, Options(other.resolve(num_image_tokens)))[0]
+
+
+def whole_letters(text: str) -> str:
+    """Return a text of random tokens without bytes that are no letters: a stream waits for the rest of the last."""
+    return text.replace("\ufffd", "").strip()
+
+
+def test_another_familys_model_answers_at_a_share_or_number_of_tokens(other):
+    images = [make_image(0, (84, 56)), make_image(1, (56, 56))]
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "what color?"}]
+    with serving(other, num_image_tokens="50%") as client:
+        asked, seen = [user("what color?", *images)], set()
+        for budget in (None, "100%", 0.25, 1):
+            expected = answers_of(other, [{"role": "user", "content": content}], "50%" if budget is None else budget)
+            options = {"max_tokens": 6, "extra_body": {"num_image_tokens": budget}}
+            found = complete(client, asked, **options)
+            assert whole_letters(found.choices[0].message.content) == whole_letters(expected.text)
+            assert sum(found.usage.num_image_tokens) == sum(expected.kept)
+            assert whole_letters("".join(stream(client, asked, **options))) == whole_letters(expected.text)
+            seen.add((expected.text, found.usage.prompt_tokens))
+        assert len(seen) == 4 or len({length for _, length in seen}) >= 3
+        plain = answers_of(other, [{"role": "user", "content": content[-1:]}], "100%")
+        assert ask(client, [user("what color?")], max_tokens=6) == plain.text
+
+
+@pytest.mark.parametrize("budget", [0, -4, "0%", 1.5, "150%", "many", "dynamic:8", True, [1, 2], {"a": 1}])
+def test_another_familys_bad_budget_is_the_requests_fault(other, budget):
+    with serving(other) as client:
+        status, text = post_fields(client, messages=[user("what?", make_image())], num_image_tokens=budget)
+        assert status == 400 and "give" in text or "there are 1 images" in text
+
+
+def test_another_familys_prompt_is_checked(other):
+    mark = other.processor.image_token
+    with serving(other) as client:
+        assert "take it out" in post_fields(client, messages=[user(f"what is {mark}?", make_image())])[1]
+        status, text = post_fields(client, messages=[user("what? " * 400)])
+        assert status == 400 and "more than the 512 that the model reads" in text
