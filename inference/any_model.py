@@ -390,6 +390,14 @@ class AnyModel:
         return counts
 
     @torch.no_grad()
+    def count_kept(self, messages: list[dict], num_image_tokens: Any) -> tuple[int, int]:
+        """Return how many tokens a prompt's images keep together, and how many they have."""
+        inputs = self.read([messages])
+        short = self.prune(inputs, num_image_tokens)
+        kept, whole = (int(find_placeholders(self.model.config, each)["image"].sum()) for each in (short, inputs))
+        return kept, whole
+
+    @torch.no_grad()
     def look(
         self, image: Image.Image, num_image_tokens: int | str, question: str = ""
     ) -> tuple[Image.Image, tuple[int, int], list[int]]:
