@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, save_family
 from lightvlm import TokenScorer, prune
 from lightvlm.inference.any_model import AnyModel, Options, load_any
 from lightvlm_cli.main import main
 from PIL import Image
+from saved_families import FAMILIES, save_family
 from tiny import make_image, make_tokenizer, text_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 

@@ -9,7 +9,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from families import save_family
 from gradio_client import Client, handle_file
 from lightvlm.demo.answers import MAX_QUESTION, MAX_TURNS, Answerer, AnyAnswerer, Choice, Conversation, TimedStreamer
 from lightvlm.demo.app import DYNAMIC, EXAMPLES, FIXED, ask, build, from_address, introduce, launch, show, slider
@@ -19,6 +18,7 @@ from lightvlm_cli.main import main
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from saved import broken_images
+from saved_families import save_family
 from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor, make_tokenizer, text_config
 
 LINE = r"\*(\d+) of 36 tokens · first token after \d+ ms( \(all tokens: \d+ ms\))?\*$"

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import save_family
 from lightvlm.inference.answers import answer, batches, cut, generation_options, stop_strings
 from lightvlm.inference.any_model import Options, load_any
+from saved_families import save_family
 from tiny import make_dynamic, make_image, make_model, make_processor
 
 SHORT = {"max_new_tokens": 6}

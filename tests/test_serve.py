@@ -20,7 +20,6 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
-from families import save_family
 from lightvlm.inference.any_model import AnyModel, Options, OwnModel, load_any
 from lightvlm.inference.checkpoint import SHIPPED, load
 from lightvlm.serving.connections import Server
@@ -28,6 +27,7 @@ from lightvlm.serving.server import DEFAULTS, KEPT, PREPARED, Limits, build_app
 from lightvlm_cli.main import main
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from PIL import Image, ImageDraw
+from saved_families import save_family
 from tiny import make_image, make_model, make_processor
 
 LIMITS = Limits(body_bytes=2**20, images=3, pixels=200 * 200, new_tokens=32, messages=40, characters=50_000)
