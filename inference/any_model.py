@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt, prod
 from pathlib import Path
@@ -185,20 +186,25 @@ class OwnModel:
         """Return what `apply_chat_template` takes for K."""
         return {"processor_kwargs": {"num_image_tokens": num_image_tokens}}
 
-    def generate(self, num_image_tokens: Any, /, **inputs: Any) -> tuple[torch.Tensor, list[int], int]:
-        """Run the model's own `generate` on one prompt.
+    def generate(self, num_image_tokens: Any, note: Callable[[list[int], int], Any], /, **inputs: Any) -> torch.Tensor:
+        """Run the model's own `generate` on one prompt, and return sequences that begin with it.
 
-        Returns:
-            Sequences that begin with the prompt; tokens of each image; and how many more placeholders the prompt has.
+        Args:
+            num_image_tokens: K, which the inputs have already.
+            note: called before the first new token, if there are images, with the tokens of each, and how many more
+                placeholders the prompt has.
+            inputs: of `generate`.
         """
-        found = []
-        hook = self.model.model.pruner.register_forward_hook(lambda *call: found.extend(map(len, call[2])))
+
+        def tell(pruner, arguments, kept):
+            lengths = [len(indices) for indices in kept]
+            note(lengths, int(sum(inputs["num_image_tokens"])) - sum(lengths))
+
+        hook = self.model.model.pruner.register_forward_hook(tell)
         try:
-            sequences = self.model.generate(**inputs)
+            return self.model.generate(**inputs)
         finally:
             hook.remove()
-        surplus = int(sum(inputs["num_image_tokens"])) - sum(found) if found else 0
-        return sequences, found, surplus
 
     def answer(self, conversations: list[list[dict]], wanted: dict, options: Options) -> list[Answer]:
         """Return an answer to each conversation, as `lightvlm.inference.answers.answer` does."""
@@ -321,12 +327,14 @@ class AnyModel:
         """Return what `apply_chat_template` takes for K: nothing."""
         return {}
 
-    def generate(self, num_image_tokens: Any, /, **inputs: Any) -> tuple[torch.Tensor, list[int], int]:
-        """Prune one prompt and run the model's own `generate`.
+    def generate(self, num_image_tokens: Any, note: Callable[[list[int], int], Any], /, **inputs: Any) -> torch.Tensor:
+        """Prune one prompt, run the model's own `generate`, and return sequences that begin with the prompt as given.
 
-        Returns:
-            Sequences that begin with the prompt; tokens of each image, or of all if a family writes text between an
-            image's tokens; and how many more placeholders the prompt has.
+        Args:
+            num_image_tokens: K.
+            note: called before the first new token with the tokens of each image, or of all if a family writes text
+                between an image's tokens, and how many more placeholders the prompt has.
+            inputs: of `generate`.
         """
         names = ("streamer", "generation_config", "tokenizer", "stopping_criteria", "max_new_tokens", "do_sample")
         options = {name: inputs.pop(name) for name in names if name in inputs}
@@ -335,11 +343,12 @@ class AnyModel:
         length = short["input_ids"].shape[1]
         limit = options.get("max_new_tokens") or getattr(options.get("generation_config"), "max_new_tokens", None)
         self.check_positions(length, limit or 1)
-        sequences = self.model.generate(**short, **options)
         rows = [find_placeholders(self.model.config, each)["image"][0].cpu() for each in (short, given)]
-        runs, surplus = [count_runs(row) for row in rows], int(rows[1].sum() - rows[0].sum())
+        runs = [count_runs(row) for row in rows]
         kept = runs[0] if len(runs[0]) == len(runs[1]) else [int(rows[0].sum())]
-        return torch.cat([given["input_ids"], sequences[:, length:]], dim=1), kept, surplus
+        note(kept, int(rows[1].sum() - rows[0].sum()))
+        sequences = self.model.generate(**short, **options)
+        return torch.cat([given["input_ids"], sequences[:, length:]], dim=1)
 
     def check_length(self, text_length: int, images: list[Image.Image], wanted: dict, options: Options) -> None:
         """Do nothing: `answer` checks the length, which is known once images are read."""

@@ -29,8 +29,11 @@ class Call:
         self.asked, self.num_image_tokens, self.kept, self.surplus = asked, num_image_tokens, [], 0
 
     def generate(self, **inputs):
-        sequences, self.kept, self.surplus = self.asked.generate(self.num_image_tokens, **inputs)
-        return sequences
+        return self.asked.generate(self.num_image_tokens, self.note, **inputs)
+
+    def note(self, kept: list[int], surplus: int) -> None:
+        """Remember what is read, before the answer's first word is streamed."""
+        self.kept, self.surplus = kept, surplus
 
     def correct(self, usage: dict) -> dict:
         """Return the usage of the prompt that was read, without dropped placeholders, and with K of each image."""
