@@ -12,7 +12,7 @@ from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, TIMED_BATCHES, Question
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import select_max_min
 from lightvlm.inference.answer_log import AnswerLog
-from lightvlm.inference.any_model import AnyModel, read_share
+from lightvlm.inference.any_model import AnyModel, longest, read_share
 from lightvlm.inference.many import open_named
 from lightvlm.pruning import keep_distinct
 from lightvlm.pruning.any_model import check_prompt, choose, drop, embed_text, encode
@@ -126,7 +126,7 @@ class Batch:
         """Return greedy answers, the mean number of tokens of an image, and milliseconds of choice and prefill."""
         kept, selection = self.timed(self.choose, selector, budget)
         short, _ = drop(self.model, self.given, self.encoded, kept, Record())
-        self.asked.check_positions(short["input_ids"].shape[1], MAX_NEW_TOKENS)
+        self.asked.check_positions(longest(short), MAX_NEW_TOKENS)
         counts = self.asked.count(self.inputs, short, self.talks)
         measured = {"tokens": statistics.fmean(sum(kept) for kept, _ in counts), "selection_ms": selection}
         if time_prefill:

@@ -80,6 +80,11 @@ def count_runs(is_placeholder: torch.Tensor) -> list[int]:
     return run[is_placeholder].unique_consecutive(return_counts=True)[1].tolist()
 
 
+def longest(inputs: BatchFeature) -> int:
+    """Return the tokens of the longest prompt, without padding, which `prune` may add to a single one too."""
+    return int(inputs["attention_mask"].sum(dim=1).max())
+
+
 def images_of(conversation: list[dict]) -> list[Image.Image]:
     """Return the images of a conversation's messages, in order."""
     return [part["image"] for message in conversation for part in message["content"] if "image" in part]
@@ -342,7 +347,7 @@ class AnyModel:
         short = self.prune(given, num_image_tokens)
         length = short["input_ids"].shape[1]
         limit = options.get("max_new_tokens") or getattr(options.get("generation_config"), "max_new_tokens", None)
-        self.check_positions(length, limit or 1)
+        self.check_positions(longest(short), limit or 1)
         rows = [find_placeholders(self.model.config, each)["image"][0].cpu() for each in (short, given)]
         runs = [count_runs(row) for row in rows]
         kept = runs[0] if len(runs[0]) == len(runs[1]) else [int(rows[0].sum())]
@@ -447,7 +452,7 @@ class AnyModel:
         inputs = self.read(conversations)
         short = self.prune(inputs, options.num_image_tokens)
         generation, stops = generation_options(wanted, default_new_tokens(self.model)), stop_strings(wanted)
-        self.check_positions(short["input_ids"].shape[1], generation["max_new_tokens"])
+        self.check_positions(longest(short), generation["max_new_tokens"])
         stopping = {"stop_strings": stops, "tokenizer": self.processor.tokenizer} if stops else {}
         output = self.model.generate(**short, **generation, **stopping)
         texts = self.processor.batch_decode(output[:, short["input_ids"].shape[1] :], skip_special_tokens=True)
