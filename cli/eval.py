@@ -169,8 +169,8 @@ def dynamic_budgets(args: argparse.Namespace) -> list[str]:
 def choose_selectors(args: argparse.Namespace, selectors: list[str], asked) -> list[str]:
     """Return the selectors to measure; ValueError if the checkpoint cannot have one, or a budget, of those asked."""
     from lightvlm.evaluation import any_accuracy
-    from lightvlm.inference.any_model import OwnModel
     from lightvlm.inference.checkpoint import check_question_aware
+    from lightvlm.inference.own_model import OwnModel
 
     if not isinstance(asked, OwnModel):
         if args.encoder_keep:
@@ -196,8 +196,8 @@ def choose_selectors(args: argparse.Namespace, selectors: list[str], asked) -> l
 def what_is_measured(args: argparse.Namespace, asked) -> dict:
     """Return what results depend on, with the checkpoint's fingerprint if they are written."""
     from lightvlm.inference.answer_log import on_main
-    from lightvlm.inference.any_model import Options, OwnModel
     from lightvlm.inference.fingerprint import fingerprint
+    from lightvlm.inference.own_model import Options, OwnModel
 
     measured = {"dtype": str(asked.model.dtype), "int8": args.int8}
     is_written = args.answers or args.output
@@ -214,7 +214,7 @@ def measure_file(
     from lightvlm.evaluation import any_accuracy
     from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, Questions, accuracy, choose_settings
     from lightvlm.inference.answer_log import AnswerLog, on_main
-    from lightvlm.inference.any_model import OwnModel
+    from lightvlm.inference.own_model import OwnModel
 
     questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), asked.processor)
     if isinstance(asked, OwnModel):

@@ -93,7 +93,7 @@ def ask(asked, image, prompt: str, budget: int | str | None, args: argparse.Name
 
 def options(args: argparse.Namespace, budget: int | str | None):
     """Return how images are read at a K."""
-    from lightvlm.inference.any_model import Options
+    from lightvlm.inference.own_model import Options
 
     return Options(budget, args.max_views, args.question_aware)
 

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     if not is_serve_available():
         raise ValueError('serving needs fastapi, uvicorn, openai and pydantic: pip install "lightvlm[serve]"')
 
-    from lightvlm.inference.any_model import Options, load_any
+    from lightvlm.inference.any_model import load_any
+    from lightvlm.inference.own_model import Options
     from lightvlm.serving.connections import Server
     from lightvlm.serving.server import Limits, build_app
     from transformers.utils import logging

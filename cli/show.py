@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> None:
     from lightvlm.data.files import written_beside
     from lightvlm.data.llava import attempt
     from lightvlm.demo import pictures
-    from lightvlm.inference.any_model import Options, load_any
+    from lightvlm.inference.any_model import load_any
     from lightvlm.inference.many import expand_images, open_named
+    from lightvlm.inference.own_model import Options
 
     names = expand_images(args.image)
     outputs = name_outputs(names, args.output)

@@ -15,7 +15,8 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.demo.pictures import draw, draw_kept
 from lightvlm.images_lightvlm import open_image, reading
 from lightvlm.inference.answers import default_new_tokens
-from lightvlm.inference.any_model import AnyModel, Options, OwnModel
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import Options, OwnModel
 from PIL import Image
 from transformers import TextIteratorStreamer
 

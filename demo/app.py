@@ -11,7 +11,8 @@ from pathlib import Path
 import gradio as gr
 from huggingface_hub import ModelCard
 from lightvlm.demo.answers import Answerer, Choice, Conversation, answerer_of, read_image
-from lightvlm.inference.any_model import AnyModel, OwnModel
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import OwnModel
 from PIL import Image
 
 MAX_FILE_SIZE = "10mb"

@@ -12,8 +12,9 @@ from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, TIMED_BATCHES, Question
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import select_max_min
 from lightvlm.inference.answer_log import AnswerLog
-from lightvlm.inference.any_model import AnyModel, longest, read_share
+from lightvlm.inference.any_model import AnyModel, longest
 from lightvlm.inference.many import open_named
+from lightvlm.inference.own_model import read_share
 from lightvlm.pruning import keep_distinct
 from lightvlm.pruning.any_model import check_prompt, choose, drop, embed_text, encode
 from lightvlm.pruning.choosing import Chooser, log_distance

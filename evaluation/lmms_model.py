@@ -7,7 +7,8 @@ lmms-eval --model lightvlm --model_args pretrained=Qwen/Qwen3-VL-2B-Instruct,num
 import torch
 from accelerate import Accelerator
 from lightvlm.inference.answers import batches
-from lightvlm.inference.any_model import Options, load_any
+from lightvlm.inference.any_model import load_any
+from lightvlm.inference.own_model import Options
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest

@@ -13,9 +13,10 @@ from lightvlm.data.llava import attempt
 from lightvlm.data.views import upright_size
 from lightvlm.images_lightvlm import open_images
 from lightvlm.inference.answer_log import AnswerLog, on_main
-from lightvlm.inference.any_model import Answer, AnyModel, Options, OwnModel
+from lightvlm.inference.any_model import AnyModel
 from lightvlm.inference.asks import Ask, is_url
 from lightvlm.inference.fingerprint import hash_files
+from lightvlm.inference.own_model import Answer, Options, OwnModel
 from PIL import Image
 from tqdm import tqdm
 

@@ -10,7 +10,8 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi.responses import JSONResponse
-from lightvlm.inference.any_model import AnyModel, OwnModel
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import OwnModel
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 FAILED = "The server failed at this request; its log says why."

@@ -26,7 +26,8 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from lightvlm.images_lightvlm import reading
-from lightvlm.inference.any_model import AnyModel, OwnModel
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import OwnModel
 from lightvlm.serving.answers import FAILED, Call, State, error_body, tidy, tidy_stream
 from PIL import Image
 from pydantic import (

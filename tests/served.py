@@ -10,7 +10,8 @@ import threading
 
 import openai
 import pytest
-from lightvlm.inference.any_model import AnyModel, OwnModel
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import OwnModel
 from lightvlm.serving.connections import Server
 from lightvlm.serving.server import Limits, build_app
 from PIL import Image, ImageDraw

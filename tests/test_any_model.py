@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from lightvlm import TokenScorer, prune
-from lightvlm.inference.any_model import AnyModel, Options, load_any
+from lightvlm.inference.any_model import AnyModel, load_any
+from lightvlm.inference.own_model import Options
 from lightvlm_cli.main import main
 from PIL import Image
 from saved_families import FAMILIES, save_family

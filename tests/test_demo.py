@@ -12,8 +12,9 @@ import torch
 from gradio_client import Client, handle_file
 from lightvlm.demo.answers import MAX_QUESTION, MAX_TURNS, Answerer, AnyAnswerer, Choice, Conversation, TimedStreamer
 from lightvlm.demo.app import DYNAMIC, EXAMPLES, FIXED, ask, build, from_address, introduce, launch, show, slider
-from lightvlm.inference.any_model import Options, load_any
+from lightvlm.inference.any_model import load_any
 from lightvlm.inference.checkpoint import SHIPPED
+from lightvlm.inference.own_model import Options
 from lightvlm_cli.main import main
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightvlm.inference.answers import answer, batches, cut, generation_options, stop_strings
-from lightvlm.inference.any_model import Options, load_any
+from lightvlm.inference.any_model import load_any
+from lightvlm.inference.own_model import Options
 from saved_families import save_family
 from tiny import make_dynamic, make_image, make_model, make_processor
 

@@ -12,7 +12,7 @@ import pytest
 from launch import launch
 from lightvlm import LightVLM, LightVLMModel
 from lightvlm.inference import many
-from lightvlm.inference.any_model import OwnModel
+from lightvlm.inference.own_model import OwnModel
 from lightvlm_cli.main import main
 from PIL import Image
 from tiny import GRIDS, make_dynamic, make_image, make_processor

@@ -1,7 +1,8 @@
 """A model of another family is served at the share or number of tokens that a request gives."""
 
 import pytest
-from lightvlm.inference.any_model import Options, load_any
+from lightvlm.inference.any_model import load_any
+from lightvlm.inference.own_model import Options
 from saved_families import save_family
 from served import ask, complete, post_fields, serving, stream, user
 from tiny import make_image

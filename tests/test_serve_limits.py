@@ -13,8 +13,8 @@ import openai
 import pytest
 import torch
 from fastapi import HTTPException
-from lightvlm.inference.any_model import OwnModel
 from lightvlm.inference.checkpoint import SHIPPED, load
+from lightvlm.inference.own_model import OwnModel
 from lightvlm.serving.connections import Server
 from lightvlm.serving.server import KEPT, PREPARED, Limits, build_app
 from PIL import Image
