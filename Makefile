@@ -51,7 +51,7 @@ test-install: .venv/ready
 	done
 
 # Both ends of what pyproject.toml allows of transformers and its trainers, each in an environment of its own.
-CORE := $(wildcard $(patsubst %,tests/test_%.py,modeling_lightvlm pruning_lightvlm views* max_views llava_next dynamic_* \
+CORE := $(wildcard $(patsubst %,tests/test_%.py,prune prune_families modeling_lightvlm pruning_lightvlm views* max_views llava_next dynamic_* \
 	processing_lightvlm chat_template images_lightvlm arrays hub build* sft* collator steps pruner))
 test-lowest: .venv-lowest/ready
 	.venv-lowest/bin/pytest $(CORE)

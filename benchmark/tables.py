@@ -282,6 +282,20 @@ def untrained(folder: Path) -> str:
     return markdown_table(["position ids", "selector", "photo, K = 64", "16", "flat, K = 64", "16"], lines, 2)
 
 
+def merged_tokens(folder: Path) -> str:
+    """Return the accuracy of choosing from projected tokens, beside what attention and training choose."""
+    found = {(row["way"], row["num_image_tokens"]): row for row in read(folder, "once/merged_tokens")["rows"]}
+    budgets = sorted({budget for way, budget in found if way != "all"}, reverse=True)
+    ways = sorted(
+        {way for way, _ in found} - {"all"}, key=lambda way: -sum(found[way, k]["accuracy"] for k in budgets)
+    )
+    lines = [
+        ["all tokens", *[f"{100 * row['accuracy']:.1f}" for (way, _), row in found.items() if way == "all"], "", ""]
+    ]
+    lines += [[way, *(f"{100 * found[way, budget]['accuracy']:.1f}" for budget in budgets)] for way in ways]
+    return markdown_table(["", *(f"K = {budget}" for budget in budgets)], lines)
+
+
 def training(folder: Path) -> str:
     """Return time and memory of a training step."""
     names, lines = {"full": "all parameters", "LoRA": "LoRA of rank 128"}, []
@@ -304,7 +318,7 @@ def any_speed(folder: Path) -> str:
 
 WRITERS: Iterable[Callable[[Path], str]] = (
     *(readme, accuracy, selectors, easy_vqa, budgets, speed_short, speed_cpu, speed_gpu, encoder_keep, first_token),
-    *(ceilings, runtimes, views_slice, views_full, picture_shapes, untrained, training, any_speed),
+    *(ceilings, runtimes, views_slice, views_full, picture_shapes, untrained, merged_tokens, training, any_speed),
 )
 TABLES = {writer.__name__.replace("_", "-"): writer for writer in WRITERS}
 

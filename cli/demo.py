@@ -2,17 +2,18 @@
 
 examples:
   lightvlm demo --port 7860
+  lightvlm demo --model-path Qwen/Qwen3-VL-2B-Instruct
   lightvlm demo --model-path phi2-clip --host 0.0.0.0
 """
 
 import argparse
 import importlib.util
 
-from lightvlm_cli.options import add_device, add_model_path, add_precision, loading
+from lightvlm_cli.options import add_any_model, add_device, add_precision, loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_path(parser)
+    add_any_model(parser)
     add_precision(parser)
     add_device(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (127.0.0.1)")
@@ -25,6 +26,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError('the demo needs gradio: pip install "lightvlm[demo]"')
 
     from lightvlm.demo.app import launch
-    from lightvlm.inference.checkpoint import load
+    from lightvlm.inference.any_model import load_any
 
-    launch(*load(args.model_path, **loading(args)), args.host, args.port, share=args.share)
+    launch(load_any(args.model_path, **loading(args)), args.host, args.port, share=args.share)

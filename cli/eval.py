@@ -8,6 +8,7 @@ examples:
   lightvlm eval --data-path a.json --image-folder images --selectors diverse,diverse+question --plot out.png
   lightvlm eval --benchmark vqav2 --data-dir data/vqav2 --num-image-tokens 576,144,64 --answers vqav2-answers
   accelerate launch --num_processes 8 -m lightvlm_cli.main eval --benchmark gqa --data-dir data/gqa
+  lightvlm eval --model-path Qwen/Qwen3-VL-2B-Instruct --benchmark textvqa --data-dir data/textvqa
 
 benchmarks, and what the folder holds:
   vqav2                v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/
@@ -39,6 +40,9 @@ number and images are one view. "where a smaller image fails" counts the questio
 same K, which a plainly smaller image does not answer. "yes_excess" is how much more often than right the answer to a
 yes-or-no question is yes.
 
+A model of another family is measured at all tokens, 25%, 10% and 5%, with learned, if there is a --pruner, distinct,
+the untrained choice, norm, uniform and random, and on request with distance and max-min.
+
 "selection" is the time from scores to projected tokens; scoring itself is not in it. "dynamic:64" among the budgets
 gives each image as many tokens as it needs, 64 on average, chosen by the checkpoint's own selector.
 """
@@ -50,8 +54,8 @@ from pathlib import Path
 from typing import Any
 
 from lightvlm_cli.options import (
+    add_any_model,
     add_device,
-    add_model_path,
     add_precision,
     budget_list,
     claim_device,
@@ -62,7 +66,7 @@ from lightvlm_cli.options import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_path(parser)
+    add_any_model(parser)
     parser.add_argument("--data-path", nargs="+", help="LLaVA JSON files; the first question of each row counts")
     parser.add_argument("--image-folder", help="folder that their image paths are relative to")
     parser.add_argument("--benchmark", help="one of those above, instead of the two")
@@ -70,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--selectors", help="one or several of those above: topk,random (the checkpoint's own, which infer runs)"
     )
-    parser.add_argument("--num-image-tokens", type=budget_list, help="576,144,dynamic:64 (see above)")
+    parser.add_argument("--num-image-tokens", type=budget_list, help="576,25%%,dynamic:64 (see above)")
     parser.add_argument(
         "--encoder-keep",
         type=layer_shares,
@@ -97,30 +101,23 @@ def run(args: argparse.Namespace) -> None:
     check_extra()
 
     from accelerate import PartialState
-    from lightvlm.inference.answer_log import on_main
-    from lightvlm.inference.checkpoint import load
-    from lightvlm.inference.fingerprint import fingerprint
+    from lightvlm.inference.any_model import load_any
 
     selectors = known_names(args)
     for path in filter(None, (args.output, args.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     files, metric = read_files(args)
     claim_device(args)
-    model, processor = load(args.model_path, **loading(args))
-    if args.encoder_keep:
-        checked = type(model.config).from_dict({**model.config.to_dict(), "encoder_keep": args.encoder_keep})
-        model.config.encoder_keep = checked.encoder_keep
-    selectors = selectors or [model.config.select]
-    check_choices(args, selectors, model, processor)
-    measured = {"dtype": str(model.dtype), "int8": args.int8, "encoder_keep": model.config.encoder_keep}
-    if args.answers or args.output:
-        measured |= on_main(fingerprint, args.model_path)
+    asked = load_any(args.model_path, **loading(args))
+    args.num_image_tokens = args.num_image_tokens and [asked.resolve(budget) for budget in args.num_image_tokens]
+    selectors = choose_selectors(args, selectors, asked)
+    measured = what_is_measured(args, asked)
     results = []
     for name, rows in files.items():
-        found = measure_file(args, name, rows, metric, selectors, model, processor, measured)
+        found = measure_file(args, name, rows, metric, selectors, asked, measured)
         results += [{"data": name, **result} for result in found]
     if PartialState().is_main_process:
-        report(args, model, measured, results)
+        report(args, asked.model, measured, results)
 
 
 def check_extra() -> None:
@@ -137,10 +134,12 @@ def known_names(args: argparse.Namespace) -> list[str]:
     """Return the selectors that are asked for, none by default; ValueError if one, or the benchmark, is unknown."""
     from lightvlm.evaluation.benchmarks import BENCHMARKS
     from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
+    from lightvlm.inference.checkpoint import read_type
 
     selectors = [name.strip() for name in args.selectors.split(",")] if args.selectors else []
     by_score = [f"{name}{score}" for name, score in itertools.product(SCORED, ("+question", "+cls"))]
-    if unknown := set(selectors) - {*SELECTORS, *SHARES, *by_score}:
+    is_own = read_type(args.model_path) == "lightvlm"
+    if is_own and (unknown := set(selectors) - {*SELECTORS, *SHARES, *by_score}):
         raise ValueError(
             f"there is no selector {', '.join(sorted(unknown))}: choose among {', '.join([*SELECTORS, *SHARES])}"
         )
@@ -167,39 +166,73 @@ def dynamic_budgets(args: argparse.Namespace) -> list[str]:
     return [budget for budget in args.num_image_tokens or [] if isinstance(budget, str)]
 
 
-def check_choices(args: argparse.Namespace, selectors: list[str], model, processor) -> None:
-    """Raise ValueError if the checkpoint cannot have a selector or a budget that is asked for."""
+def choose_selectors(args: argparse.Namespace, selectors: list[str], asked) -> list[str]:
+    """Return the selectors to measure; ValueError if the checkpoint cannot have one, or a budget, of those asked."""
+    from lightvlm.evaluation import any_accuracy
     from lightvlm.inference.checkpoint import check_question_aware
+    from lightvlm.inference.own_model import OwnModel
 
+    if not isinstance(asked, OwnModel):
+        if args.encoder_keep:
+            raise ValueError(asked.refusal("--encoder-keep"))
+        return any_accuracy.choose_selectors(asked, selectors)
+    config = asked.model.config
+    if args.encoder_keep:
+        checked = type(config).from_dict({**config.to_dict(), "encoder_keep": args.encoder_keep})
+        config.encoder_keep = checked.encoder_keep
+    selectors = selectors or [config.select]
     for name in selectors:
         if name.endswith("+question"):
-            check_question_aware(name, args.model_path, model)
+            check_question_aware(name, args.model_path, asked.model)
     for budget in args.num_image_tokens or []:
-        processor.resolve_budgets(budget, 1)
-    own = model.config.select
-    if dynamic_budgets(args) and own not in selectors:
-        raise ValueError(f"a dynamic budget is spent by the checkpoint's own selector: add {own} to --selectors.")
+        asked.processor.resolve_budgets(budget, 1)
+    if dynamic_budgets(args) and config.select not in selectors:
+        raise ValueError(
+            f"a dynamic budget is spent by the checkpoint's own selector: add {config.select} to --selectors."
+        )
+    return selectors
+
+
+def what_is_measured(args: argparse.Namespace, asked) -> dict:
+    """Return what results depend on, with the checkpoint's fingerprint if they are written."""
+    from lightvlm.inference.answer_log import on_main
+    from lightvlm.inference.fingerprint import fingerprint
+    from lightvlm.inference.own_model import Options, OwnModel
+
+    measured = {"dtype": str(asked.model.dtype), "int8": args.int8}
+    is_written = args.answers or args.output
+    if not isinstance(asked, OwnModel):
+        return measured | (on_main(asked.describe, Options()) if is_written else {})
+    measured["encoder_keep"] = asked.model.config.encoder_keep
+    return measured | (on_main(fingerprint, args.model_path) if is_written else {})
 
 
 def measure_file(
-    args: argparse.Namespace, name: str, rows, metric, selectors: list[str], model, processor, measured: dict
+    args: argparse.Namespace, name: str, rows, metric, selectors: list[str], asked, measured: dict
 ) -> list[dict]:
     """Return the results of one file; ValueError, with its name, if its images cannot have a budget."""
+    from lightvlm.evaluation import any_accuracy
     from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, Questions, accuracy, choose_settings
     from lightvlm.inference.answer_log import AnswerLog, on_main
+    from lightvlm.inference.own_model import OwnModel
 
-    questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), processor)
-    numbers = args.num_image_tokens and [budget for budget in args.num_image_tokens if isinstance(budget, int)]
-    try:
-        settings = choose_settings(questions, model.config, selectors, numbers)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    settings += [(model.config.select, budget) for budget in dynamic_budgets(args)]
+    questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), asked.processor)
+    if isinstance(asked, OwnModel):
+        measure, model = accuracy, asked.model
+        numbers = args.num_image_tokens and [budget for budget in args.num_image_tokens if isinstance(budget, int)]
+        try:
+            settings = choose_settings(questions, model.config, selectors, numbers)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        settings += [(model.config.select, budget) for budget in dynamic_budgets(args)]
+    else:
+        measure, model = any_accuracy.any_accuracy, asked
+        settings = any_accuracy.choose_settings(asked, selectors, args.num_image_tokens)
     about = measured | {"settings": settings, "seed": args.seed, "max_new_tokens": MAX_NEW_TOKENS}
     if args.answers:
         about["questions_sha256"] = on_main(questions.digest)
     with AnswerLog(args.answers and args.answers / f"{name}.jsonl", about) as log:
-        return accuracy(model, questions, settings, metric, args.batch_size, args.seed, log)
+        return measure(model, questions, settings, metric, args.batch_size, args.seed, log)
 
 
 def report(args: argparse.Namespace, model, measured: dict, results: list[dict]) -> None:

@@ -36,8 +36,8 @@ import sys
 from pathlib import Path
 
 from lightvlm_cli.options import (
+    add_any_model,
     add_device,
-    add_model_path,
     add_precision,
     budget_list,
     claim_device,
@@ -47,7 +47,7 @@ from lightvlm_cli.options import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_path(parser)
+    add_any_model(parser)
     parser.add_argument("--image", nargs="+", help="files, folders, patterns, URLs; - for a list of them on stdin")
     parser.add_argument("--prompt", nargs="+", help="questions; each is asked about each image")
     parser.add_argument(
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="write answers to this file of JSON lines, in batches")
     parser.add_argument("--batch-size", type=positive, default=32, help="questions at a time, with --output (32)")
     parser.add_argument(
-        "--num-image-tokens", type=budget_list, default=[None], help="K, or several: 576,144,dynamic:64"
+        "--num-image-tokens", type=budget_list, default=[None], help="K, a share, or several: 576,25%%,dynamic:64"
     )
     parser.add_argument("--max-views", type=positive, help="of a large image, how many views are encoded (all)")
     parser.add_argument("--question-aware", action="store_true", help="let each question choose the tokens")
@@ -79,28 +79,23 @@ def generation(args: argparse.Namespace) -> dict:
     return options | (sampling if options["do_sample"] else {})
 
 
-def ask(model, processor, image, prompt: str, num_image_tokens: int | str | None, args: argparse.Namespace) -> dict:
+def ask(asked, image, prompt: str, budget: int | str | None, args: argparse.Namespace) -> dict:
     """Return one answer, and how many tokens of the image it was given from."""
-    import torch
-    from lightvlm.inference.answers import clean, count_positions, encode, tokenize
-
-    budget = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    text = processor.apply_chat_template(clean(messages, processor.image_token), add_generation_prompt=True)
-    options = {"num_image_tokens": budget, "max_views": args.max_views}
-    with torch.no_grad():
-        features = encode(model, processor, [image], [prompt] if args.question_aware else None, **options)
-        kept = len(features.pooler_output[0])
-        inputs = tokenize([text], [kept], processor).to(model.device)
-        start = inputs["input_ids"].shape[1]
-        model.config.check_length(count_positions(model, inputs, features), args.max_new_tokens)
-        output = model.generate(**inputs, mm_encoder_outputs={"image": features}, **generation(args))
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+    (answer,) = asked.answer([messages], generation(args), options(args, budget))
     return {
-        "answer": processor.decode(output[0, start:], skip_special_tokens=True).strip(),
-        "budget": budget,
-        "num_image_tokens": kept,
-        "num_patches": features.lengths[0] if features.lengths else processor.num_patches,
+        "answer": answer.text,
+        "budget": asked.default if budget is None else budget,
+        "num_image_tokens": answer.kept[0],
+        "num_patches": answer.whole[0],
     }
+
+
+def options(args: argparse.Namespace, budget: int | str | None):
+    """Return how images are read at a K."""
+    from lightvlm.inference.own_model import Options
+
+    return Options(budget, args.max_views, args.question_aware)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -114,41 +109,39 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--top-p needs sampling: give --temperature too, such as 1")
 
     from lightvlm.inference.answer_log import on_main
-    from lightvlm.inference.checkpoint import check_question_aware, load
+    from lightvlm.inference.any_model import load_any
     from lightvlm.inference.many import expand_images, open_named
     from transformers import set_seed
 
     claim_device(args)
     names = on_main(expand_images, args.image) if args.image else []
     images = [] if args.output else list(zip(names, open_named(names), strict=True))
-    model, processor = load(args.model_path, **loading(args))
-    if args.question_aware:
-        check_question_aware("--question-aware", args.model_path, model)
+    asked = load_any(args.model_path, **loading(args))
+    budgets = [asked.resolve(budget) for budget in args.num_image_tokens]
+    for budget in budgets:
+        asked.check(options(args, budget))
     set_seed(args.seed)
     if args.output:
-        write_answers(args, model, processor, names)
+        write_answers(args, asked, names, budgets)
         return
     results = []
-    for (path, image), prompt, budget in itertools.product(images, args.prompt, args.num_image_tokens):
-        answer = ask(model, processor, image, prompt, budget, args)
+    for (path, image), prompt, budget in itertools.product(images, args.prompt, budgets):
+        answer = ask(asked, image, prompt, budget, args)
         results.append({"image": path, "prompt": prompt, **answer})
     print(json.dumps(results, indent=2) if args.format == "json" else table(results))
 
 
-def decisive(args: argparse.Namespace, model, processor) -> dict:
+def decisive(args: argparse.Namespace, asked) -> dict:
     """Return what answers depend on, besides the questions and K, which stand beside each answer."""
-    from lightvlm.inference.fingerprint import fingerprint
-
-    options = {"max_views": args.max_views, "question_aware": args.question_aware, **generation(args)}
-    options |= {"seed": args.seed} if options["do_sample"] else {}
-    options |= {name: getattr(processor, name) for name in ("num_image_tokens", "mean_image_tokens")}
-    return fingerprint(args.model_path) | {"dtype": str(model.dtype), "int8": args.int8, **options}
+    chosen = generation(args)
+    chosen |= {"seed": args.seed} if chosen["do_sample"] else {}
+    about = {"dtype": str(asked.model.dtype), "int8": args.int8, **chosen}
+    return asked.describe(options(args, None)) | about
 
 
-def write_answers(args: argparse.Namespace, model, processor, names: list[str]) -> None:
+def write_answers(args: argparse.Namespace, asked, names: list[str], budgets: list[int | str | None]) -> None:
     """Answer everything into the output file; ValueError, at the end, with what could not be answered."""
     from lightvlm.inference.answer_log import AnswerLog, on_main
-    from lightvlm.inference.answers import check_budget
     from lightvlm.inference.asks import Ask, read_asks
     from lightvlm.inference.many import answer_all
 
@@ -158,13 +151,12 @@ def write_answers(args: argparse.Namespace, model, processor, names: list[str]) 
         pairs = enumerate(itertools.product(names, args.prompt))
         asks, refused = [Ask(row, row, [name], prompt, line=row + 1) for row, (name, prompt) in pairs], {}
     errors = {}
-    with AnswerLog(args.output, on_main(decisive, args, model, processor)) as log:
-        budgets = dict.fromkeys(args.num_image_tokens)
-        for budget in list(budgets)[1:]:  # before the first answers; the first is told as soon
-            check_budget(model, processor, budget, args.max_views)
-        for budget in budgets:
-            limits = (budget, args.max_views, args.question_aware, args.batch_size)
-            found = answer_all(model, processor, asks, log, *limits, generation(args), args.seed)
+    with AnswerLog(args.output, on_main(decisive, args, asked)) as log:
+        unique = [*dict.fromkeys(budgets)]
+        for budget in unique[1:]:  # before the first answers; the first is told as soon
+            asked.check_largest(options(args, budget))
+        for budget in unique:
+            found = answer_all(asked, asks, log, options(args, budget), args.batch_size, generation(args), args.seed)
             errors = found | errors  # the first of a row
             tell_fewer(args.output, [ask for ask in asks if ask.row not in found], budget)
     if not log.state.is_main_process:

@@ -15,6 +15,21 @@ def add_model_path(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_any_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose a checkpoint of any family, and what chooses its tokens."""
+    parser.add_argument(
+        "--model-path",
+        default=str(SHIPPED),
+        help="folder or Hub name of a LightVLM checkpoint, or of another family's, such as Qwen/Qwen3-VL-2B-Instruct "
+        "(the shipped one)",
+    )
+    parser.add_argument(
+        "--pruner",
+        help="folder or Hub name of a learned pruner for another family's checkpoint (tokens that are far from the "
+        "mean token and unlike each other, which needs no training)",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--device", help="cpu, cuda, cuda:1, mps (the GPU, if there is one)")
@@ -24,7 +39,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def loading(args: argparse.Namespace) -> dict[str, str | bool | None]:
     """Return what `load` takes of the options that a verb has."""
-    names = ("dtype", "int8", "device", "device_map", "attn_implementation")
+    names = ("pruner", "dtype", "int8", "device", "device_map", "attn_implementation")
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
@@ -55,17 +70,22 @@ def layer_shares(text: str) -> dict[int, float]:
     return {int(pair[1]): float(pair[2]) for pair in pairs if pair}
 
 
-def budget(text: str) -> int | str:
-    """Parse "64", "dynamic" or "dynamic:64"; the processor tells whether the checkpoint can do it."""
+def budget(text: str) -> int | float | str:
+    """Parse "64", "25%", "0.25", "all", "dynamic" or "dynamic:64"; the checkpoint tells whether it can do it."""
     if text.removeprefix("-").isdecimal():
         return int(text)
-    if re.fullmatch(r"dynamic(:\d+)?", text):
+    if re.fullmatch(r"dynamic(:\d+)?|all", text):
         return text
-    raise argparse.ArgumentTypeError(f"must be an integer such as 64, dynamic or dynamic:64, got {text!r}")
+    if not re.fullmatch(r"\d+(\.\d+)?%|0?\.\d+|1\.0+", text):
+        raise argparse.ArgumentTypeError(f"must be like 64, 25%, 0.25, all, dynamic or dynamic:64, got {text!r}")
+    share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be more than 0% and at most 100% of an image's tokens, got {text!r}")
+    return share
 
 
-def budget_list(text: str) -> list[int | str]:
-    """Parse "576,144,dynamic:64"."""
+def budget_list(text: str) -> list[int | float | str]:
+    """Parse "576,25%,dynamic:64"."""
     return [budget(part) for part in text.split(",")]
 
 

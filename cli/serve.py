@@ -4,6 +4,7 @@ Images come as data URIs in the request; no address or file is read. What goes b
 
 examples:
   lightvlm serve
+  lightvlm serve --model-path Qwen/Qwen3-VL-2B-Instruct --num-image-tokens 25%
   lightvlm serve --model-path phi2-clip --dtype bfloat16 --port 8080 --max-images 4
 """
 
@@ -14,7 +15,7 @@ import socket
 from dataclasses import fields
 from pathlib import Path
 
-from lightvlm_cli.options import add_device, add_model_path, add_precision, loading, positive
+from lightvlm_cli.options import add_any_model, add_device, add_precision, budget, loading, positive
 
 
 def origin(text: str) -> str:
@@ -25,7 +26,10 @@ def origin(text: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_path(parser)
+    add_any_model(parser)
+    parser.add_argument(
+        "--num-image-tokens", type=budget, help="K, or 25%%, of requests that give none (the checkpoint's)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="(8000); 0 takes a free one")
     add_precision(parser)
@@ -56,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     if not is_serve_available():
         raise ValueError('serving needs fastapi, uvicorn, openai and pydantic: pip install "lightvlm[serve]"')
 
-    from lightvlm.inference.checkpoint import load
+    from lightvlm.inference.any_model import load_any
+    from lightvlm.inference.own_model import Options
     from lightvlm.serving.connections import Server
     from lightvlm.serving.server import Limits, build_app
     from transformers.utils import logging
@@ -64,10 +69,12 @@ def run(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family) as listener:  # taken ports fail before loading
-        model, processor = load(args.model_path, **loading(args))
+        asked = load_any(args.model_path, **loading(args))
+        model, default = asked.model, asked.resolve(args.num_image_tokens)
+        asked.check(Options(default))
         name = Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path
         limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in fields(Limits)})
-        app = build_app(name, model, processor, limits, args.cors_origin)
+        app = build_app(name, asked, limits, args.cors_origin, default)
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = f"http://{host}:{listener.getsockname()[1]}/v1"
         print(f"{name} ({model.device.type}, {str(model.dtype)[6:]}) answers at {address}; Ctrl-C ends it", flush=True)

@@ -6,6 +6,7 @@ go into a folder; those that cannot be read are reported at the end, and the oth
 examples:
   lightvlm show --image photo.jpg --num-image-tokens 64 --output kept.png
   lightvlm show --image photo.jpg --prompt "what color is the shape in the top left?" --output kept.png
+  lightvlm show --model-path Qwen/Qwen3-VL-2B-Instruct --image photo.jpg --num-image-tokens 25% --output kept.png
   lightvlm show --image photos "more/*.jpg" https://example.org/photo.jpg --output kept
 """
 
@@ -14,18 +15,18 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from lightvlm_cli.options import add_device, add_model_path, add_precision, budget, loading, positive
+from lightvlm_cli.options import add_any_model, add_device, add_precision, budget, loading, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_path(parser)
+    add_any_model(parser)
     add_precision(parser)
     add_device(parser)
     parser.add_argument(
         "--image", nargs="+", required=True, help="files, folders, patterns, URLs; - for a list of them on stdin"
     )
-    parser.add_argument("--prompt", help='let this question choose the tokens, if the pruner has score="question"')
-    parser.add_argument("--num-image-tokens", type=budget, help="K, or dynamic:64 (the checkpoint's)")
+    parser.add_argument("--prompt", help="let this question choose the tokens, if the pruner was trained for it")
+    parser.add_argument("--num-image-tokens", type=budget, help="K, 25%%, or dynamic:64 (the checkpoint's)")
     parser.add_argument("--max-views", type=positive, help="of a large image, how many views are encoded (all)")
     parser.add_argument("--output", type=Path, help="picture to write (kept.png); of several images a folder (kept)")
 
@@ -57,21 +58,22 @@ def name_outputs(names: list[str], output: Path | None) -> list[Path]:
 def run(args: argparse.Namespace) -> None:
     from lightvlm.data.files import written_beside
     from lightvlm.data.llava import attempt
-    from lightvlm.demo.pictures import draw_kept
-    from lightvlm.inference.checkpoint import check_question_aware, load
+    from lightvlm.demo import pictures
+    from lightvlm.inference.any_model import load_any
     from lightvlm.inference.many import expand_images, open_named
+    from lightvlm.inference.own_model import Options
 
     names = expand_images(args.image)
     outputs = name_outputs(names, args.output)
-    model, processor = load(args.model_path, **loading(args))
+    asked = load_any(args.model_path, **loading(args))
     if args.prompt:
-        check_question_aware("--prompt", args.model_path, model)
-
-    processor.resolve_budgets(args.num_image_tokens, 1)
+        asked.check_question("--prompt")
+    options = Options(asked.resolve(args.num_image_tokens), args.max_views)
+    asked.check(options)
 
     def draw(name: str, output: Path) -> None:
         (image,) = open_named([name])
-        picture, kept, total = draw_kept(model, processor, image, args.num_image_tokens, args.prompt, args.max_views)
+        picture, kept, total = pictures.draw(asked, image, options, args.prompt)
         with written_beside(output) as file:
             picture.save(file)
         print(f"{output}: {kept} of {total} tokens")

@@ -12,8 +12,11 @@ from threading import Event
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.demo.pictures import draw_kept
+from lightvlm.demo.pictures import draw, draw_kept
 from lightvlm.images_lightvlm import open_image, reading
+from lightvlm.inference.answers import default_new_tokens
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import Options, OwnModel
 from PIL import Image
 from transformers import TextIteratorStreamer
 
@@ -52,7 +55,7 @@ class Choice:
     compare: bool = False
 
 
-def read_image(path: Path, processor: LightVLMProcessor) -> Image.Image:
+def read_image(path: Path, asked: OwnModel | AnyModel) -> Image.Image:
     """Read a file as upright RGB, once for all questions, no larger than its views need.
 
     Raises:
@@ -62,10 +65,33 @@ def read_image(path: Path, processor: LightVLMProcessor) -> Image.Image:
         width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{path.name} has {width} x {height} pixels: make it smaller, {MAX_PIXELS:,} at most.")
-    image = processor.prepare_image(open_image(path, path.name), path.name)
-    longest = max(map(max, processor.grid_pinpoints), default=max(image.size))
+    image = asked.prepare(open_image(path, path.name), path.name)
+    longest = asked.longest_side or max(image.size)
     image.thumbnail((longest, longest))
     return image
+
+
+@dataclass
+class Controls:
+    """What a page's visitors may choose.
+
+    Args:
+        most: the largest fixed budget.
+        number: the one at the start.
+        unit: behind a fixed budget, "%" if it is a share.
+        means: that dynamic budgets may have on average; none if there are none.
+        is_dynamic: whether the budget is dynamic at the start.
+        hears_questions: whether a question may choose the tokens.
+        most_views: that an image may be cut into.
+    """
+
+    most: int
+    number: int
+    unit: str = ""
+    means: list[int] = field(default_factory=list)
+    is_dynamic: bool = False
+    hears_questions: bool = False
+    most_views: int = 1
 
 
 def tabulate_answers(answers: dict[int, tuple[str, float | None]]) -> str:
@@ -86,12 +112,33 @@ class Answerer:
     """
 
     def __init__(self, model: LightVLM, processor: LightVLMProcessor):
-        self.model, self.processor = model, processor
-        self.positions = model.config.text_config.max_position_embeddings
+        self.model, self.processor, self.asked = model, processor, OwnModel(model, processor)
+        self.positions = self.asked.positions
         self.worker = ThreadPoolExecutor(max_workers=1)
         talk = Conversation(Image.new("RGB", (64, 64)), "?")
         for budget in (processor.num_patches, processor.num_image_tokens):  # or the first visitor would wait for it
             self.worker.submit(self.chat, self.streamer(), talk, [], Choice(budget), max_new_tokens=1).result()
+
+    def controls(self) -> Controls:
+        """Return what visitors may choose."""
+        config, grids = self.model.config, map(self.processor.grids.tiles, self.processor.grid_pinpoints)
+        is_dynamic = config.num_image_tokens == "dynamic"
+        return Controls(
+            self.processor.num_patches,
+            config.mean_image_tokens if is_dynamic else config.num_image_tokens,
+            means=(config.dynamic_budget or {}).get("means", []),
+            is_dynamic=is_dynamic,
+            hears_questions=config.score == "question",
+            most_views=1 + max((rows * columns for rows, columns in grids), default=0),
+        )
+
+    def compared(self, whole: int) -> int:
+        """Return how many tokens are a comparison's most, of an image with so many: those of a view."""
+        return self.processor.num_patches
+
+    def count_whole(self, talk: Conversation, drawn: int) -> int:
+        """Return the tokens of the image before pruning, of which so many were drawn."""
+        return self.processor.count_tokens(talk.image.size[::-1])
 
     def streamer(self) -> TimedStreamer:
         return TimedStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -183,12 +230,73 @@ class Answerer:
         answer, line, table = answer.strip(), f"{kept} of {patches} tokens · first token after {first:.0f} ms", ""
         if choice.compare:
             answers = {kept: (answer, first)}
-            for budget in {max(1, kept // 4), max(kept, self.processor.num_patches)} - {kept}:
+            for budget in {max(1, kept // 4), max(kept, self.compared(patches))} - {kept}:
                 answers[budget] = self.ask_again(talk, before, replace(choice, budget=budget))
             table = f"\n\n{tabulate_answers(answers)}"
         elif kept < patches:
-            whole = self.processor.count_tokens(talk.image.size[::-1])
+            whole = self.count_whole(talk, patches)
             excuse, time_of_all = self.ask_again(talk, before, Choice(whole), max_new_tokens=1)
             told = f"all tokens: {time_of_all:.0f} ms" if time_of_all else f"all {whole} are {excuse}"
             line += f" ({told})"
         yield f"{answer}\n\n*{line}*{table}", picture
+
+
+class AnyAnswerer(Answerer):
+    """A model of another family, whose images have a share of their tokens.
+
+    Args:
+        asked: the model.
+    """
+
+    def __init__(self, asked: AnyModel):
+        self.asked, self.model, self.processor, self.positions = asked, asked.model, asked.processor, asked.positions
+        self.worker = ThreadPoolExecutor(max_workers=1)
+
+    def controls(self) -> Controls:
+        return Controls(100, 25, "%")
+
+    def compared(self, whole: int) -> int:
+        return whole
+
+    def count_whole(self, talk: Conversation, drawn: int) -> int:
+        return drawn
+
+    def messages(self, talk: Conversation, history: list) -> list[dict]:
+        """Return the conversation with the question; the image is in its first message."""
+        image = [] if history else [{"type": "image", "image": talk.image}]
+        return [*history, {"role": "user", "content": [*image, {"type": "text", "text": talk.question}]}]
+
+    def chat(self, streamer: TimedStreamer, talk: Conversation, history: list, choice: Choice, **options) -> float:
+        start = time.perf_counter()
+        try:
+            messages, budget = self.messages(talk, history), self.asked.resolve(choice.budget)
+            inputs, left = self.asked.read([messages]), self.positions - self.asked.prompt_length(messages, budget)
+            length = inputs["input_ids"].shape[1]
+            new_tokens = max(1, min(default_new_tokens(self.model), left))
+            options = {"max_new_tokens": new_tokens, "do_sample": False} | options
+            sequences = self.asked.generate(budget, lambda *counts: None, **inputs, streamer=streamer, **options)
+            answer = self.processor.decode(sequences[0, length:], skip_special_tokens=True).strip()
+            history[:] = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        finally:
+            streamer.end()  # or, after an error, its reader would wait for ever
+        return 1000 * (streamer.first_token - start)
+
+    def draw(self, talk: Conversation, choice: Choice) -> tuple[Image.Image | None, int, int]:
+        """Return what `Answerer.draw` does, without a picture if the image's tokens are no grid."""
+        return self.worker.submit(self.draw_or_count, talk, Options(self.asked.resolve(choice.budget))).result()
+
+    def draw_or_count(self, talk: Conversation, options: Options) -> tuple[Image.Image | None, int, int]:
+        try:
+            return draw(self.asked, talk.image, options, talk.question)
+        except ValueError:
+            kept, whole = self.asked.count_kept(self.messages(talk, []), options.num_image_tokens)
+            return None, kept, whole
+
+    def fits(self, talk: Conversation, before: list, choice: Choice) -> bool:
+        length = self.asked.prompt_length(self.messages(talk, before), self.asked.resolve(choice.budget))
+        return length < self.positions
+
+
+def answerer_of(asked: OwnModel | AnyModel) -> Answerer:
+    """Return what answers for a model."""
+    return Answerer(asked.model, asked.processor) if isinstance(asked, OwnModel) else AnyAnswerer(asked)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import gradio as gr
 from huggingface_hub import ModelCard
-from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.demo.answers import Answerer, Choice, Conversation, read_image
+from lightvlm.demo.answers import Answerer, Choice, Conversation, answerer_of, read_image
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import OwnModel
 from PIL import Image
 
 MAX_FILE_SIZE = "10mb"
@@ -25,6 +26,7 @@ EXAMPLES = [
 ]
 FIXED, DYNAMIC = "fixed", "what the image needs"
 K, K_MEAN = "K, tokens kept of the image", "K on average over many images"
+K_SHARE = "Share of the image's tokens that is kept, in percent"
 BY_QUESTION = "The question helps to choose the kept tokens"
 VIEWS = "Views of a large picture that are encoded, 0 for all"
 FOLLOW_UP = "Follow-up: earlier questions go into the prompt"
@@ -60,11 +62,11 @@ def ask(
     talk.shown, picture = [*talk.shown, asked, reply], None
     try:
         if files:
-            talk.image, talk.history = read_image(files[0], answerer.processor), []
+            talk.image, talk.history = read_image(files[0], answerer.asked), []
             asked["content"] = [{"path": str(files[0])}, text]
         talk.question = text
         yield talk, talk.shown, None, gr.skip()
-        chosen = choice(kind, number, by_question, views, follow_up, compare)
+        chosen = choice(answerer, kind, number, by_question, views, follow_up, compare)
         for reply["content"], picture in answerer.answer(talk, chosen):
             yield talk, talk.shown, None, picture or gr.skip()
     except ValueError as error:
@@ -79,7 +81,7 @@ def show(
     if talk.image is None:
         return gr.skip()
     try:
-        return answerer.draw(talk, choice(kind, number, by_question, views))[0]
+        return answerer.draw(talk, choice(answerer, kind, number, by_question, views))[0] or gr.skip()
     except ValueError as error:
         raise gr.Error(str(error)) from None
 
@@ -96,15 +98,17 @@ def introduce(checkpoint: str) -> str:
     return first if len(first) <= MAX_INTRODUCTION else f"{first[:MAX_INTRODUCTION]}…"
 
 
-def choice(kind: str, number: int, by_question: bool, views: int, *also: bool) -> Choice:
+def choice(answerer: Answerer, kind: str, number: int, by_question: bool, views: int, *also: bool) -> Choice:
     """Return the values of the page's controls; 0 views are all."""
-    return Choice(f"dynamic:{number}" if kind == DYNAMIC else number, by_question, views or None, *also)
+    unit = answerer.controls().unit
+    fixed = f"{number}{unit}" if unit else number
+    return Choice(f"dynamic:{number}" if kind == DYNAMIC else fixed, by_question, views or None, *also)
 
 
-def slider(kind: str, number: int, patches: int, means: list[int]) -> gr.Slider:
+def slider(kind: str, number: int, patches: int, means: list[int], fixed: str = K) -> gr.Slider:
     """Return the slider with the range that a kind of budget has, its value moved into it."""
     least, most = (means[0], means[-1]) if kind == DYNAMIC else (1, patches)
-    label = K_MEAN if kind == DYNAMIC else K
+    label = K_MEAN if kind == DYNAMIC else fixed
     return gr.Slider(least, most, min(max(number, least), most), step=1, label=label, elem_id="number")
 
 
@@ -116,6 +120,7 @@ def from_address(
     number: int,
     by_question: bool,
     views: int,
+    fixed: str = K,
 ) -> tuple:
     """Return the settings that the page's address names, and otherwise, or if it names them badly, the page's own."""
     if named.get("kind") in ([FIXED, DYNAMIC] if means else [FIXED]):
@@ -125,17 +130,15 @@ def from_address(
         for name, own in (("number", number), ("views", views))
     )
     by_question = {"true": True, "false": False}.get(named.get("by_question"), by_question)
-    return kind, slider(kind, number, patches, means), by_question, views
+    return kind, slider(kind, number, patches, means, fixed), by_question, views
 
 
 def build(answerer: Answerer) -> gr.Blocks:
     """Lay out the page, and connect events with what they call."""
-    config, patches = answerer.model.config, answerer.processor.num_patches
-    means = (config.dynamic_budget or {}).get("means", [])
-    is_dynamic = config.num_image_tokens == "dynamic"
-    grids = map(answerer.processor.grids.tiles, answerer.processor.grid_pinpoints)
-    most_views = 1 + max((rows * columns for rows, columns in grids), default=0)
-    default = (DYNAMIC, config.mean_image_tokens) if is_dynamic else (FIXED, config.num_image_tokens)
+    controls, config = answerer.controls(), answerer.model.config
+    patches, means, most_views = controls.most, controls.means, controls.most_views
+    default = (DYNAMIC if controls.is_dynamic else FIXED), controls.number
+    fixed = K_SHARE if controls.unit else K
     with gr.Blocks(title="LightVLM", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(f"{TITLE}<p>{escape(introduce(config.name_or_path))}</p>", elem_id="title")
         talk = gr.State(Conversation())
@@ -181,8 +184,8 @@ def build(answerer: Answerer) -> gr.Blocks:
                         visible=bool(means),
                         elem_id="kind",
                     )
-                    number = slider(*default, patches, means)
-                    by_question = gr.Checkbox(label=BY_QUESTION, visible=config.score == "question")
+                    number = slider(*default, patches, means, fixed)
+                    by_question = gr.Checkbox(label=BY_QUESTION, visible=controls.hears_questions)
                     views = gr.Slider(0, most_views, 0, step=1, label=VIEWS, visible=most_views > 1, elem_id="views")
                     follow_up = gr.Checkbox(label=FOLLOW_UP)
                     compare = gr.Checkbox(label=COMPARE, elem_id="compare")
@@ -197,7 +200,9 @@ def build(answerer: Answerer) -> gr.Blocks:
         tried = chosen.then(**asking, **alone, api_visibility="private")
         cleared = {"outputs": [talk, picture], "cancels": [sent, tried], "api_visibility": "private"}
         chat.clear(lambda: (Conversation(), None), None, **cleared)
-        kind.change(lambda kind, n: slider(kind, n, patches, means), budget[:2], number, api_visibility="private")
+        kind.change(
+            lambda kind, n: slider(kind, n, patches, means, fixed), budget[:2], number, api_visibility="private"
+        )
         gr.on(
             [change.change for change in budget],
             partial(show, answerer),
@@ -211,25 +216,24 @@ def build(answerer: Answerer) -> gr.Blocks:
         gr.on([change.change for change in budget], None, budget, js=TO_ADDRESS, api_visibility="private")
 
         def read_address(kind, number, by_question, views, request: gr.Request):  # a partial gets no request
-            return from_address(request.query_params, patches, means, kind, number, by_question, views)
+            return from_address(request.query_params, patches, means, kind, number, by_question, views, fixed)
 
         page.load(read_address, budget, budget, api_visibility="private")
     return page
 
 
-def launch(model: LightVLM, processor: LightVLMProcessor, host: str, port: int | None, **options) -> gr.Blocks:
+def launch(asked: OwnModel | AnyModel, host: str, port: int | None, **options) -> gr.Blocks:
     """Serve the demo; `options` are those of `gr.Blocks.launch`.
 
     Args:
-        model: in evaluation mode.
-        processor: the checkpoint's.
+        asked: the model.
         host: address to listen on.
         port: None for the first free one from 7860 on.
 
     Raises:
         OSError: if the port is taken.
     """
-    page = build(Answerer(model, processor)).queue(max_size=32)
+    page = build(answerer_of(asked)).queue(max_size=32)
     page.launch(
         server_name=host,
         server_port=port,

@@ -5,17 +5,13 @@ import math
 import numpy as np
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.inference.any_model import AnyModel, as_seen
+from lightvlm.inference.own_model import Options, OwnModel
 from lightvlm.views_lightvlm import image_tokens, joined_tiles
 from PIL import Image, ImageDraw, ImageFont
 
+SMALLEST = 336  # pixels of a picture's longer side, so that its label hides little
 DIM, DIM_COLOR = 0.3, 60  # a dropped patch keeps so much of itself, and the rest is this gray
-
-
-def as_seen(pixel_values: torch.Tensor, processor: LightVLMProcessor) -> np.ndarray:
-    """Return the image that the encoder sees, resized and cropped: 8-bit RGB (height, width, 3)."""
-    mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
-    pixels = pixel_values.float().cpu().permute(1, 2, 0) * std + mean
-    return (pixels * 255).round().clamp(0, 255).byte().numpy()
 
 
 def cut_patches(seen: np.ndarray, side: int) -> np.ndarray:
@@ -137,3 +133,43 @@ def draw_kept(
     if max_views is not None:
         total = min(total, max_views * processor.num_patches)
     return picture_views(inputs["pixel_values"][0], size, kept, model, processor, total), len(kept), total
+
+
+def picture_grid(image: Image.Image, grid: tuple[int, int], kept: list[int]) -> Image.Image:
+    """Return an image with what its dropped tokens see dimmed, and "64 / 576 tokens" on it.
+
+    Args:
+        image: as the model sees it.
+        grid: rows and columns of its tokens.
+        kept: the indices of the kept ones, in raster order.
+    """
+    pixels = np.asarray(image)
+    rows, columns = (
+        np.arange(size) * count // size for size, count in zip(pixels.shape[:2], grid, strict=True)
+    )  # of the token of each pixel
+    is_kept = np.isin(rows[:, None] * grid[1] + columns, kept)[..., None]
+    picture = Image.fromarray(np.where(is_kept, pixels, dim(pixels)))
+    scale = math.ceil(SMALLEST / max(picture.size))
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    return write_count(picture, f"{len(kept)} / {math.prod(grid)} tokens")
+
+
+def draw(
+    asked: OwnModel | AnyModel, image: Image.Image, options: Options, question: str | None = None
+) -> tuple[Image.Image, int, int]:
+    """Return what `draw_kept` does, of a model of any family.
+
+    Args:
+        asked: the model.
+        image: of any mode and size.
+        options: with K as `resolve` returns it.
+        question: to choose the tokens by, for a pruner that was trained with questions.
+
+    Raises:
+        ValueError: if the image or the budget is refused, or the image's tokens are no grid.
+    """
+    if isinstance(asked, OwnModel):
+        limits = options.num_image_tokens, question, options.max_views
+        return draw_kept(asked.model, asked.processor, image, *limits)
+    seen, grid, kept = asked.look(asked.prepare(image, "The image"), options.num_image_tokens, question or "")
+    return picture_grid(seen, grid, kept), len(kept), math.prod(grid)

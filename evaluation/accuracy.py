@@ -335,7 +335,13 @@ def accuracy(
         found = [batch.answer(*setting, time_prefill=is_timed) for setting in settings]
         texts, measured = zip(*found, strict=True)
         log.add({"rows": rows, "answers": texts, "measured": measured})
+    return summarize(log, questions, settings, metric)
 
+
+def summarize(
+    log: AnswerLog, questions: Questions, settings: list[tuple[str, int | str]], metric: AnswerMetric
+) -> list[dict]:
+    """Return what `accuracy` does, from the answers of all processes and runs."""
     answers, times = {setting: {} for setting in settings}, {setting: [] for setting in settings}
     tokens = dict.fromkeys(settings, 0.0)
     for lines in log.join():
@@ -371,7 +377,7 @@ def hard_questions(answers: dict[int, str] | None, references: list, metric: Ans
 
 
 def is_dynamic(result: dict) -> bool:
-    """Return whether each image had as many tokens as it needs."""
+    """Return whether images had different numbers of tokens: as many as each needs, or a share."""
     return isinstance(result["num_image_tokens"], str)
 
 

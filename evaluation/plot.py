@@ -4,7 +4,6 @@ import itertools
 from pathlib import Path
 
 from lightvlm.data.files import written_beside
-from lightvlm.evaluation.accuracy import is_dynamic
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
@@ -14,7 +13,16 @@ STYLES = [f"{marker}{line}" for line in ("-", "--") for marker in "osD^vXP"]
 
 def line_of(result: dict) -> str:
     """Return the line that a result belongs to."""
-    return f"{result['selector']}, dynamic" if is_dynamic(result) else result["selector"]
+    is_dynamic = str(result["num_image_tokens"]).startswith("dynamic")
+    return f"{result['selector']}, dynamic" if is_dynamic else result["selector"]
+
+
+def tick_of(result: dict) -> int | None:
+    """Return the tokens to mark on the axis: K, or the mean of a share; None for a dynamic budget."""
+    budget = result["num_image_tokens"]
+    if isinstance(budget, int):
+        return budget
+    return round(result["tokens"]) if budget.endswith("%") else None
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -41,7 +49,7 @@ def plot(results: list[dict], path: Path) -> None:
         for row in rows:
             if row["selector"] == "all":
                 axes.axhline(row["accuracy"], color="gray", linestyle=":", label=f"all {row['num_image_tokens']}")
-        ticks = sorted({row["num_image_tokens"] for row in rows if row["selector"] != "all" and not is_dynamic(row)})
+        ticks = sorted({tick_of(row) for row in rows if row["selector"] != "all"} - {None})
         axes.set_xscale("log")
         axes.set_xticks(ticks, labels=map(str, ticks))
         axes.xaxis.set_minor_locator(NullLocator())

@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--image-folder", type=Path, default=Path("data/easy-vqa/images"))
     parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--num-image-tokens", type=int, nargs="+", default=[64, 36, 16])
+    parser.add_argument("--ways", nargs="+", help="measure these alone, by their names in the table")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     model, processor = load(str(SHIPPED), dtype=torch.float32)
@@ -117,7 +118,8 @@ def main() -> None:
         every = [torch.arange(tokens.shape[1])] * len(some)
         said = answer(model, processor, features, every, layout, prompts)
         right.setdefault(("all", tokens.shape[1]), []).extend(a == b for a, b in zip(said, wanted, strict=True))
-        for way, (select, scores, basis) in ways(tokens, prior, learned).items():
+        chosen = ways(tokens, prior, learned)
+        for way, (select, scores, basis) in {name: chosen[name] for name in args.ways or chosen}.items():
             for count in args.num_image_tokens:
                 kept = [*select(scores, basis, count).sort(dim=1).values]
                 said = answer(model, processor, features, kept, layout, prompts)

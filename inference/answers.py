@@ -136,7 +136,6 @@ def count_positions(model: LightVLM, inputs: dict[str, torch.Tensor], features: 
     return int(lengths.max())
 
 
-@torch.no_grad()
 def answer(
     model: LightVLM,
     processor: LightVLMProcessor,
@@ -162,6 +161,21 @@ def answer(
         ValueError: if a conversation holds video or audio, the processor refuses an image or K, or the language
             model has not enough positions.
     """
+    limits = num_image_tokens, question_aware, max_views
+    return answer_and_count(model, processor, conversations, wanted, *limits)[0]
+
+
+@torch.no_grad()
+def answer_and_count(
+    model: LightVLM,
+    processor: LightVLMProcessor,
+    conversations: list[list[dict]],
+    wanted: dict,
+    num_image_tokens: int | str | None,
+    question_aware: bool,
+    max_views: int | None,
+) -> tuple[list[str], list[int], list[int]]:
+    """Return the answers of `answer`, and of each image of all conversations how many tokens are kept, of how many."""
     conversations = [clean(conversation, processor.image_token) for conversation in conversations]
     images = [
         part["image"] for talk in conversations for message in talk for part in message["content"] if "image" in part
@@ -180,4 +194,5 @@ def answer(
     options = generation_options(wanted, default_new_tokens(model))
     output = model.generate(**inputs, **encoded, **options, **stopping)
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [cut(text, stops) for text in texts]
+    lengths = features and features.lengths or [processor.num_patches] * len(counts)
+    return [cut(text, stops) for text in texts], counts, lengths

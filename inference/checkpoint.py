@@ -1,7 +1,11 @@
 """Loading a checkpoint, with errors that name the cure."""
 
+import inspect
 import logging
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,37 +37,109 @@ def load(
         ValueError: if the device is missing, there is no such checkpoint, it is of another kind or broken, its
             weights don't fit or are not finite, its processor contradicts its configuration, or torchao is missing.
     """
-    import torch
     from lightvlm import LightVLMForConditionalGeneration, LightVLMProcessor
     from lightvlm.inference.adapter import find_base, merge_adapter
     from lightvlm.inference.compilation import int8_config
     from transformers import AutoConfig
 
     device = choose_device(device)
-    if dtype is None:
-        dtype = "float32" if device == "cpu" and torch.backends.cpu.get_cpu_capability() in FLOAT32_ONLY else "auto"
-    options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    options = {"dtype": dtype or choose_dtype(device), "device_map": device_map}
+    options["attn_implementation"] = attn_implementation
     if int8:
         options["quantization_config"] = int8_config()
     base = find_base(model_path)
     if int8 and base != model_path:
         raise ValueError(f"{model_path} is an adapter, which is not merged into int8 weights: leave out --int8.")
-    # Whatever goes wrong in here, and transformers raises of every kind, it is this checkpoint that is at fault.
-    try:
+    with blaming(model_path):
         config = AutoConfig.from_pretrained(model_path)
         model_type = config.model_type
         if model_type == "lightvlm":
             model, report = read_weights(LightVLMForConditionalGeneration, base, config=config, **options)
             model = merge_adapter(model, model_path)
             processor = LightVLMProcessor.from_pretrained(model_path)
+    if model_type != "lightvlm":
+        raise ValueError(f"{model_path} is a {model_type} checkpoint: turn it into LightVLM with `lightvlm build`.")
+    check_weights(report, model_path, "save the checkpoint again, or correct its config.json.")
+    model = model.eval() if device_map else model.eval().to(device)
+    check_finite(model, model_path)
+    return model, processor
+
+
+@contextmanager
+def blaming(model_path: str) -> Iterator[None]:
+    """Raise ValueError for whatever goes wrong, and transformers raises of every kind: the checkpoint is at fault."""
+    try:
+        yield
     except Exception as error:
         raise ValueError(
             f"{model_path} is not a folder or Hub repository with a whole checkpoint, config.json, *.safetensors and "
             f"processor: {type(error).__name__}: {error}"
         ) from error
-    if model_type != "lightvlm":
-        raise ValueError(f"{model_path} is a {model_type} checkpoint: turn it into LightVLM with `lightvlm build`.")
-    check_weights(report, model_path, "save the checkpoint again, or correct its config.json.")
+
+
+def read_type(model_path: str) -> str:
+    """Return the model type of a checkpoint; ValueError if there is none."""
+    from transformers import AutoConfig
+
+    with blaming(model_path):
+        return AutoConfig.from_pretrained(model_path).model_type
+
+
+def load_other(
+    model_path: str,
+    dtype: str | None = None,
+    int8: bool = False,
+    device: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+):
+    """Return the model, in evaluation mode, and processor of a checkpoint of another family, for `prune`.
+
+    Args:
+        model_path: folder or Hub name.
+        dtype, int8, device, device_map, attn_implementation: as in `load`; int8 is refused.
+
+    Raises:
+        ValueError: if the device is missing, there is no such checkpoint, it sees no images or is broken, cannot be
+            pruned, or has no chat template.
+    """
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+    )
+
+    device = choose_device(device)
+    with blaming(model_path):
+        config = AutoConfig.from_pretrained(model_path)
+    cure = "give a vision-language model, such as of Qwen3-VL's, InternVL's or SmolVLM's family."
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(f"{model_path} is a {config.model_type} checkpoint, which sees no images: {cure}")
+    own = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    if config.is_encoder_decoder or "mm_encoder_outputs" not in inspect.signature(own.forward).parameters:
+        raise ValueError(
+            f"{model_path} is a {config.model_type} checkpoint, whose {own.__name__} takes no encoded images "
+            f"(mm_encoder_outputs) and so cannot be pruned: {cure}"
+        )
+    if int8:
+        raise ValueError(
+            f"--int8 is made for LightVLM checkpoints, and {model_path} is a {config.model_type}: leave it out."
+        )
+    options = {"dtype": dtype or choose_dtype(device), "device_map": device_map}
+    with blaming(model_path):
+        model, report = read_weights(
+            AutoModelForImageTextToText, model_path, config=config, attn_implementation=attn_implementation, **options
+        )
+        processor = AutoProcessor.from_pretrained(model_path)
+    if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
+        lacking = "chat template" if hasattr(processor, "image_processor") else "image processor"
+        raise ValueError(
+            f"The processor of {model_path} has no {lacking}: save the checkpoint with a whole processor."
+        )
+    if spare := sorted(report["unexpected_keys"]):
+        print(f"{model_path}: {len(spare)} weights are not read, such as {spare[0]}", file=sys.stderr)
+    check_weights(report, model_path, "save the checkpoint again, or correct its config.json.", spare="")
     model = model.eval() if device_map else model.eval().to(device)
     check_finite(model, model_path)
     return model, processor
@@ -140,6 +216,13 @@ def check_finite(model: Any, model_path: str) -> None:
             f"{model_path} has weights that are NaN or infinite: {', '.join(bad[:5])} (of {len(bad)}). Take an "
             "earlier checkpoint, or train again with a lower learning rate."
         )
+
+
+def choose_dtype(device: str) -> str:
+    """Return float32 on a CPU whose vector units know nothing else, otherwise the checkpoint's own type."""
+    import torch
+
+    return "float32" if device == "cpu" and torch.backends.cpu.get_cpu_capability() in FLOAT32_ONLY else "auto"
 
 
 def choose_device(device: str | None) -> str:

@@ -6,16 +6,17 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.data.llava import attempt
 from lightvlm.data.views import upright_size
 from lightvlm.images_lightvlm import open_images
 from lightvlm.inference.answer_log import AnswerLog, on_main
-from lightvlm.inference.answers import answer, check_budget, default_new_tokens, generation_options
+from lightvlm.inference.any_model import AnyModel
 from lightvlm.inference.asks import Ask, is_url
 from lightvlm.inference.fingerprint import hash_files
+from lightvlm.inference.own_model import Answer, Options, OwnModel
 from PIL import Image
 from tqdm import tqdm
 
@@ -77,34 +78,28 @@ def find_done(log: AnswerLog, asks: list[Ask], num_image_tokens: int | str | Non
     return done
 
 
-def in_batches(asks: Iterable[Ask], batch_size: int, processor: LightVLMProcessor) -> Iterator[list[Ask]]:
-    """Yield batches of prompts of like length about pictures of as many views, those about the same one together."""
+def in_batches(asks: Iterable[Ask], batch_size: int, asked: OwnModel | AnyModel) -> Iterator[list[Ask]]:
+    """Yield batches of prompts of like length about pictures of like size, those about the same one together."""
 
-    def views(ask: Ask) -> int:
-        counts = [attempt(count_views, image, processor) for image in ask.images if not is_url(image)]
-        return sum(count for count in counts if isinstance(count, int))
+    def size(ask: Ask) -> int:
+        sizes = [attempt(upright_size, image) for image in ask.images if not is_url(image)]
+        return sum(asked.size_class(size) for size in sizes if isinstance(size, tuple))
 
     asks = iter(asks)
     while window := [*islice(asks, WINDOW * batch_size)]:
-        lengths = text_lengths(window, processor)
+        lengths = text_lengths(window, asked.processor)
         sizes = {ask.key: (length // PADDING).bit_length() for ask, length in zip(window, lengths, strict=True)}
-        window.sort(key=lambda ask: (views(ask), sizes[ask.key], ask.images))
+        window.sort(key=lambda ask: (size(ask), sizes[ask.key], ask.images))
         for _, group in groupby(window, key=lambda ask: sizes[ask.key]):
             alike = [*group]
             for start in range(0, len(alike), batch_size):
                 yield alike[start : start + batch_size]
 
 
-def text_lengths(asks: list[Ask], processor: LightVLMProcessor) -> list[int]:
+def text_lengths(asks: list[Ask], processor: Any) -> list[int]:
     """Count the tokens of each prompt, in which an image counts as one."""
     prompts = processor.apply_chat_template([ask.messages() for ask in asks], add_generation_prompt=True)
     return [len(ids) for ids in processor.tokenizer(prompts, verbose=False)["input_ids"]]
-
-
-def count_views(image: str, processor: LightVLMProcessor) -> int:
-    """Count the tiles that an image is cut into."""
-    rows, columns = processor.grids.tiles(upright_size(image))
-    return rows * columns
 
 
 def open_named(names: list[str]) -> list[Image.Image]:
@@ -113,7 +108,7 @@ def open_named(names: list[str]) -> list[Image.Image]:
 
 
 def to_conversation(
-    ask: Ask, opened: dict[str, Image.Image], model: LightVLM, processor: LightVLMProcessor, options: tuple
+    ask: Ask, opened: dict[str, Image.Image], asked: OwnModel | AnyModel, wanted: dict, options: Options
 ) -> list[dict]:
     """Return messages with images, opened once, for `answer` with these options.
 
@@ -122,34 +117,26 @@ def to_conversation(
     """
     for name in ask.images:
         if name not in opened:
-            opened[name] = processor.prepare_image(open_named([name])[0], name)
-    images, (wanted, num_image_tokens, _, max_views) = [opened[name] for name in ask.images], options
-    budgets, means = processor.resolve_budgets(num_image_tokens, len(images))
-    largest = [processor.largest_budget((image.height, image.width), max_views) for image in images]
-    budgets = [*map(min, budgets, largest)]
-    ask.kept = None if any(means) else budgets
-    expected = sum(min(mean or budget, budget) for mean, budget in zip(means, budgets, strict=True))
-    if model.config.position_ids == "original":  # and so positions are those of all tokens
-        expected = sum(processor.count_tokens((image.height, image.width)) for image in images)
-    (length,) = text_lengths([ask], processor)
-    new_tokens = generation_options(wanted, default_new_tokens(model))["max_new_tokens"]
-    model.config.check_length(length - len(images) + expected, new_tokens)
+            opened[name] = asked.prepare(open_named([name])[0], name)
+    images = [opened[name] for name in ask.images]
+    (length,) = text_lengths([ask], asked.processor)
+    asked.check_length(length, images, wanted, options)
     return ask.messages(images)
 
 
 def answer_each(
-    model: LightVLM, processor: LightVLMProcessor, conversations: list[list[dict]], options: tuple
-) -> list[str | Exception]:
-    """Return answers, as of `answer`, to a batch; if it is refused each is asked alone, and has its own error.
+    asked: OwnModel | AnyModel, conversations: list[list[dict]], wanted: dict, options: Options
+) -> list[Answer | Exception]:
+    """Return answers to a batch; if it is refused each is asked alone, and has its own error.
 
     Raises:
         ValueError: if not even the largest image can have K.
     """
-    found = attempt(answer, model, processor, conversations, *options)
+    found = attempt(asked.answer, conversations, wanted, options)
     if not isinstance(found, Exception):
         return found
-    check_budget(model, processor, options[1], options[3])
-    alone = [attempt(answer, model, processor, [talk], *options) for talk in conversations]
+    asked.check_largest(options)
+    alone = [attempt(asked.answer, [talk], wanted, options) for talk in conversations]
     return [found if isinstance(found, Exception) else found[0] for found in alone]
 
 
@@ -173,13 +160,10 @@ class Progress(tqdm):
 
 
 def answer_all(
-    model: LightVLM,
-    processor: LightVLMProcessor,
+    asked: OwnModel | AnyModel,
     asks: list[Ask],
     log: AnswerLog,
-    num_image_tokens: int | str | None = None,
-    max_views: int | None = None,
-    question_aware: bool = False,
+    options: Options,
     batch_size: int = 32,
     wanted: dict | None = None,
     seed: int = 0,
@@ -187,43 +171,44 @@ def answer_all(
     """Add the answers that the log has not yet; return the errors of images that cannot be read, by row.
 
     Args:
-        model: in evaluation mode.
-        processor: the checkpoint's.
+        asked: what answers.
         asks: the questions, which the log's processes share.
         log: of lines of what `Ask.about` says, `num_image_tokens`, `kept`, `answer` and `image_sha256`, which has None
             for a URL, in the order in which they were answered.
-        num_image_tokens, max_views, question_aware: as in `answer`.
+        options: with K as `resolve` returns it.
         batch_size: questions at a time.
         wanted: `generation_kwargs`, as in `answer`.
         seed: of sampling.
 
     Raises:
-        ValueError: as `find_done`, or if the processor refuses K.
+        ValueError: as `find_done`, or if the checkpoint refuses the options.
     """
+    num_image_tokens, wanted = options.num_image_tokens, wanted or {}
     done = find_done(log, asks, num_image_tokens)
     left, errors = [ask for ask in asks if ask.key not in done], {}
     for ask in asks:
         ask.kept = None  # of the K before
-    processor.resolve_budgets(num_image_tokens, 1)
-    options = (wanted or {}, num_image_tokens, question_aware, max_views)
+    asked.check(options)
     share = math.ceil(len(left) / log.state.num_processes)
     with Progress(share, log.state.is_main_process) as bar:
-        for batch in log.mine(in_batches(left, batch_size, processor)):
+        for batch in log.mine(in_batches(left, batch_size, asked)):
             torch.manual_seed(seed + batch[0].row)  # processes, and a run that goes on, draw other numbers
             images = {}
-            results = [attempt(to_conversation, ask, images, model, processor, options) for ask in batch]
+            results = [attempt(to_conversation, ask, images, asked, wanted, options) for ask in batch]
             pairs = list(zip(batch, results, strict=True))
             errors |= {ask.row: talk for ask, talk in pairs if isinstance(talk, Exception)}
             opened = [(ask, talk) for ask, talk in pairs if not isinstance(talk, Exception)]
             if opened:
-                texts = answer_each(model, processor, [talk for _, talk in opened], options)
+                answers = answer_each(asked, [talk for _, talk in opened], wanted, options)
                 lines, hashes = [], hash_files(images)
-                for (ask, _), text in zip(opened, texts, strict=True):
-                    if isinstance(text, Exception):
-                        errors[ask.row] = text
+                for (ask, _), answer in zip(opened, answers, strict=True):
+                    if isinstance(answer, Exception):
+                        errors[ask.row] = answer
                         continue
-                    line = ask.about() | {"num_image_tokens": num_image_tokens, "kept": ask.kept, "answer": text}
-                    lines.append(line | {"image_sha256": [hashes[name] for name in ask.images]})
+                    ask.kept = answer.kept
+                    line = ask.about() | {"num_image_tokens": num_image_tokens, "kept": ask.kept}
+                    line |= {"answer": answer.text, "image_sha256": [hashes[name] for name in ask.images]}
+                    lines.append(line)
                 log.add(*lines)
             bar.update(len(batch))
     return dict(log.gather([*errors.items()]))

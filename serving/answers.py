@@ -7,8 +7,11 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 from fastapi.responses import JSONResponse
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import OwnModel
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 FAILED = "The server failed at this request; its log says why."
@@ -16,21 +19,22 @@ ERROR = 'data: {"error": "'  # how transformers begins the event of an error, wh
 
 
 class Call:
-    """A model for one call of `generate`, which notes how many tokens of each image are read."""
+    """A model for one call of `generate`, which notes how many tokens of each image are read.
 
-    def __init__(self, model):
-        self.model, self.kept, self.surplus = model, [], 0
+    Args:
+        asked: the model.
+        num_image_tokens: K of the call, as `resolve` returns it.
+    """
+
+    def __init__(self, asked: OwnModel | AnyModel, num_image_tokens: Any):
+        self.asked, self.num_image_tokens, self.kept, self.surplus = asked, num_image_tokens, [], 0
 
     def generate(self, **inputs):
-        def note(pruner, arguments, kept):
-            self.kept = [len(indices) for indices in kept]
-            self.surplus = int(sum(inputs["num_image_tokens"])) - sum(self.kept)
+        return self.asked.generate(self.num_image_tokens, self.note, **inputs)
 
-        hook = self.model.model.pruner.register_forward_hook(note)
-        try:
-            return self.model.generate(**inputs)
-        finally:
-            hook.remove()
+    def note(self, kept: list[int], surplus: int) -> None:
+        """Remember what is read, before the answer's first word is streamed."""
+        self.kept, self.surplus = kept, surplus
 
     def correct(self, usage: dict) -> dict:
         """Return the usage of the prompt that was read, without dropped placeholders, and with K of each image."""

@@ -26,6 +26,8 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from lightvlm.images_lightvlm import reading
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import OwnModel
 from lightvlm.serving.answers import FAILED, Call, State, error_body, tidy, tidy_stream
 from PIL import Image
 from pydantic import (
@@ -168,7 +170,7 @@ class ChatRequest(Checked):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    num_image_tokens: Any = None  # the processor's to judge
+    num_image_tokens: Any = None  # `resolve`'s to judge
     max_completion_tokens: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -196,8 +198,8 @@ def describe(error: ValidationError | RequestValidationError) -> str:
     return (f"{where}: " if where else "") + first["msg"].removeprefix("Value error, ")
 
 
-def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Image:
-    """Return the image of a data URI as the processor prepares it, no larger than needed; errors call it `name`.
+def open_data_uri(url: str, name: str, asked: OwnModel | AnyModel, max_pixels: int) -> Image.Image:
+    """Return the image of a data URI as it is prepared for the model, no larger than needed; errors call it `name`.
 
     Raises:
         ValueError: if it is of another kind, or no image, or broken, or too thin.
@@ -215,25 +217,30 @@ def open_data_uri(url: str, name: str, processor, max_pixels: int) -> Image.Imag
         if isinstance(error.__cause__, Image.DecompressionBombError):
             raise HTTPException(413, f"{name} has too many pixels: at most {max_pixels:,}.") from None
         raise
-    image = processor.prepare_image(image, name)
-    if processor.grid_pinpoints:  # an image that is cut into views is resized later, to its grid
-        longest = max(map(max, processor.grid_pinpoints))
-        image.thumbnail((longest, longest))
+    image = asked.prepare(image, name)
+    if asked.longest_side:  # an image that is cut into views is resized later, to its grid
+        image.thumbnail((asked.longest_side, asked.longest_side))
     return image
 
 
-def open_images(urls: list[str], processor, limits: Limits) -> list[Image.Image]:
+def open_images(urls: list[str], asked: OwnModel | AnyModel, limits: Limits) -> list[Image.Image]:
     """Open the images of data URIs one by one; raise as `open_data_uri`, and 413 beyond `KEPT`."""
     images = []
     for number, url in enumerate(urls):
-        images.append(open_data_uri(url, f"Image {number}", processor, limits.pixels))
+        images.append(open_data_uri(url, f"Image {number}", asked, limits.pixels))
         if sum(image.width * image.height for image in images) > KEPT:
             raise HTTPException(413, f"Image {number} and those before it have more than {KEPT:,} pixels, resized.")
     return images
 
 
-def read_request(body: dict, model, processor, limits: Limits) -> dict:
-    """Return a checked chat completion request in OpenAI's format, as transformers' handler takes it, with images.
+def read_request(body: dict, asked: OwnModel | AnyModel, limits: Limits, default: Any = None) -> tuple[dict, Any]:
+    """Return a checked chat completion request in OpenAI's format, as transformers' handler takes it, and its K.
+
+    Args:
+        body: as it came.
+        asked: the model.
+        limits: of requests.
+        default: the budget of a request that gives none.
 
     Raises:
         ValueError: if it is at fault, budget and length included.
@@ -256,10 +263,9 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
     for name, count in counts.items():
         if count > getattr(limits, name):
             raise HTTPException(413, f"{count:,} {name}: at most {getattr(limits, name):,} in a request.")
-    budgets, means = processor.resolve_budgets(request.num_image_tokens, len(urls))
-    opened = open_images(urls, processor, limits)
-    whole = [processor.count_tokens((image.height, image.width)) for image in opened]
-    images = iter(opened)
+    num_image_tokens = asked.resolve(default if request.num_image_tokens is None else request.num_image_tokens)
+    asked.check_images(num_image_tokens, len(urls))
+    images = iter(open_images(urls, asked, limits))
     messages = [
         {
             "role": message.role,
@@ -272,34 +278,27 @@ def read_request(body: dict, model, processor, limits: Limits) -> dict:
         }
         for message in request.messages
     ]
-
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    length = len(processor.tokenizer(prompt)["input_ids"]) - len(urls)
-    if model.config.position_ids == "original":
-        length += sum(whole)
-    else:
-        length += sum(min(mean or budget, most) for budget, mean, most in zip(budgets, means, whole, strict=True))
-    room = model.config.text_config.max_position_embeddings - length
+    length = asked.prompt_length(messages, num_image_tokens)
+    room = asked.positions - length
     new_tokens = request.max_completion_tokens or request.max_tokens or max(1, min(limits.new_tokens, room))
     if new_tokens > limits.new_tokens:
         raise ValueError(f"{new_tokens} new tokens: at most {limits.new_tokens} are given.")
-    model.config.check_length(length, new_tokens)
+    asked.check_positions(length, new_tokens)
 
     body = request.model_dump(include=PASSED_ON, exclude_none=True)
     body |= {"messages": messages, "max_completion_tokens": new_tokens}
-    body["chat_template_kwargs"] = {"processor_kwargs": {"num_image_tokens": request.num_image_tokens}}
+    body["chat_template_kwargs"] = asked.template_options(num_image_tokens)
     if request.temperature:  # transformers alone would go on being greedy
-        body["generation_config"] = json.dumps(model.generation_config.to_dict() | {"do_sample": True})
-    return body
+        body["generation_config"] = json.dumps(asked.model.generation_config.to_dict() | {"do_sample": True})
+    return body, num_image_tokens
 
 
 class OneModel(ModelManager):
     """transformers' keeper of models, with a single one that is loaded already and stays."""
 
-    def __init__(self, name: str, model, processor):
+    def __init__(self, name: str, asked: OwnModel | AnyModel):
         super().__init__()
-        self.force_model = name
-        self.served = model, processor
+        self.force_model, self.asked, processor = name, asked, asked.processor
         processor.get_vocab = processor.tokenizer.get_vocab  # asked of it, as of a tokenizer, if a request has `stop`
 
     @staticmethod
@@ -307,7 +306,7 @@ class OneModel(ModelManager):
         return model_id
 
     def load_model_and_processor(self, *args, **kwargs):
-        return self.served
+        return self.asked.model, self.asked.processor
 
     def get_model_modality(self, *args, **kwargs) -> Modality:
         return Modality.VLM
@@ -319,9 +318,9 @@ class OneModel(ModelManager):
 class ChatHandler(ChatCompletionHandler):
     """transformers' chat completions, of requests that `read_request` has read."""
 
-    def __init__(self, models: OneModel, state: State, limits: Limits):
+    def __init__(self, models: OneModel, state: State, limits: Limits, num_image_tokens: Any = None):
         super().__init__(models, state)
-        self.limits = limits
+        self.limits, self.num_image_tokens = limits, num_image_tokens
         self.places = asyncio.Semaphore(PREPARED)
         self.decoding = asyncio.Lock()
 
@@ -331,8 +330,10 @@ class ChatHandler(ChatCompletionHandler):
         async with self.places:
             try:
                 async with self.decoding:
-                    request = await asyncio.to_thread(read_request, body, *self.model_manager.served, self.limits)
-                call = calls[request_id] = Call(self.model_manager.served[0])
+                    asked = self.model_manager.asked
+                    reading = asyncio.to_thread(read_request, body, asked, self.limits, self.num_image_tokens)
+                    request, num_image_tokens = await reading
+                call = calls[request_id] = Call(asked, num_image_tokens)
                 response = await super().handle_request(request, request_id)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error
@@ -373,20 +374,26 @@ class LimitRequests:
                 self.running -= 1
 
 
-def build_app(name: str, model, processor, limits: Limits, cors_origins: Sequence[str] = ()) -> FastAPI:
+def build_app(
+    name: str,
+    asked: OwnModel | AnyModel,
+    limits: Limits,
+    cors_origins: Sequence[str] = (),
+    num_image_tokens: Any = None,
+) -> FastAPI:
     """Return the application, for `Server`: `ROUTES` and errors in OpenAI's format.
 
     Args:
         name: of the model, for clients.
-        model: loaded, in evaluation mode.
-        processor: of the model.
+        asked: the model.
         limits: of requests.
         cors_origins: of web pages that may ask, such as "http://localhost:3000", or "*" for all.
+        num_image_tokens: the budget of requests that give none; the checkpoint's if None.
     """
-    models, state = OneModel(name, model, processor), State()
+    models, state = OneModel(name, asked), State()
     app = build_server(
         models,
-        ChatHandler(models, state, limits),
+        ChatHandler(models, state, limits, num_image_tokens),
         completion_handler=None,
         response_handler=None,
         transcription_handler=None,

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import transformers
+from packaging import version
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -729,6 +730,8 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "dots3_note": dots3_note,
     "unlimited_ocr": unlimited_ocr,
 }
+if version.parse(transformers.__version__) >= version.parse("5.24"):
+    del FAMILIES["llama4"]  # its own forward raises there if there are images
 WITH_VIDEO = [
     *("llava_next_video", "llava_onevision", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
     *("qwen3_5", "qwen3_5_moe", "qwen2_5_omni", "qwen3_omni_moe", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"),

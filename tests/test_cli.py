@@ -133,12 +133,27 @@ def test_a_dynamic_budget_wants_a_checkpoint_that_knows_it(checkpoint, image, ca
     assert "calibrated for means from 8 to 192" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("budget", ["many", "4.5", "4,,5", "dynamic:", "dynamic:few"])
-def test_budgets_that_are_no_numbers(checkpoint, image, budget, capsys):
+NO_BUDGET = "must be like 64, 25%, 0.25, all, dynamic or dynamic:64, got"
+NO_SHARE = "must be more than 0% and at most 100% of an image's tokens, got"
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        *((text, NO_BUDGET) for text in ("many", "4.5", "4,,5", "dynamic:", "dynamic:few", "%", "4%%")),
+        *((text, NO_SHARE) for text in ("0%", "150%", "0.0", "16,100.5%")),
+    ],
+)
+def test_budgets_that_are_no_numbers(checkpoint, image, budget, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         infer(checkpoint, image, "--num-image-tokens", budget)
     assert exit_.value.code == 2
-    assert "must be an integer such as 64, dynamic or dynamic:64, got" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_a_share_is_one_of_a_views_patches(checkpoint, image, capsys):
+    assert infer(checkpoint, image, "--num-image-tokens", "25%,0.5,1%,all", "--max-new-tokens", "1") == 0
+    assert re.findall(r"(\d+) of 36 tokens", capsys.readouterr().out) == ["9", "18", "1", "36"]
 
 
 def test_images_that_cannot_be_read(checkpoint, tmp_path, capsys):
@@ -183,6 +198,8 @@ def test_a_missing_checkpoint(image, tmp_path, capsys):
 def test_a_checkpoint_of_another_kind(image, tmp_path, capsys):
     make_model().model.language_model.save_pretrained(tmp_path)
     assert infer(str(tmp_path), image) == 2
+    assert "is a phi checkpoint, which sees no images: give a vision-language model" in capsys.readouterr().err
+    assert main(["export", "--model-path", str(tmp_path), "--output", str(tmp_path / "graph.pt2")]) == 2
     assert "lightvlm build" in capsys.readouterr().err
 
 

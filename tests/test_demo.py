@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from gradio_client import Client, handle_file
-from lightvlm.demo.answers import MAX_QUESTION, MAX_TURNS, Answerer, Choice, Conversation, TimedStreamer
+from lightvlm.demo.answers import MAX_QUESTION, MAX_TURNS, Answerer, AnyAnswerer, Choice, Conversation, TimedStreamer
 from lightvlm.demo.app import DYNAMIC, EXAMPLES, FIXED, ask, build, from_address, introduce, launch, show, slider
+from lightvlm.inference.any_model import load_any
 from lightvlm.inference.checkpoint import SHIPPED
+from lightvlm.inference.own_model import Options
 from lightvlm_cli.main import main
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from saved import broken_images
+from saved_families import save_family
 from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor, make_tokenizer, text_config
 
 LINE = r"\*(\d+) of 36 tokens · first token after \d+ ms( \(all tokens: \d+ ms\))?\*$"
@@ -34,7 +37,7 @@ def answerer():
 
 @pytest.fixture(scope="module")
 def url(answerer):
-    page = launch(answerer.model, answerer.processor, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    page = launch(answerer.asked, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     yield page.local_url
     page.close()
 
@@ -61,6 +64,23 @@ def test_an_answer_is_that_of_chat_with_its_tokens_and_times(answerer, path):
     assert words == expected and growing[-1][0].strip() == expected and len(growing) > 1
     assert re.fullmatch(LINE, line).groups()[0] == "9" and "all tokens" in line
     assert isinstance(picture, Image.Image)
+
+
+@pytest.mark.parametrize(("family", "whole", "is_drawn"), [("qwen3_vl", 9, True), ("smolvlm", 20, False)])
+def test_another_familys_answer_is_that_of_a_share_of_its_tokens(family, whole, is_drawn, path, tmp_path):
+    asked = load_any(save_family(family, tmp_path / family))
+    answerer, talk = AnyAnswerer(asked), Conversation()
+    (box,) = (block for block in build(answerer).blocks.values() if getattr(block, "elem_id", "") == "number")
+    assert (box.minimum, box.maximum, box.value) == (1, 100, 25) and "percent" in box.label
+    answer, picture = last(answerer, talk, "what color?", path, number=50)
+    words, line = answer.rsplit("\n\n", 1)
+    content = [{"type": "image", "image": make_image()}, {"type": "text", "text": "what color?"}]
+    options = Options("50%")
+    (expected,) = asked.answer([[{"role": "user", "content": content}]], {"max_new_tokens": 256}, options)
+    assert words.strip() == expected.text
+    assert f"{sum(expected.kept)} of {whole} tokens" in line and "all tokens: " in line
+    assert isinstance(picture, Image.Image) == is_drawn
+    assert last(answerer, talk, "is it red?", number=50, follow_up=True)[0] and len(talk.history) == 4
 
 
 def test_the_time_is_that_of_the_first_token(processor):
@@ -316,7 +336,7 @@ def test_the_command_serves_this_machine_alone_unless_told_otherwise(url, monkey
     served = {}
     monkeypatch.setattr("lightvlm.inference.checkpoint.load", lambda path, **options: ("model", "processor"))
     monkeypatch.setattr(
-        "lightvlm.demo.app.launch", lambda model, processor, host, port, share: served.update(host=host, share=share)
+        "lightvlm.demo.app.launch", lambda asked, host, port, share: served.update(host=host, share=share)
     )
     assert main(["demo"]) == 0 and served == {"host": "127.0.0.1", "share": False}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -325,7 +345,7 @@ def test_the_command_serves_this_machine_alone_unless_told_otherwise(url, monkey
 
 def test_a_port_that_is_taken(answerer, url):
     with pytest.raises(OSError, match="port"):
-        launch(answerer.model, answerer.processor, "127.0.0.1", int(url.rsplit(":")[-1].strip("/")))
+        launch(answerer.asked, "127.0.0.1", int(url.rsplit(":")[-1].strip("/")))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from lightvlm.benchmark.tables import BLOCK, TABLES, fill, find_pages
 from lightvlm_cli.main import VERBS, main
 from PIL import Image
+from saved_families import save_family
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -176,12 +177,25 @@ def red_shape(tmp_path):
 def test_python_runs_and_answers_what_the_picture_shows(page, answers, monkeypatch, tmp_path, capsys, red_shape):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    blocks = [block for block in python_of(ROOT / page) if "onnxruntime" not in block]
+    blocks = [block for block in python_of(ROOT / page) if "onnxruntime" not in block and "Qwen" not in block]
     assert blocks
     capsys.readouterr()
     for block in blocks:
         exec(block.replace("data/easy-vqa/images/test/0.png", str(red_shape)), {})
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == answers
+
+
+def test_the_first_code_prunes_a_model_of_another_family(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_family("qwen3_vl", tmp_path / "Qwen" / "Qwen3-VL-2B-Instruct")  # the Hub's name is a folder here
+    Image.new("RGB", (84, 112), "red").save("photo.jpg")
+    block = python_of(ROOT / "README.md")[0]
+    capsys.readouterr()
+    exec(block, names := {})
+    assert capsys.readouterr().out
+    (kept,) = names["inputs"]["mm_encoder_outputs"]["image"].kept_indices
+    assert len(kept) == 3  # of 12
+    assert (names["inputs"]["input_ids"] == names["model"].config.image_token_id).sum() == 3
 
 
 @pytest.mark.slow

@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightvlm.inference.answers import answer, batches, cut, generation_options, stop_strings
+from lightvlm.inference.any_model import load_any
+from lightvlm.inference.own_model import Options
+from saved_families import save_family
 from tiny import make_dynamic, make_image, make_model, make_processor
 
 SHORT = {"max_new_tokens": 6}
@@ -167,6 +170,20 @@ class TestInLmmsEval:
             answer(model.model, model.processor, [messages], wanted, "dynamic:6")[0]
             for messages, wanted in zip(asked, options, strict=True)
         ]
+        assert model.generate_until(requests) == alone
+
+    def test_another_familys_images_have_a_share_of_their_tokens(self, make, asked, tmp_path):
+        folder = save_family("qwen3_vl", tmp_path / "qwen")
+        arguments = f"pretrained={folder},num_image_tokens=0.25"
+        model = type(make()).create_from_arg_string(arguments, {"device": "cpu", "batch_size": 3})
+        documents = [
+            [{**message, "content": [to_lmms(part) for part in message["content"]]} for message in messages]
+            for messages in asked
+        ]
+        model.task_dict["task"] = {"test": documents}
+        arguments = ("", lambda document: document, SHORT)
+        requests = [SimpleNamespace(args=(*arguments, number, "task", "test")) for number in range(3)]
+        alone = [load_any(folder).answer([messages], SHORT, Options("25%"))[0].text for messages in asked]
         assert model.generate_until(requests) == alone
 
     def test_dtype_is_that_of_the_weights(self, make):

@@ -12,6 +12,7 @@ import pytest
 from launch import launch
 from lightvlm import LightVLM, LightVLMModel
 from lightvlm.inference import many
+from lightvlm.inference.own_model import OwnModel
 from lightvlm_cli.main import main
 from PIL import Image
 from tiny import GRIDS, make_dynamic, make_image, make_processor
@@ -209,8 +210,8 @@ def test_a_picture_that_cannot_have_k_is_named_and_the_others_answered(data, cap
 
 def test_options_that_no_picture_can_have_end_the_run_at_once(data, monkeypatch, capsys):
     options = ["--image", data / "pictures", "--prompt", *QUESTIONS, "--output", data / "out.jsonl"]
-    asked, answer = [], many.answer
-    monkeypatch.setattr(many, "answer", lambda *args: asked.extend(args[2]) or answer(*args))
+    asked, answer = [], OwnModel.answer
+    monkeypatch.setattr(OwnModel, "answer", lambda *args: asked.extend(args[1]) or answer(*args))
     assert infer(data, *options, "--num-image-tokens", "dynamic:31") == 2
     assert "calibrated for means from 2 to 30" in capsys.readouterr().err and len(asked) <= 4
     assert infer(data, *options, "--num-image-tokens", "361") == 2
@@ -248,15 +249,15 @@ def test_progress_is_told_where_there_is_no_terminal(capsys, monkeypatch):
 
 def test_a_killed_run_goes_on_without_asking_twice(data, monkeypatch, capsys):
     options = ["--image", data / "pictures", "--prompt", *QUESTIONS, "--output", data / "answers.jsonl"]
-    asked, answer = [], many.answer
+    asked, answer = [], OwnModel.answer
 
-    def until_killed(model, processor, conversations, *rest):
+    def until_killed(self, conversations, *rest):
         asked.extend(conversations)
         if len(asked) > 8:
             raise KeyboardInterrupt
-        return answer(model, processor, conversations, *rest)
+        return answer(self, conversations, *rest)
 
-    monkeypatch.setattr(many, "answer", until_killed)
+    monkeypatch.setattr(OwnModel, "answer", until_killed)
     with pytest.raises(KeyboardInterrupt):
         infer(data, *options)
     first = (data / "answers.jsonl").read_text()
@@ -264,7 +265,7 @@ def test_a_killed_run_goes_on_without_asking_twice(data, monkeypatch, capsys):
     (data / "answers.jsonl").write_text(first + '{"row": 17, "id"')  # a line that was cut off
 
     asked.clear()
-    monkeypatch.setattr(many, "answer", lambda *args: asked.extend(args[2]) or answer(*args))
+    monkeypatch.setattr(OwnModel, "answer", lambda *args: asked.extend(args[1]) or answer(*args))
     assert infer(data, *options) == 0
     assert len(asked) == 10 and (data / "answers.jsonl").read_text().startswith(first)
     assert [line["row"] for line in lines(data / "answers.jsonl")] == [*range(18)]
@@ -392,18 +393,18 @@ def test_processes_share_the_questions_and_write_each_answer_once(data):
 
 
 def test_pictures_of_as_many_views_are_answered_together(data):
-    processor = make_processor(pinpoints=GRIDS)
+    own = OwnModel(None, make_processor(pinpoints=GRIDS))
     asks = [many.Ask(row, row, [str(data / f"pictures/{row % 6}.png")], "what?") for row in range(12)]
-    batches = [*many.in_batches(asks, 4, processor)]
+    batches = [*many.in_batches(asks, 4, own)]
     sizes = [{Image.open(ask.images[0]).size for ask in batch} for batch in batches]
     assert [len(batch) for batch in batches] == [4, 4, 4] and all(len(size) == 1 for size in sizes)
 
 
 def test_a_long_question_pads_no_short_ones(data):
-    processor = make_processor(pinpoints=GRIDS)
+    own = OwnModel(None, make_processor(pinpoints=GRIDS))
     words = ["what? " * 100 if row in (3, 8) else QUESTIONS[row % 3] for row in range(12)]
     asks = [many.Ask(row, row, [str(data / f"pictures/{row % 2 * 3}.png")], text) for row, text in enumerate(words)]
-    batches = [sorted(ask.row for ask in batch) for batch in many.in_batches(asks, 32, processor)]
+    batches = [sorted(ask.row for ask in batch) for batch in many.in_batches(asks, 32, own)]
     assert sorted(map(len, batches)) == [2, 10] and [3, 8] in batches
     assert sorted(row for batch in batches for row in batch) == [*range(12)]
 

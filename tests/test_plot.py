@@ -32,6 +32,26 @@ def test_it_has_a_panel_for_each_file_and_a_line_for_each_selector(figure):
         assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "9"]
 
 
+def test_a_share_of_tokens_has_its_mean_on_the_axis_and_is_no_dynamic_budget(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: figures.append(self))
+    settings = [
+        ("all", "100%", 144.0),
+        ("distinct", "25%", 36.2),
+        ("distinct", "10%", 14.1),
+        ("topk", "dynamic:9", 8.0),
+    ]
+    rows = [
+        {"data": "a", "selector": name, "num_image_tokens": budget, "tokens": tokens, "accuracy": 0.5}
+        | {"low": 0.4, "high": 0.6}
+        for name, budget, tokens in settings
+    ]
+    plot(rows, tmp_path / "out.png")
+    (axes,) = figures[0].axes
+    assert axes.get_legend_handles_labels()[1] == ["all 100%", "distinct", "topk, dynamic"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["14", "36"]
+
+
 def test_lines_go_from_few_tokens_to_many_with_the_interval_around_them(figure):
     bars = figure.axes[0].containers[1]  # of the three selectors, the one in the middle
     line, _, (intervals,) = bars.lines

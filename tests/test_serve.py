@@ -105,6 +105,15 @@ def test_without_a_budget_it_is_that_of_the_checkpoint(client, model):
     assert default == given + 4
 
 
+def test_a_share_is_one_of_a_views_patches(client):
+    def kept(budget) -> list[int]:
+        messages = [user("what color?", draw(1), draw(2))]
+        return complete(client, messages, max_tokens=1, extra_body={"num_image_tokens": budget}).usage.num_image_tokens
+
+    assert kept(0.25) == kept("25%") == [144, 144] and kept(["12.5%", 16]) == [72, 16]
+    assert "give more than 0% and at most 100%" in post_fields(client, num_image_tokens=1.5)[1]
+
+
 def test_what_langchain_open_webui_and_vercels_sdk_send_is_answered(client, model):
     fields = {"user": "someone", "metadata": {"chat": "1"}, "tools": [], "tool_choice": "none", "logit_bias": {}}
     fields |= {"parallel_tool_calls": False, "service_tier": "auto", "n": 1, "stream_options": {"include_usage": True}}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fastapi import HTTPException
 from lightvlm.inference.checkpoint import SHIPPED, load
+from lightvlm.inference.own_model import OwnModel
 from lightvlm.serving.connections import Server
 from lightvlm.serving.server import KEPT, PREPARED, Limits, build_app
 from PIL import Image
@@ -106,7 +107,7 @@ def test_one_image_is_decoded_at_a_time_and_kept_resized(model, monkeypatch):
         counts.append(sum(reference().width * reference().height for reference in alive.valuerefs() if reference()))
 
     limits = Limits(pixels=side**2, new_tokens=2)
-    app = build_app("lightvlm-tiny", model, model.processor_beside_weights(), limits)
+    app = build_app("lightvlm-tiny", OwnModel(model, model.processor_beside_weights()), limits)
     endpoint = next(route.endpoint for route in app.routes if route.path == "/v1/chat/completions")
     body = {"messages": [user("what?", *[Image.new("RGBA", (side, side), "red")] * images)], "num_image_tokens": 4}
     monkeypatch.setattr(Image.Image, "__init__", count)
@@ -208,7 +209,9 @@ def test_an_answer_may_take_longer_than_a_request(model):
 def test_ctrl_c_ends_a_prefill_too(checkpoint):
     model, ran = load(checkpoint)[0], []
     first, *_, last = model.model.language_model.layers
-    server = Server(build_app("tiny", model, model.processor_beside_weights(), LIMITS), model, LIMITS.seconds)
+    server = Server(
+        build_app("tiny", OwnModel(model, model.processor_beside_weights()), LIMITS), model, LIMITS.seconds
+    )
     first.register_forward_hook(lambda *_: server.handle_exit(signal.SIGINT, None))
     last.register_forward_hook(lambda *_: ran.append(last))
     with pytest.raises(HTTPException, match="The server is shutting down"):
