@@ -49,7 +49,9 @@ class Encoded:
 
     Args:
         output: what the model's own encoding function returned.
-        tokens: (tokens, hidden) of each entry that is not in the KV cache; an entry is an image, a video or a tile.
+        tokens: (tokens, hidden) of each entry, but for those in the KV cache; an entry is an image, a video, a tile, or
+            all images of a prompt.
+        skipped: how many of each entry's tokens are in the cache.
         entries: their indices among all entries of the output.
         prompts: the prompt of each.
         budgets: which budget each is part of: that of an image, or of a prompt.
@@ -57,6 +59,7 @@ class Encoded:
 
     output: Any
     tokens: list[Tensor]
+    skipped: list[int]
     entries: list[int]
     prompts: list[int]
     budgets: list[int]
@@ -259,16 +262,17 @@ def encode_modality(
     elif sum(lengths) != len(rows):
         raise ValueError(f"The prompt has {len(rows)} {modality} placeholders for {sum(lengths)} tokens.")
     firsts = torch.tensor([0, *lengths[:-1]], device=rows.device).cumsum(0)
+    firsts = firsts.clamp_max(len(rows) - 1)  # a last prompt without images may have an empty entry
     budgets = torch.arange(len(tokens))
     if shared:
         budgets = rows[firsts]
     elif isinstance(tokens, Tensor):  # tiles; those of one image follow each other
         budgets = (~pad(is_placeholder, (1, 0))[rows, columns]).cumsum(0)[firsts]
-    entries = [index for index, column in enumerate(columns[firsts].tolist()) if column >= start]
-    prompts, budgets = rows[firsts].tolist(), budgets.tolist()
-    return Encoded(
-        output, [tokens[n] for n in entries], entries, [prompts[n] for n in entries], [budgets[n] for n in entries]
-    )
+    skipped = torch.stack([part.sum() for part in (columns < start).split(lengths)]).tolist()
+    entries = [n for n, length in enumerate(lengths) if skipped[n] < length]
+    rest, prompts, budgets = [tokens[n][skipped[n] :] for n in entries], rows[firsts].tolist(), budgets.tolist()
+    skipped, prompts, budgets = ([each[n] for n in entries] for each in (skipped, prompts, budgets))
+    return Encoded(output, rest, skipped, entries, prompts, budgets)
 
 
 def embed_text(model: Any, given: dict[str, Any]) -> Tensor:
@@ -301,7 +305,7 @@ def choose(encoded: Encoded, budget: Budget, pruner: Chooser, questions: Tensor)
         first = 0
         for n in members:
             last = first + len(encoded.tokens[n])
-            kept[encoded.entries[n]] = chosen[(chosen >= first) & (chosen < last)] - first
+            kept[encoded.entries[n]] = chosen[(chosen >= first) & (chosen < last)] - first + encoded.skipped[n]
             first = last
     return kept
 
@@ -318,8 +322,8 @@ def count_kept(number: float, length: int) -> int:
 def mark_kept(is_placeholder: Tensor, start: int, encoded: Encoded, kept: dict[int, Tensor]) -> Tensor:
     """Return (batch, length), False at the placeholders from `start` on whose tokens are not kept."""
     flags = [
-        torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device).index_fill(0, kept[entry], True)
-        for tokens, entry in zip(encoded.tokens, encoded.entries, strict=True)
+        torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device).index_fill(0, kept[entry] - skipped, True)
+        for tokens, skipped, entry in zip(encoded.tokens, encoded.skipped, encoded.entries, strict=True)
     ]
     is_new = is_placeholder & (torch.arange(is_placeholder.shape[1], device=is_placeholder.device) >= start)
     return torch.ones_like(is_placeholder).masked_scatter(is_new, torch.cat(flags).to(is_placeholder.device))

@@ -156,10 +156,27 @@ def test_a_later_turn_brings_an_image(name, images):
     if name == "smolvlm":
         both["pixel_values"] = both["pixel_values"].transpose(0, 1)  # images of one prompt
     given = both if images == "all" else both | {key: second[key] for key in both if key not in LONG}
-    anew = prune(model, both, 3 if name != "smolvlm" else 6)
-    if name == "smolvlm":
-        pytest.skip("its images share a budget, and so choose otherwise in one turn")
-    assert torch.equal(answer(model, prune(model, given, 3, past_key_values=cache)), answer(model, anew))
+    short = prune(model, given, 3, past_key_values=cache)
+    if name == "smolvlm":  # its images share a budget, and so choose otherwise in one turn
+        (kept,) = prune(model, second, 3)["mm_encoder_outputs"]["image"].kept_indices
+        length = 9 if images == "all" else 0
+        assert torch.equal(short["mm_encoder_outputs"]["image"].kept_indices[0], kept + length)
+        return
+    assert torch.equal(answer(model, short), answer(model, prune(model, both, 3)))
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "llava"])
+@torch.no_grad()
+def test_a_text_may_be_the_last_row(name):
+    model, inputs = get(name).model, get(name).inputs((1,))
+    length = inputs["input_ids"].shape[1]
+    text = {"input_ids": pad(torch.tensor([[20, 21, 22]]), (length - 3, 0))}
+    text["attention_mask"] = (text["input_ids"] > 0).long()
+    both = inputs | {key: torch.cat([inputs[key], text[key]]) for key in text}
+    if name != "llava":
+        both["pixel_values"] = pad(inputs["pixel_values"], (0, 0) * 4 + (0, 1))
+    expected = torch.cat([answer(model, prune(model, each, 3)) for each in (inputs, text)])
+    assert torch.equal(answer(model, prune(model, both, 3)), expected)
 
 
 @torch.no_grad()
