@@ -7,6 +7,7 @@ language model, that equals masking the dropped tokens as keys. Nothing of the m
 
 import inspect
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class Pruning:
     def __post_init__(self) -> None:
         if self.num_image_tokens is None and self.num_video_tokens is None:
             raise ValueError("Give the number of tokens to keep: num_image_tokens or num_video_tokens.")
+        for budget in (self.num_image_tokens, self.num_video_tokens):
+            for number in budget if isinstance(budget, list | tuple) else () if budget is None else (budget,):
+                count_kept(number, 1)
 
 
 @dataclass
@@ -45,7 +49,9 @@ class Encoded:
 
     Args:
         output: what the model's own encoding function returned.
-        tokens: (tokens, hidden) of each entry that is not in the KV cache; an entry is an image, a video or a tile.
+        tokens: (tokens, hidden) of each entry, but for those in the KV cache; an entry is an image, a video, a tile, or
+            all images of a prompt.
+        skipped: how many of each entry's tokens are in the cache.
         entries: their indices among all entries of the output.
         prompts: the prompt of each.
         budgets: which budget each is part of: that of an image, or of a prompt.
@@ -53,6 +59,7 @@ class Encoded:
 
     output: Any
     tokens: list[Tensor]
+    skipped: list[int]
     entries: list[int]
     prompts: list[int]
     budgets: list[int]
@@ -90,7 +97,7 @@ def prune(
     Raises:
         ValueError: if the model cannot be pruned this way, or budgets, images and placeholders do not fit.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+    model = unwrap(model)
     check_model(model)
     settings = Pruning(num_image_tokens, num_video_tokens, shared, pruner)
     short, record = prune_prompt(model, inputs, settings, past_key_values)
@@ -106,7 +113,7 @@ def prune_prompt(
     """Return the inputs of pruned prompts, as `prune` does, and what a KV cache has to remember of them."""
     given = {name: value for name, value in inputs.items() if value is not None and name != "past_key_values"}
     check_prompt(given)
-    record = read_record(past_key_values, given["input_ids"])
+    record = read_record(past_key_values, given)
     encoded = encode(model, given, settings.shared, record.whole_length)
     questions = embed_text(model, given)
     budgets = {"image": settings.num_image_tokens, "video": settings.num_video_tokens}
@@ -115,6 +122,13 @@ def prune_prompt(
         for name, each in encoded.items()
     }
     return drop(model, given, encoded, kept, record)
+
+
+def unwrap(model: Any) -> Any:
+    """Return the model inside of torch.compile's, of one for several processes, and of PEFT's."""
+    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_model(model: Any) -> None:
@@ -136,21 +150,60 @@ def check_prompt(given: dict[str, Any]) -> None:
     for name in ("attention_mask", "token_type_ids", "mm_token_type_ids", "labels"):
         if name in given and given[name].shape != ids.shape:
             raise ValueError(f"{name} has the shape {(*given[name].shape,)}: give one of input_ids' {(*ids.shape,)}.")
+    if (positions := given.get("position_ids")) is not None and positions.shape[-1] == ids.shape[1]:
+        text = positions.flatten(0, -3)[0] if positions.dim() == 3 else positions
+        if ((text.diff() < 0) & (given["attention_mask"][:, :-1] > 0)).any():
+            raise ValueError("position_ids start anew inside a row: give each of the packed prompts a row of its own.")
 
 
-def read_record(cache: Cache | None, ids: Tensor) -> Record:
-    """Return what a KV cache remembers of the turns before; ValueError if it was not filled through `prune`."""
-    record = Record.of(cache)
+def read_record(cache: Cache | None, given: dict[str, Any]) -> Record:
+    """Return what a KV cache remembers of the turns before, and crop it to the last prompt.
+
+    The answer is read anew with the new turn: a chat template seldom writes the very ids that were generated.
+
+    Raises:
+        ValueError: if it was not filled through `prune`, or holds another conversation.
+    """
+    record, ids = Record.of(cache), mark_padding(given)
+    if cache is not None and not record.cached:
+        cache.activate_past_recording()  # sliding windows can be cropped then
     if record.compaction is None or record.shift is None:
         if record.cached:
             raise ValueError("past_key_values was not filled through prune: give prune the empty cache in turn one.")
         return record
-    if len(record.shift) != len(ids) or record.whole_length >= ids.shape[1]:
+    short, whole = record.compaction.source.shape[1], record.compaction.length
+    cached_rows = [len(layer.keys) for layer in cache.layers if getattr(layer, "keys", None) is not None]  # type: ignore
+    if (rows := max(len(record.shift), *cached_rows)) != len(ids) or whole >= ids.shape[1]:
         raise ValueError(
-            f"past_key_values holds {record.whole_length} positions of {len(record.shift)} prompts, and input_ids has "
+            f"past_key_values holds {whole} positions of {rows} prompts, or beams, and input_ids has "
             f"the shape {(*ids.shape,)}: give the whole conversation, with the new turn."
         )
-    return record
+    if record.cached < short or (record.ids is not None and not torch.equal(ids[:, :whole], record.ids)):
+        raise ValueError(
+            "input_ids does not begin with the last prompt, as past_key_values holds it: give the conversation as it "
+            "was, padding included, or an empty cache."
+        )
+    if record.cached > short:
+        if not can_crop(cache):
+            raise ValueError(
+                "past_key_values cannot forget the last answer, which a chat template may write with other ids: give "
+                "an empty cache at each turn if layers are recurrent, or a cache is static or made by generate."
+            )
+        cache.crop(short - record.cached)  # type: ignore[union-attr]
+    return replace(record, cached=short)
+
+
+def can_crop(cache: Any) -> bool:
+    """Return whether the last positions of a KV cache can be taken back; a full sliding window forgot those before."""
+    windows = (layer for layer in cache.layers if getattr(layer, "is_sliding", False))
+    return cache.is_croppable and all(
+        layer.record_past or layer.get_seq_length() < layer.sliding_window for layer in windows
+    )
+
+
+def mark_padding(given: dict[str, Any]) -> Tensor:
+    """Return the ids of prompts, (batch, length), -1 at padding."""
+    return given["input_ids"].masked_fill(given["attention_mask"] == 0, -1)
 
 
 def find_placeholders(config: Any, given: dict[str, Any]) -> dict[str, Tensor]:
@@ -209,16 +262,17 @@ def encode_modality(
     elif sum(lengths) != len(rows):
         raise ValueError(f"The prompt has {len(rows)} {modality} placeholders for {sum(lengths)} tokens.")
     firsts = torch.tensor([0, *lengths[:-1]], device=rows.device).cumsum(0)
+    firsts = firsts.clamp_max(len(rows) - 1)  # a last prompt without images may have an empty entry
     budgets = torch.arange(len(tokens))
     if shared:
         budgets = rows[firsts]
     elif isinstance(tokens, Tensor):  # tiles; those of one image follow each other
         budgets = (~pad(is_placeholder, (1, 0))[rows, columns]).cumsum(0)[firsts]
-    entries = [index for index, column in enumerate(columns[firsts].tolist()) if column >= start]
-    prompts, budgets = rows[firsts].tolist(), budgets.tolist()
-    return Encoded(
-        output, [tokens[n] for n in entries], entries, [prompts[n] for n in entries], [budgets[n] for n in entries]
-    )
+    skipped = torch.stack([part.sum() for part in (columns < start).split(lengths)]).tolist()
+    entries = [n for n, length in enumerate(lengths) if skipped[n] < length]
+    rest, prompts, budgets = [tokens[n][skipped[n] :] for n in entries], rows[firsts].tolist(), budgets.tolist()
+    skipped, prompts, budgets = ([each[n] for n in entries] for each in (skipped, prompts, budgets))
+    return Encoded(output, rest, skipped, entries, prompts, budgets)
 
 
 def embed_text(model: Any, given: dict[str, Any]) -> Tensor:
@@ -243,29 +297,33 @@ def choose(encoded: Encoded, budget: Budget, pruner: Chooser, questions: Tensor)
         count = count_kept(number, len(tokens))
         chosen = torch.arange(len(tokens), device=tokens.device)
         if count < len(tokens):
-            chosen = pruner(tokens, count, questions[encoded.prompts[members[0]]])
+            chosen = pruner(tokens, count, questions[encoded.prompts[members[0]]]).to(tokens.device).unique()
+            if len(chosen) != count or chosen[0] < 0 or chosen[-1] >= len(tokens):
+                raise ValueError(
+                    f"The pruner returned {chosen.tolist()} of {len(tokens)} tokens: return {count} different indices."
+                )
         first = 0
         for n in members:
             last = first + len(encoded.tokens[n])
-            kept[encoded.entries[n]] = chosen[(chosen >= first) & (chosen < last)] - first
+            kept[encoded.entries[n]] = chosen[(chosen >= first) & (chosen < last)] - first + encoded.skipped[n]
             first = last
     return kept
 
 
 def count_kept(number: float, length: int) -> int:
     """Return how many of an image's tokens a budget keeps."""
-    if isinstance(number, float) and 0 < number <= 1:
+    if isinstance(number, Real) and not isinstance(number, Integral) and 0 < number <= 1:
         return max(1, round(number * length))
-    if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
-        return min(number, length)
+    if isinstance(number, Integral) and not isinstance(number, bool) and number >= 1:
+        return min(int(number), length)
     raise ValueError(f"{number!r} is no budget: give a number of tokens, 1 or more, or a share of them up to 1.0.")
 
 
 def mark_kept(is_placeholder: Tensor, start: int, encoded: Encoded, kept: dict[int, Tensor]) -> Tensor:
     """Return (batch, length), False at the placeholders from `start` on whose tokens are not kept."""
     flags = [
-        torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device).index_fill(0, kept[entry], True)
-        for tokens, entry in zip(encoded.tokens, encoded.entries, strict=True)
+        torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device).index_fill(0, kept[entry] - skipped, True)
+        for tokens, skipped, entry in zip(encoded.tokens, encoded.skipped, encoded.entries, strict=True)
     ]
     is_new = is_placeholder & (torch.arange(is_placeholder.shape[1], device=is_placeholder.device) >= start)
     return torch.ones_like(is_placeholder).masked_scatter(is_new, torch.cat(flags).to(is_placeholder.device))
@@ -372,4 +430,6 @@ def shorten(
     if len(positions) == 3 and positions.dim() == 3:  # `generate` counts the text's in a row of their own
         positions = torch.cat([count_positions(short["attention_mask"])[None], positions])
     shift = behind + following - short["attention_mask"].sum(dim=1, keepdim=True)
-    return {**short, "position_ids": positions}, replace(whole, shift=shift, before=record)
+    return {**short, "position_ids": positions}, replace(
+        whole, shift=shift, before=replace(record, before=None), ids=mark_padding(given)
+    )

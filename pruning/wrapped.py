@@ -54,7 +54,7 @@ def derive(model: nn.Module, mixin: type, settings: Pruning) -> Any:
     for name in [name for name in vars(model) if name == "_modules" or name.startswith("_forward_")]:
         setattr(derived, name, copy(getattr(model, name)))  # what is put into one, hooks too, is not in the other
     own = type(model)
-    derived.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+    derived.__class__ = make_class(mixin, own.__bases__[1] if isinstance(model, Pruned) else own)
     derived.pruning = settings
     replaced = derived.__dict__.pop("forward", None)  # a trainer's would run the given model
     if isinstance(replaced, partial):  # accelerate's, for offloading
@@ -63,10 +63,29 @@ def derive(model: nn.Module, mixin: type, settings: Pruning) -> Any:
     return derived
 
 
-class PrunedForward:
-    """Put before a base model's class: prunes prompts that come with pixels."""
+def make_class(mixin: type, own: type) -> type:
+    """Return a model's own class with a mixin before it, of the same name."""
+    return type(own.__name__, (mixin, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+
+
+def make_empty(mixin: type, own: type) -> Any:
+    """Return an instance without state, for `pickle` and `copy`."""
+    made = make_class(mixin, own)
+    return made.__new__(made)
+
+
+class Pruned:
+    """Has settings, and can be pickled, though no module has its class."""
 
     pruning: Pruning
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tell `pickle` and `copy` how the class was made."""
+        return make_empty, type(self).__bases__, self.__dict__
+
+
+class PrunedForward(Pruned):
+    """Put before a base model's class: prunes prompts that come with pixels."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own `forward` on pruned prompts, and return hidden states at their positions as given."""
@@ -105,10 +124,8 @@ class PrunedForward:
         return output
 
 
-class PrunedGenerate:
+class PrunedGenerate(Pruned):
     """Put before the class of a model with a head: `generate` prunes prompts that come with pixels."""
-
-    pruning: Pruning
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run `forward`, a trainer's in its place too, and let the pruner know which words are answers.

@@ -151,12 +151,14 @@ class Record:
         shift: (batch, 1), how much further on the next position is than what the cache holds; None if it is next.
         cached: positions in the cache.
         before: what it remembers as long as the language model has not seen the prompt that this is about.
+        ids: (batch, whole length) of that prompt, -1 at padding, if a later one is compared with it.
     """
 
     compaction: Compaction | None = None
     shift: Tensor | None = None
     cached: int = 0
     before: "Record | None" = None
+    ids: Tensor | None = None
 
     @classmethod
     def of(cls, cache: Cache | None) -> "Record":
@@ -171,8 +173,9 @@ class Record:
         """Keep it on a cache, for each of several sequences of a row."""
         if cache is not None:
             compaction = None if self.compaction is None else self.compaction.repeat(copies)
-            shift = None if self.shift is None else self.shift.repeat_interleave(copies, dim=0)
-            cache.prompt_record = replace(self, compaction=compaction, shift=shift)  # type: ignore[attr-defined]
+            rows = {name: getattr(self, name) for name in ("shift", "ids") if getattr(self, name) is not None}
+            rows = {name: value.repeat_interleave(copies, dim=0) for name, value in rows.items()}
+            cache.prompt_record = replace(self, compaction=compaction, **rows)  # type: ignore[attr-defined]
 
     @property
     def is_plain(self) -> bool:
