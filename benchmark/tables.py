@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 
 from lightvlm.benchmark.any_speed import ANY_HEADS, any_cells, describe_picture
 from lightvlm.benchmark.speed import ENCODER, LIGHTVLM, PREFILL, TTFT
@@ -296,6 +297,25 @@ def merged_tokens(folder: Path) -> str:
     return markdown_table(["", *(f"K = {budget}" for budget in budgets)], lines)
 
 
+def second_family(folder: Path) -> str:
+    """Return the accuracy of a small Qwen3-VL at shares of its merged tokens, means over seeds."""
+    found: dict[tuple, list[float]] = {}
+    for row in read(folder, "once/second_family"):
+        share = next(
+            share for least, share in ((100, "all"), (30, "25 %"), (10, "10 %"), (0, "5 %")) if row["tokens"] > least
+        )
+        found.setdefault((row["test"], row["way"], share), []).append(row["accuracy"])
+    columns = [(test, share) for test in ("photo_3x3", "flat_3x3") for share in ("25 %", "10 %", "5 %")]
+    ways = sorted(
+        {way for _, way, _ in found} - {"all"},
+        key=lambda way: -sum(found["photo_3x3", way, share][0] for _, share in columns[:3]),
+    )
+    lines = [[way, *(f"{fmean(found[test, way, share]):.1f}" for test, share in columns)] for way in ways]
+    whole = [f"{fmean(found[test, 'all', 'all']):.1f}" for test, _ in columns]
+    heads = [f"{test.replace('_', ' ')}, {share}" for test, share in columns]
+    return markdown_table(["", *heads], [["all 144 tokens", *whole], *lines])
+
+
 def training(folder: Path) -> str:
     """Return time and memory of a training step."""
     names, lines = {"full": "all parameters", "LoRA": "LoRA of rank 128"}, []
@@ -318,7 +338,18 @@ def any_speed(folder: Path) -> str:
 
 WRITERS: Iterable[Callable[[Path], str]] = (
     *(readme, accuracy, selectors, easy_vqa, budgets, speed_short, speed_cpu, speed_gpu, encoder_keep, first_token),
-    *(ceilings, runtimes, views_slice, views_full, picture_shapes, untrained, merged_tokens, training, any_speed),
+    *(
+        ceilings,
+        runtimes,
+        views_slice,
+        views_full,
+        picture_shapes,
+        untrained,
+        merged_tokens,
+        second_family,
+        training,
+        any_speed,
+    ),
 )
 TABLES = {writer.__name__.replace("_", "-"): writer for writer in WRITERS}
 

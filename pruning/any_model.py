@@ -49,8 +49,8 @@ class Encoded:
 
     Args:
         output: what the model's own encoding function returned.
-        tokens: (tokens, hidden) of each entry, but for those in the KV cache; an entry is an image, a video, a tile, or
-            all images of a prompt.
+        tokens: (tokens, hidden) of each entry, but for those in the KV cache; an entry is an image, a video, a tile,
+            or all images of a prompt.
         skipped: how many of each entry's tokens are in the cache.
         entries: their indices among all entries of the output.
         prompts: the prompt of each.
