@@ -75,23 +75,18 @@ def once_each(lines: list[list[str]]) -> list[list[str]]:
 
 
 def readme(folder: Path) -> str:
-    """Return README.md's table: speed at Phi-2's size, and accuracy with the weights that it was measured with."""
+    """Return README.md's table: speed at Phi-2's size, and the accuracy of the weights that ship."""
     found = {(row["method"], row["num_image_tokens"]): row for row in speed_rows(folder, f"{EPYC}_bf16")}
-    before = accuracies(folder, "mosaics_photo_3x3")
-    shipped = {row["num_image_tokens"]: row for row in encoder_results(folder) if row["method"] == "all"}
+    shipped = {row["num_image_tokens"]: row["accuracy"] for row in read(folder, "once/shipped_accuracy")["rows"]}
     lines = []
     for tokens in (576, 144, 64, 16):
         is_all = tokens == 576
         row = found.get(("Llava" if is_all else LIGHTVLM, tokens))
         cells = [f"{row['speedup'][stage]:.1f} ×" for stage in (PREFILL, TTFT)] if row else ["", ""]
         cells.append(f"{row['kv_cache_bytes'] / 1e6:.0f} MB" if row else "")
-        key = ("all" if is_all else "diverse", tokens)
-        cells.append(f"{before[key]:.1f} %" if key in before else "")
-        cells.append(f"{100 * shipped[tokens]['accuracy']:.1f} %" if tokens in shipped else "")
+        cells.append(f"{100 * shipped[tokens]:.1f} %")
         lines.append(["all 576" if is_all else str(tokens), *cells])
-    heads = ["image tokens", "prefill", "first token", "KV cache"]
-    heads += ["accuracy, weights of 26 November", "accuracy, shipped weights"]
-    return markdown_table(heads, lines, text_columns=0)
+    return markdown_table(["image tokens", "prefill", "first token", "KV cache", "accuracy"], lines, text_columns=0)
 
 
 def accuracy(folder: Path) -> str:

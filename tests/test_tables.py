@@ -1,9 +1,14 @@
 """Tables of the documentation: written from the results, between their comments, and nowhere else."""
 
 import json
+from pathlib import Path
 
 import pytest
 from lightvlm.benchmark.tables import BUDGETS, TABLES, fill, once_each
+from lightvlm.inference.checkpoint import SHIPPED
+from lightvlm.inference.fingerprint import fingerprint
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -49,3 +54,9 @@ def test_a_label_stands_once():
 
 def test_each_table_has_one_name():
     assert len(TABLES) == len({*TABLES.values()})
+
+
+@pytest.mark.parametrize("name", ["shipped_accuracy", "merged_tokens"])
+def test_what_is_told_of_the_shipped_checkpoint_was_measured_with_its_weights(name):
+    report = json.loads((ROOT / "evaluation" / "results" / "once" / f"{name}.json").read_text())
+    assert report["checkpoint"]["weights_sha256"] == fingerprint(SHIPPED)["weights_sha256"]
