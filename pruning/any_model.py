@@ -87,8 +87,9 @@ def prune(
         shared: whether the images of a prompt share one budget, and its videos another; a list has one for each
             prompt then.
         pruner: chooses the tokens: a `TokenScorer`, or any function as in `choosing.py`.
-        past_key_values: for several turns with one KV cache, which is empty in the first. Ids are those of the whole
-            conversation: the last turn's before pruning, its answer, what is new. Images are all, or the new ones.
+        past_key_values: for several turns with one KV cache, which is empty in the first and is changed. Ids are those
+            of the whole conversation: the last turn's before pruning, its answer in any words, what is new. Images are
+            all, or the new ones; a list of budgets has one for each new image.
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids`, `mm_encoder_outputs` and the other inputs of the pruned prompts,
@@ -169,7 +170,7 @@ def read_record(cache: Cache | None, given: dict[str, Any]) -> Record:
         cache.activate_past_recording()  # sliding windows can be cropped then
     if record.compaction is None or record.shift is None:
         if record.cached:
-            raise ValueError("past_key_values was not filled through prune: give prune the empty cache in turn one.")
+            raise ValueError("past_key_values was not filled through prune: give the empty cache at the first turn.")
         return record
     short, whole = record.compaction.source.shape[1], record.compaction.length
     cached_rows = [len(layer.keys) for layer in cache.layers if getattr(layer, "keys", None) is not None]  # type: ignore

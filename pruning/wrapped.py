@@ -143,7 +143,8 @@ class PrunedGenerate(Pruned):
         """Generate for pruned prompts, and return sequences that begin with the prompts as they were given."""
         run = super().generate  # type: ignore[misc]
         prompt, past = kwargs.pop("input_ids", inputs), kwargs.get("past_key_values")
-        if not has_pixels(kwargs) and Record.of(past).is_plain:
+        begins = past is not None and not past.get_seq_length() and prompt is not None  # a chat; images may follow
+        if kwargs.get("mm_encoder_outputs") or not (has_pixels(kwargs) or begins or not Record.of(past).is_plain):
             return run(prompt, generation_config, *args, **kwargs)
         settings = generation_config or self.generation_config
         if kwargs.get("attention_mask") is None:

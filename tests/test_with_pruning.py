@@ -81,3 +81,27 @@ def test_a_returned_cache_of_another_conversation_is_refused():
     later[0, 1] += 1
     with pytest.raises(ValueError, match="does not begin with"):
         model.generate(input_ids=later, past_key_values=output.past_key_values, **GREEDY)
+
+
+def test_a_chat_may_begin_without_an_image():
+    processor = make_qwen_processor()
+    base = make_qwen(processor)
+    model, cache = with_pruning(base, 5), DynamicCache(config=base.config.get_text_config())
+    text = processor.tokenizer("what color?", return_tensors="pt")
+    said = model.generate(**text, **GREEDY, past_key_values=cache)
+    inputs = ask(processor, "is it red?")
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        before = {"input_ids": said, "attention_mask": torch.ones_like(said)}.get(name, torch.zeros_like(said))
+        inputs[name] = torch.cat([before, inputs[name]], dim=1)
+    expected = answer(base, prune(base, inputs, 5))
+    continued = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    assert torch.equal(continued[:, inputs["input_ids"].shape[1] :], expected)
+
+
+def test_what_prune_returned_passes_through():
+    processor = make_qwen_processor()
+    base, inputs = make_qwen(processor), ask(processor, "what color?")
+    model = with_pruning(base, 30)
+    for cache in (None, DynamicCache(config=base.config.get_text_config())):
+        short = prune(model, inputs, 5, past_key_values=cache)
+        assert torch.equal(answer(model, short), answer(base, prune(base, inputs, 5)))
