@@ -282,9 +282,8 @@ def merged_tokens(folder: Path) -> str:
     """Return the accuracy of choosing from projected tokens, beside what attention and training choose."""
     found = {(row["way"], row["num_image_tokens"]): row for row in read(folder, "once/merged_tokens")["rows"]}
     budgets = sorted({budget for way, budget in found if way != "all"}, reverse=True)
-    ways = sorted(
-        {way for way, _ in found} - {"all"}, key=lambda way: -sum(found[way, k]["accuracy"] for k in budgets)
-    )
+    best = {way: -sum(found[way, budget]["accuracy"] for budget in budgets) for way, _ in found if way != "all"}
+    ways = sorted(best, key=lambda way: (round(best[way], 6), way))
     lines = [
         ["all tokens", *[f"{100 * row['accuracy']:.1f}" for (way, _), row in found.items() if way == "all"], "", ""]
     ]
@@ -301,10 +300,12 @@ def second_family(folder: Path) -> str:
         )
         found.setdefault((row["test"], row["way"], share), []).append(row["accuracy"])
     columns = [(test, share) for test in ("photo_3x3", "flat_3x3") for share in ("25 %", "10 %", "5 %")]
-    ways = sorted(
-        {way for _, way, _ in found} - {"all"},
-        key=lambda way: -sum(found["photo_3x3", way, share][0] for _, share in columns[:3]),
-    )
+    best = {
+        way: -sum(fmean(found["photo_3x3", way, share]) for _, share in columns[:3])
+        for _, way, _ in found
+        if way != "all"
+    }
+    ways = sorted(best, key=lambda way: (round(best[way], 6), way))
     lines = [[way, *(f"{fmean(found[test, way, share]):.1f}" for test, share in columns)] for way in ways]
     whole = [f"{fmean(found[test, 'all', 'all']):.1f}" for test, _ in columns]
     heads = [f"{test.replace('_', ' ')}, {share}" for test, share in columns]

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,6 @@ def load_other(
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
         AutoModelForImageTextToText,
-        AutoProcessor,
     )
 
     device = choose_device(device)
@@ -131,7 +131,7 @@ def load_other(
         model, report = read_weights(
             AutoModelForImageTextToText, model_path, config=config, attn_implementation=attn_implementation, **options
         )
-        processor = AutoProcessor.from_pretrained(model_path)
+        processor = load_processor(model_path)
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
         lacking = "chat template" if hasattr(processor, "image_processor") else "image processor"
         raise ValueError(
@@ -143,6 +143,18 @@ def load_other(
     model = model.eval() if device_map else model.eval().to(device)
     check_finite(model, model_path)
     return model, processor
+
+
+def load_processor(model_path: str):
+    """Return a checkpoint's processor; ImportError if transformers cannot make it without torchvision."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model_path)
+    except Exception as error:  # of several kinds, none of which names the cure
+        if find_spec("torchvision") is None and re.search("torchvision|video.processor", str(error), re.IGNORECASE):
+            raise ImportError("its processor needs torchvision: pip install torchvision") from error
+        raise
 
 
 def load_to_train(model_path: str, new: str = "$^", **options: Any):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lightvlm.inference.any_model import AnyModel, load_any
 from lightvlm.inference.own_model import Options
 from lightvlm_cli.main import main
 from PIL import Image
+from saved import edit_json
 from saved_families import FAMILIES, save_family
 from tiny import make_image, make_tokenizer, text_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -275,3 +277,13 @@ def test_show_refuses_tiles_and_a_question_that_nothing_reads(pictures, tmp_path
     assert "smolvlm, which cuts this image into" in capsys.readouterr().err and not (tmp_path / "kept.png").exists()
     assert show(folder, pictures / "1.png", tmp_path / "kept.png", "--prompt", "what?") == 2
     assert "--prompt needs a --pruner that was trained with questions" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="with torchvision it loads")
+@pytest.mark.parametrize("video", [{}, {"video_processor_type": "Qwen3VLVideoProcessor"}])
+def test_a_processor_that_needs_torchvision_says_so(tmp_path, video):
+    save_family("qwen3_vl", tmp_path)
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(video))
+    edit_json(tmp_path / "processor_config.json", processor_class="Qwen3VLProcessor")  # as published ones say
+    with pytest.raises(ValueError, match="its processor needs torchvision: pip install torchvision"):
+        load_any(str(tmp_path))
