@@ -179,8 +179,9 @@ def measure_any(
                 if repetition >= warmup:
                     samples[method].append(sample)
         rows = [{"method": method, "flops": flops[method], **summarise(samples[method])} for method in wanted]
-        for row in rows:
-            row["num_image_tokens"] = row["positions"] - rows[-1]["positions"]
+        total = sum(len(tokens) for some in encoded.values() for tokens in some.tokens)
+        for row, budget in zip(rows, wanted.values(), strict=True):
+            row["num_image_tokens"] = 0 if budget is None else any_model.count_kept(budget, total)
         compare(rows, batch_size=1)
         yield {"picture": list(picture), "rows": rows}
 
