@@ -4,6 +4,7 @@ from math import prod
 from typing import Any
 
 import torch
+from lightvlm.processing_lightvlm import expand_placeholders
 from transformers import (
     AutoConfig,
     GotOcr2ImageProcessorPil,
@@ -190,7 +191,8 @@ def make_prompt(config: PreTrainedConfig, picture: Picture, prompt_tokens: int) 
     words = torch.randint(min(placeholder, 1000), (prompt_tokens,))
     parts = [words[: len(words) - len(lengths)]]
     for word, length in zip(words[len(words) - len(lengths) :], lengths, strict=True):
-        parts = [word[None], torch.full((length,), placeholder), *parts]
+        (image,) = expand_placeholders([[placeholder]], placeholder, [length])
+        parts = [word[None], torch.tensor(image), *parts]
     ids = torch.cat(parts)[None]
     types = {"mm_token_type_ids": (ids == placeholder).int() * (1 + is_video)} if is_native else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types, **pixels}

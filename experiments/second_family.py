@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from lightvlm import LightVLMForConditionalGeneration
 from lightvlm.inference.checkpoint import SHIPPED
+from lightvlm.processing_lightvlm import expand_placeholders
 from lightvlm.training.prepare_easy_vqa import DESCRIBE, PALETTE, SHAPES
 from lightvlm.training.prepare_mosaics import ask, caption, draw_mosaic, load_cells, load_photographs
 from PIL import Image
@@ -455,7 +456,8 @@ class Reader(nn.Module):
     def lay_out(self, places: list[int], side: int, turns: list[tuple[str, str]]) -> tuple[list, list, list, list]:
         """Return ids, labels, numbers of turns (0: of all) and positions in time, height and width."""
         start, after = len(self.before), len(self.before) + side
-        ids = [*self.before, *[self.image_token_id] * len(places), *self.behind]
+        prompt = [*self.before, self.image_token_id, *self.behind]
+        (ids,) = expand_placeholders([prompt], self.image_token_id, [len(places)])
         positions = [[at] * 3 for at in range(start)]
         positions += [[start, start + place // side, start + place % side] for place in places]
         positions += [[after + at] * 3 for at in range(len(self.behind))]

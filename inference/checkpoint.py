@@ -79,9 +79,11 @@ def blaming(model_path: str) -> Iterator[None]:
 
 
 def read_type(model_path: str) -> str:
-    """Return the model type of a checkpoint; ValueError if there is none."""
+    """Return the type of a checkpoint, and of an adapter LightVLM's, for `load`; ValueError if there is none."""
     from transformers import AutoConfig
 
+    if (Path(model_path) / "adapter_config.json").exists():
+        return "lightvlm"
     with blaming(model_path):
         return AutoConfig.from_pretrained(model_path).model_type
 
