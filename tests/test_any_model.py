@@ -20,7 +20,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 WANTED = {"max_new_tokens": 5}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+def slow_but(name, names):
+    """Return parameters of which one alone is fast."""
+    return [each if each == name else pytest.param(each, marks=pytest.mark.slow) for each in names]
+
+
+@pytest.fixture(scope="module", params=slow_but("qwen3_vl", FAMILIES))
 def family(request, tmp_path_factory):
     """Return the folder of a checkpoint of each family."""
     return save_family(request.param, tmp_path_factory.mktemp(request.param))

@@ -15,6 +15,8 @@ from lightvlm.benchmark.speed import ENCODER, PREFILL, SCORING, SELECTION, TTFT,
 from lightvlm.pruning import TokenScorer, any_model, keep_distinct
 from lightvlm_cli.main import main
 
+pytestmark = pytest.mark.slow  # test_prune.py guards the most of it
+
 PICTURE, VIDEO = (300, 200), (100, 100, 4)
 TEXT, LAYERS = 30, 2
 

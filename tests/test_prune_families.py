@@ -15,8 +15,16 @@ GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
 SAMPLED = {"max_new_tokens": STEPS, "do_sample": True}
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 
+POPULAR = ("qwen3_vl", "internvl", "llava", "gemma3")
 get = cache(lambda name: FAMILIES[name]())
-every = pytest.mark.parametrize("name", FAMILIES)
+
+
+def marked(names):
+    """Return families as parameters, of which all but four are slow together."""
+    return [pytest.param(name, marks=() if name in POPULAR else pytest.mark.slow) for name in names]
+
+
+every = pytest.mark.parametrize("name", marked(FAMILIES))
 OF_PROMPTS = ("idefics2", "idefics3", "smolvlm", "granite_docling")  # images of a prompt share a budget
 ROWS = {"one": (1,), "batch": (1, 2)}
 
@@ -41,7 +49,7 @@ def unequal(name):
     return [0.3, 0.8] if name in OF_PROMPTS else [0.3, 0.6, 0.8]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OF_PROMPTS])
+@pytest.mark.parametrize("name", marked(name for name in FAMILIES if name not in OF_PROMPTS))
 @torch.no_grad()
 def test_each_image_keeps_its_own(name):
     family, inputs = get(name), get(name).inputs((1, 2))
@@ -70,7 +78,7 @@ def test_dropping_is_masking(name, rows):
     assert_close(family.model(**short).logits, reference, short["attention_mask"], family)
 
 
-@pytest.mark.parametrize("name", WITH_VIDEO)
+@pytest.mark.parametrize("name", marked(WITH_VIDEO))
 @torch.no_grad()
 def test_videos_have_one_budget_over_their_frames(name):
     family, inputs = get(name), get(name).video(2)
@@ -103,7 +111,7 @@ def test_greedy_equals_whole_prompts_without_a_cache(name):
         positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NO_BEAMS])
+@pytest.mark.parametrize("name", marked(name for name in FAMILIES if name not in NO_BEAMS))
 @torch.no_grad()
 def test_beams_and_samples_of_a_batch_are_those_of_each_row(name):
     family, inputs = get(name), get(name).inputs((1, 2))

@@ -14,6 +14,8 @@ from tiny import make_image
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
+pytestmark = pytest.mark.slow  # test_prune.py guards the most of it
+
 TARGETS = r".*language_model.*(q_proj|v_proj|up_proj)"
 
 

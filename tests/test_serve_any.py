@@ -7,6 +7,8 @@ from saved_families import save_family
 from served import ask, complete, post_fields, serving, stream, user
 from tiny import make_image
 
+pytestmark = pytest.mark.slow  # test_prune.py guards the most of it
+
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "smolvlm"])
 def other(request, tmp_path_factory):

@@ -17,6 +17,8 @@ from qwen import CELL, HIDDEN, SIDE, make_qwen, make_qwen_processor
 from tiny import make_image
 from torch.nn.functional import layer_norm
 
+pytestmark = pytest.mark.slow  # test_prune.py guards the most of it
+
 TOKENS = SIDE * SIDE
 
 
