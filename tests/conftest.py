@@ -145,3 +145,19 @@ def hub(monkeypatch):
 def unchecked(monkeypatch):
     """Leave out the fresh process, which takes seconds."""
     monkeypatch.setattr(push, "check_folder", lambda folder, name: None)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Return a folder with a model and the rows that runs of training/sft.py learn from."""
+    from sft_run import make_data  # which needs the trainers
+
+    return make_data(tmp_path)
+
+
+@pytest.fixture
+def logs(monkeypatch):
+    """Return what the trainers of a test log."""
+    from sft_run import log_trainers
+
+    return log_trainers(monkeypatch)

@@ -6,14 +6,9 @@ from lightvlm.data.llava import load_llava
 from lightvlm.data.turns import mask_blocks
 from lightvlm.training.collator import LightVLMCollator
 from PIL import Image
-from sft_run import TOLERANCE, collator, make_data
+from sft_run import TOLERANCE, collator
 from tiny import make_dynamic, make_image, make_model, make_processor
 from tokenizers.processors import TemplateProcessing
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path)
 
 
 def test_no_placeholder_of_an_image_is_learned(data):

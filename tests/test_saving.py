@@ -11,16 +11,11 @@ from lightvlm.inference.checkpoint import load
 from lightvlm.training import saving, sft
 from lightvlm.training.saving import find_checkpoint, find_missing, folder_written_beside
 from lightvlm_cli.main import main
-from sft_run import log_trainers, make_data, train
+from sft_run import log_trainers, train
 from tiny import make_model
 from trl import SFTTrainer
 
 RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path)
 
 
 @pytest.fixture

@@ -10,19 +10,8 @@ from lightvlm.training import sft
 from lightvlm.training.collator import LightVLMCollator
 from PIL import Image
 from saved import lose_weights
-from sft_run import changed_names, curve, log_trainers, make_data, train
+from sft_run import changed_names, curve, train
 from tiny import GRIDS, make_image, make_model, make_processor
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path)
-
-
-@pytest.fixture
-def logs(monkeypatch):
-    """Return what the trainers of a test log."""
-    return log_trainers(monkeypatch)
 
 
 def test_training_learns_from_the_image_and_leaves_a_folder_that_loads(data, monkeypatch):

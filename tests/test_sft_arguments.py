@@ -3,16 +3,11 @@
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from lightvlm.training import sft
-from sft_run import TRAINING, make_data, train
+from sft_run import TRAINING, train
 from trl import TrlParser
 
 OTHERS = ("pruner", "views")  # configurations of other scripts
 CONFIGS = [path for path in sorted((TRAINING / "configs").glob("*.yaml")) if not path.stem.endswith(OTHERS)]
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path)
 
 
 @pytest.mark.parametrize(

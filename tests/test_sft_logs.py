@@ -4,20 +4,9 @@ import pytest
 import torch
 from lightvlm.data.llava import load_llava
 from lightvlm.training import sft
-from sft_run import collator, curve, log_trainers, make_data, train
+from sft_run import collator, curve, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import NUM_PATCHES, make_model, make_processor
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path)
-
-
-@pytest.fixture
-def logs(monkeypatch):
-    """Return what the trainers of a test log."""
-    return log_trainers(monkeypatch)
 
 
 def test_the_loss_and_the_accuracy_that_is_logged_are_of_the_answers(data, monkeypatch, logs):

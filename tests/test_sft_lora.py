@@ -6,13 +6,8 @@ from lightvlm import LightVLM
 from lightvlm.data.llava import load_llava
 from lightvlm.training import sft
 from peft import PeftModel
-from sft_run import TOLERANCE, changed_names, collator, make_data, train
+from sft_run import TOLERANCE, changed_names, collator, train
 from tiny import make_model
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path)
 
 
 def test_lora_is_merged_into_a_plain_checkpoint_that_answers_as_the_adapted_model(data, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from launch import launch
 from lightvlm import LightVLM
 from lightvlm.data.llava import load_llava
-from sft_run import TOLERANCE, TRAINING, collator, command, curve, log_trainers, make_data, train
+from sft_run import TOLERANCE, TRAINING, collator, command, curve, train
 
 FSDP_ON_CPU = """  # accelerate shards on GPUs alone; two CPU processes pass for them
 from accelerate import DistributedType, PartialState
@@ -24,17 +24,6 @@ def prepare(config):
 SFTConfig.__post_init__ = prepare
 sft.main()
 """
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path)
-
-
-@pytest.fixture
-def logs(monkeypatch):
-    """Return what the trainers of a test log."""
-    return log_trainers(monkeypatch)
 
 
 @pytest.mark.parametrize(

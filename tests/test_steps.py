@@ -13,20 +13,9 @@ from lightvlm.data.llava import load_llava
 from lightvlm.training import sft
 from lightvlm.training.collator import StepRows, StepSampler, StepStream, group_rows, measure_rows
 from lightvlm.training.prepare_easy_vqa import llava_row
-from sft_run import TOLERANCE, arguments, collator, curve, log_trainers, make_data, train
+from sft_run import TOLERANCE, arguments, collator, curve, train
 from tiny import NUM_PATCHES
 from torch.utils.data import BatchSampler, DataLoader
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path)
-
-
-@pytest.fixture
-def logs(monkeypatch):
-    """Return what the trainers of a test log."""
-    return log_trainers(monkeypatch)
 
 
 def budgets(count, **options):
