@@ -4,6 +4,7 @@ from math import prod
 from typing import Any
 
 import torch
+from lightvlm.benchmark.presets import SIGLIP_SO400M_384
 from lightvlm.processing_lightvlm import expand_placeholders
 from transformers import (
     AutoConfig,
@@ -62,14 +63,7 @@ SMOLVLM2_2_2B = {  # HuggingFaceTB/SmolVLM2-2.2B-Instruct
     "model_type": "smolvlm",
     "scale_factor": 3,
     "image_token_id": 49190,
-    "vision_config": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
+    "vision_config": {**SIGLIP_SO400M_384, "model_type": "smolvlm_vision"},
     "text_config": {
         "model_type": "llama",
         "vocab_size": 49280,

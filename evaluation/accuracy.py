@@ -180,6 +180,16 @@ def repeat_images(layout: Layout, images: torch.Tensor) -> Layout:
     return replace(repeated, lengths=lengths, views=views)
 
 
+def timed(device: torch.device, count: int, function: Callable, *args, **kwargs) -> tuple[Any, float]:
+    """Return what a function returns, and how many milliseconds it took for each of `count` questions."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    wait()
+    return result, 1000 * (time.perf_counter() - start) / count
+
+
 class Batch:
     """Some of the questions, with their images encoded: what every selector starts from.
 
@@ -214,12 +224,7 @@ class Batch:
 
     def timed(self, function: Callable, *args, **kwargs) -> tuple[Any, float]:
         """Return what a function returns, and how many milliseconds it took for each question."""
-        wait = torch.cuda.synchronize if self.model.device.type == "cuda" else lambda: None
-        wait()
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        wait()
-        return result, 1000 * (time.perf_counter() - start) / len(self.rows)
+        return timed(self.model.device, len(self.rows), function, *args, **kwargs)
 
     def choose(self, selector: str, budget: int | str) -> LightVLMImageFeatures:
         """Choose the image tokens of each row; mixed tokens have no index, so positions are always consecutive."""
@@ -327,15 +332,27 @@ def accuracy(
     """
     question_aware = any(selector.endswith("+question") for selector, _ in settings)
     log = log or AnswerLog(None, {})
+    answer_all(lambda rows: Batch(model, questions, rows, question_aware), questions, settings, batch_size, seed, log)
+    return summarize(log, questions, settings, metric)
+
+
+def answer_all(
+    encode: Callable[[list[int]], Any],
+    questions: Questions,
+    settings: list[tuple[str, int | str]],
+    batch_size: int,
+    seed: int,
+    log: AnswerLog,
+) -> None:
+    """Write to a log the answers that it lacks; `encode` makes a batch of the questions of these numbers."""
     done = {row for lines in log.earlier for row in lines["rows"]}
     batches = [*log.mine(questions.batches(batch_size, done))]
     for number, rows in enumerate(tqdm(batches, "Batches", disable=not log.state.is_main_process)):
         torch.manual_seed(seed + rows[0])  # chance is the same in whatever process, after whatever pause
-        batch, is_timed = Batch(model, questions, rows, question_aware), number <= TIMED_BATCHES
+        batch, is_timed = encode(rows), number <= TIMED_BATCHES
         found = [batch.answer(*setting, time_prefill=is_timed) for setting in settings]
         texts, measured = zip(*found, strict=True)
         log.add({"rows": rows, "answers": texts, "measured": measured})
-    return summarize(log, questions, settings, metric)
 
 
 def summarize(

@@ -2,13 +2,10 @@
 
 import itertools
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from lightvlm.compaction_lightvlm import Record
-from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, TIMED_BATCHES, Questions, summarize
+from lightvlm.evaluation.accuracy import MAX_NEW_TOKENS, Questions, answer_all, summarize, timed
 from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import select_max_min
 from lightvlm.inference.answer_log import AnswerLog
@@ -19,7 +16,6 @@ from lightvlm.pruning import keep_distinct
 from lightvlm.pruning.any_model import check_prompt, choose, drop, embed_text, encode
 from lightvlm.pruning.choosing import Chooser, log_distance
 from torch import Tensor
-from tqdm import tqdm
 
 BUDGETS = ("100%", "25%", "10%", "5%")  # that are measured by default
 
@@ -108,15 +104,6 @@ class Batch:
         check_prompt(self.given)
         self.encoded, self.words = encode(self.model, self.given), embed_text(self.model, self.given)
 
-    def timed(self, function: Callable, *args: Any, **kwargs: Any) -> tuple[Any, float]:
-        """Return what a function returns, and how many milliseconds it took for each question."""
-        wait = torch.cuda.synchronize if self.model.device.type == "cuda" else lambda: None
-        wait()
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        wait()
-        return result, 1000 * (time.perf_counter() - start) / len(self.talks)
-
     def choose(self, selector: str, budget: int | str) -> dict:
         """Return the kept indices of each modality's entries."""
         chooser = choosers_of(self.asked).get(selector, keep_distinct)  # of "all", which chooses nothing
@@ -125,13 +112,13 @@ class Batch:
 
     def answer(self, selector: str, budget: int | str, time_prefill: bool) -> tuple[list[str], dict[str, float]]:
         """Return greedy answers, the mean number of tokens of an image, and milliseconds of choice and prefill."""
-        kept, selection = self.timed(self.choose, selector, budget)
+        kept, selection = timed(self.model.device, len(self.talks), self.choose, selector, budget)
         short, _ = drop(self.model, self.given, self.encoded, kept, Record())
         self.asked.check_positions(longest(short), MAX_NEW_TOKENS)
         counts = self.asked.count(self.inputs, short, self.talks)
         measured = {"tokens": statistics.fmean(sum(kept) for kept, _ in counts), "selection_ms": selection}
         if time_prefill:
-            _, measured["prefill_ms"] = self.timed(self.model, **short)
+            _, measured["prefill_ms"] = timed(self.model.device, len(self.talks), self.model, **short)
         output = self.model.generate(**short, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         start = short["input_ids"].shape[1]
         return self.asked.processor.batch_decode(output[:, start:], skip_special_tokens=True), measured
@@ -156,12 +143,5 @@ def any_accuracy(
         metric, batch_size, seed, log: as in `accuracy`.
     """
     log = log or AnswerLog(None, {})
-    done = {row for lines in log.earlier for row in lines["rows"]}
-    batches = [*log.mine(questions.batches(batch_size, done))]
-    for number, rows in enumerate(tqdm(batches, "Batches", disable=not log.state.is_main_process)):
-        torch.manual_seed(seed + rows[0])  # chance is the same in whatever process, after whatever pause
-        batch = Batch(asked, questions, rows)
-        found = [batch.answer(*setting, time_prefill=number <= TIMED_BATCHES) for setting in settings]
-        texts, measured = zip(*found, strict=True)
-        log.add({"rows": rows, "answers": texts, "measured": measured})
+    answer_all(lambda rows: Batch(asked, questions, rows), questions, settings, batch_size, seed, log)
     return summarize(log, questions, settings, metric)

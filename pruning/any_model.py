@@ -39,8 +39,9 @@ class Pruning:
         if self.num_image_tokens is None and self.num_video_tokens is None:
             raise ValueError("Give the number of tokens to keep: num_image_tokens or num_video_tokens.")
         for budget in (self.num_image_tokens, self.num_video_tokens):
-            for number in budget if isinstance(budget, list | tuple) else () if budget is None else (budget,):
-                count_kept(number, 1)
+            if budget is not None:
+                for number in budget if isinstance(budget, list | tuple) else [budget]:
+                    count_kept(number, 1)
 
 
 @dataclass
@@ -282,8 +283,9 @@ def embed_text(model: Any, given: dict[str, Any]) -> Tensor:
     is_text = given["attention_mask"].bool() & ~image & ~video
     if "labels" in given:
         is_text = is_text & (given["labels"] == -100)
-    embeddings = model.get_input_embeddings()(given["input_ids"] * is_text)
-    return (embeddings * is_text[..., None]).sum(dim=1) / is_text.sum(dim=1, keepdim=True).clamp_min(1)
+    words = model.get_input_embeddings()(given["input_ids"][is_text])  # (words, hidden): placeholders may be thousands
+    sums = words.new_zeros(len(is_text), words.shape[-1]).index_add(0, is_text.nonzero()[:, 0], words)
+    return sums / is_text.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 def choose(encoded: Encoded, budget: Budget, pruner: Chooser, questions: Tensor) -> dict[int, Tensor]:
@@ -330,9 +332,14 @@ def mark_kept(is_placeholder: Tensor, start: int, encoded: Encoded, kept: dict[i
     return torch.ones_like(is_placeholder).masked_scatter(is_new, torch.cat(flags).to(is_placeholder.device))
 
 
+def name_tokens(output: Any) -> str:
+    """Return the field of an encoder's output that has the tokens."""
+    return next(name for name in FIELDS if output.get(name) is not None)
+
+
 def find_tokens(output: Any) -> Any:
     """Return the tokens that an encoder hands to the language model: (tokens, hidden) of each entry."""
-    tokens = next(output[name] for name in FIELDS if output.get(name) is not None)
+    tokens = output[name_tokens(output)]
     while not isinstance(tokens[0], Tensor):  # of several layers the first; Granite tells each with its number
         tokens = tokens[0] if isinstance(tokens[0], list | tuple) else tokens[1]
     return tokens
@@ -352,8 +359,7 @@ def take_kept(encoded: Encoded, kept: dict[int, Tensor]) -> Any:
         return rows
 
     output = encoded.output
-    used = next(name for name in FIELDS if output.get(name) is not None)
-    names = [name for name in output if name == used or name not in UNUSED]
+    names = [name for name in output if name == name_tokens(output) or name not in UNUSED]
     short = type(output)(**{name: take(output[name]) if name in FIELDS else output[name] for name in names})
     short.kept_indices = [*kept.values()]
     return short
@@ -380,9 +386,10 @@ def drop(
             outputs[modality] = take_kept(some, kept[modality])
             entries[f"{modality}_grid_thw"] = some.entries
     grids = {name: given[name][entries[name]] for name in entries if name in given}
-    positions = whole_positions(model, given | grids, places, start)
     if model.config.model_type in COUNTED_ANEW:
         positions = count_positions(is_kept[:, start:])
+    else:
+        positions = whole_positions(model, given | grids, places, start)
     short, record = shorten(given, is_kept, positions, record)
     rest = {name: value for name, value in given.items() if name not in used and name not in short}
     return {**rest, **short, **({"mm_encoder_outputs": outputs} if outputs else {})}, record

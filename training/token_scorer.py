@@ -17,7 +17,7 @@ from lightvlm.compaction_lightvlm import Record
 from lightvlm.data.features import load_rows
 from lightvlm.data.readable_rows import ReadableRows
 from lightvlm.data.turns import IGNORED
-from lightvlm.inference.checkpoint import check_weights, read_weights
+from lightvlm.inference.checkpoint import check_weights, load_processor, read_weights
 from lightvlm.pruning import TokenScorer
 from lightvlm.pruning.any_model import Encoded, check_model, choose, count_kept, drop, embed_text, encode
 from lightvlm.pruning_lightvlm import QUESTION_RANK
@@ -30,7 +30,7 @@ from lightvlm.training.pruner import (
     summarize,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 from trl.data_utils import prepare_multimodal_messages
 
 CENTERED = 256  # rows whose mean text is the center of all questions
@@ -203,7 +203,7 @@ def teach(args: Any, training_args: Any) -> None:
         raise ValueError("leave out features_dir: features are kept for LightVLM alone.")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} has files already: move them away, or give another --output_dir.")
-    processor = AutoProcessor.from_pretrained(args.model_path)
+    processor = load_processor(args.model_path)
     processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
     model, report = read_weights(AutoModelForImageTextToText, args.model_path, dtype="auto")
     check_weights(report, args.model_path, "give a whole checkpoint.", spare="")
