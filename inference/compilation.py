@@ -2,10 +2,9 @@
 
 import torch
 from lightvlm import LightVLM, LightVLMModel
-from lightvlm.pruning_lightvlm import LightVLMImageFeatures
-from lightvlm.views_lightvlm import one_view
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import output_capturing
 
 FULL_PRECISION = ["model.vision_tower", "model.pruner", "model.multi_modal_projector", "lm_head"]  # beside int8
 
@@ -44,40 +43,13 @@ def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def encode_and_rank(
-    model: LightVLMModel,
-    pixel_values: torch.Tensor,
-    vision_feature_layer: int | list[int] | None,
-    count: int | None,
-    question_ids: torch.LongTensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what `encode_and_prune` needs, without a loop over images: one graph for any number of them.
-
-    Args:
-        model: without its language model head.
-        pixel_values, vision_feature_layer, question_ids: as in `get_image_features`.
-        count: the largest K of the images; None for all patches of all of them, which takes no scores.
-
-    Returns:
-        Features (images, patches, dim); tokens (images, count, hidden), best first, of which an image keeps the
-        first K; and the patches (images, count) that they were.
-    """
-    # Images of one view are laid out alike, and a list as long as there are images would fix their number in a graph.
-    features, prior, places = model.encode(pixel_values, vision_feature_layer)
-    whole = one_view(model.config.patches_per_side, 1, features.device)
-    features, prior, layout = whole.place(places, features, prior)
-    if count is None:
-        order = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
-    else:
-        questions = None if question_ids is None else model.embed_questions(question_ids)
-        order = model.pruner.rank(features, prior, questions, layout, count)
-    # take_along_dim broadcasts, and so fixes the number of images in a compiled graph.
-    patches = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-    return features, model.pruner.add_places(model.multi_modal_projector(patches), whole.at(order, [])), order
+def bucket(count: int, patches: int) -> int:
+    """Return the power of two, or all patches, that so many tokens are rounded up to: a graph is for a few of them."""
+    return min(max(16, 1 << (count - 1).bit_length()), patches)
 
 
 def compile_for_inference(model: LightVLM, **options) -> LightVLM:
-    """Compile, in place, what a first token waits for: encoder and pruner at a static K, and prefill.
+    """Compile, in place, what a first token waits for: pixels to tokens at a static K, and prefill.
 
     The first calls compile, for minutes if a model is large: once for a number of images, K, batch size and
     prompt length, and once more for those that vary. Images in any number and of any K then run in the same few
@@ -88,26 +60,35 @@ def compile_for_inference(model: LightVLM, **options) -> LightVLM:
     Args:
         model: in evaluation mode.
         options: of `torch.compile`. With `mode="reduce-overhead"`, CUDA graphs on a GPU, recorded for each shape,
-            the KV cache of a prompt is overwritten by the next one's, unless it is a static cache.
+            and for K in powers of two; `last_hidden_state` of images, and the KV cache of a prompt unless it is a
+            static cache, are overwritten by the next ones'.
     """
     base = type(model.model)
-    rank, prefill = (torch.compile(function, **options) for function in (encode_and_rank, base.prefill))
+
+    def encode_and_keep(model: LightVLMModel, *inputs):
+        """Run it without a transformers collector of hidden states: hooks that look for one break the graph.
+
+        An encoder has them on each layer once it was asked for its hidden states, as by each of Llava's forwards on
+        the same weights.
+        """
+        collector = output_capturing._active_collector
+        before = collector.set(None)
+        outputs = base.encode_and_keep(model, *inputs)
+        collector.reset(before)
+        return outputs
+
+    keep, prefill = (torch.compile(function, **options) for function in (encode_and_keep, base.prefill))
 
     class Compiled(base):
         """The model without its head, two steps of which are compiled."""
 
-        def encode_and_prune(
-            self, pixel_values, vision_feature_layer, layout, budgets, question_ids
-        ) -> LightVLMImageFeatures:
-            count = None if budgets.limits == layout.lengths else max(budgets.limits)
-            features, tokens, order = rank(self, pixel_values, vision_feature_layer, count, question_ids)
-            raster = [row[:budget].sort() for row, budget in zip(order, budgets.limits, strict=True)]
-            return LightVLMImageFeatures(
-                last_hidden_state=features.clone(),  # which the next CUDA graph may overwrite
-                pooler_output=[row[places] for row, (_, places) in zip(tokens, raster, strict=True)],
-                kept_indices=[kept for kept, _ in raster],
-                lengths=layout.lengths,
-            )
+        def encode_and_keep(self, pixel_values, vision_feature_layer, most, counts, question_ids):
+            """Run it with K in a bucket, whose graph is for all numbers in it."""
+            if most is not None:
+                counts = torch.full((len(pixel_values),), most, device=pixel_values.device) if counts is None else counts
+                most = bucket(most, self.config.num_patches)
+            features, tokens, kept = keep(self, pixel_values, vision_feature_layer, most, counts, question_ids)
+            return features, tokens.clone(), kept.clone()  # which the next CUDA graph may overwrite
 
         def prefill(self, mm_encoder_outputs, **inputs):
             """Run `prefill` with one tensor for all images, so that its graph does not depend on their number."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from lightvlm import LightVLM
 from lightvlm.data.files import written_beside
-from lightvlm.inference.compilation import encode_and_rank
 from torch import nn
 
 PIXELS, TOKENS, KEPT = "pixel_values", "image_tokens", "kept_indices"
@@ -33,9 +32,8 @@ class ImageTokens(nn.Module):
 
         Both are in raster order, as `get_image_features` returns them.
         """
-        _, tokens, order = encode_and_rank(self.model, pixel_values, None, self.num_image_tokens, None)
-        kept, places = order.sort(dim=1)
-        return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])), kept
+        _, tokens, kept = self.model.encode_and_keep(pixel_values, None, self.num_image_tokens, None, None)
+        return tokens, kept
 
 
 def check(model: LightVLM, path: Path, num_image_tokens: int, int8: bool) -> None:

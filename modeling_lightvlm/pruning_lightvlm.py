@@ -80,6 +80,20 @@ def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: fl
 SELECTORS = {"topk": select_topk, "diverse": select_density_peaks}
 
 
+def in_raster_order(order: Tensor, counts: Tensor | None, tokens: int) -> Tensor:
+    """Sort each image's tokens, (images, most), of which it keeps the first ones.
+
+    Args:
+        order: of `select_topk`.
+        counts: (images,), how many each image keeps, followed by its last token as padding; None if it keeps all.
+        tokens: of an image.
+    """
+    if counts is None:
+        return order.sort(dim=1).values
+    is_surplus = torch.arange(order.shape[1], device=order.device) >= counts.to(order.device)[:, None]
+    return order.masked_fill(is_surplus, tokens).sort(dim=1).values.clamp_max(tokens - 1)
+
+
 def pool_important(features: Tensor, scores: Tensor) -> Tensor:
     """Return an image's mean patch, weighted by the square root of importance, so that background does not dominate.
 
@@ -258,6 +272,7 @@ class TokenPruner(nn.Module):
         places = embed_grid(self.row_key, self.column_key, layout) * QUESTION_RANK**0.5
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
+    @torch.no_grad()  # indices have no gradient
     def rank(self, features: Tensor, prior: Tensor, questions: Tensor | None, layout: Layout, count: int) -> Tensor:
         """Return each image's `count` tokens to keep, (images, count), best first; arguments as in `score`.
 
@@ -329,11 +344,9 @@ class TokenPruner(nn.Module):
             counts = self.allot(features, scores, budgets)
             scores = self.add_question(scores, features, questions, layout)
             order = self.select(scores, features, max(counts))
-        if min(counts) < max(counts):
-            ranks = torch.arange(max(counts), device=order.device)
-            is_surplus = ranks >= torch.tensor(counts).to(order.device, non_blocking=True)[:, None]
-            order = order.masked_fill(is_surplus, features.shape[1])  # not an index of a token, so it sorts last
-        return [row[:count] for row, count in zip(order.sort(dim=1).values, counts, strict=True)]
+        each = torch.tensor(counts).to(order.device, non_blocking=True) if min(counts) < max(counts) else None
+        kept = in_raster_order(order, each, features.shape[1])
+        return [row[:count] for row, count in zip(kept, counts, strict=True)]
 
     def add_places(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Add the learned embeddings of row and column, and of tiles, to kept tokens (..., hidden) of this layout."""
