@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
+from lightvlm.budgets_lightvlm import to_device
 from lightvlm.processing_lightvlm import expand_placeholders
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from PIL import Image
@@ -95,7 +96,7 @@ def encode(
     first = {key: images[keys.index(key)] for key in keys}
     if questions:
         options["question"] = [question for _, question in first]
-    inputs = processor(images=[*first.values()], return_tensors="pt", **options).to(model.device)
+    inputs = to_device(processor(images=[*first.values()], return_tensors="pt", **options), model.device)
     found = model.get_image_features(**inputs)
     places = [[*first].index(key) for key in keys]
     tokens, kept = ([part[place] for place in places] for part in (found.pooler_output, found.kept_indices))

@@ -44,7 +44,7 @@ def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def bucket(count: int, patches: int) -> int:
-    """Return the power of two, or all patches, that so many tokens are rounded up to: a graph is for a few of them."""
+    """Return how many tokens the graph for so many has: a power of two from 16 on, or all patches."""
     return min(max(16, 1 << (count - 1).bit_length()), patches)
 
 
@@ -84,9 +84,9 @@ def compile_for_inference(model: LightVLM, **options) -> LightVLM:
 
         def encode_and_keep(self, pixel_values, vision_feature_layer, most, counts, question_ids):
             """Run it with K in a bucket, whose graph is for all numbers in it."""
-            if most is not None:
-                counts = torch.full((len(pixel_values),), most, device=pixel_values.device) if counts is None else counts
-                most = bucket(most, self.config.num_patches)
+            if most is not None and counts is None:
+                counts = torch.full((len(pixel_values),), most, device=pixel_values.device)
+            most = None if most is None else bucket(most, self.config.num_patches)
             features, tokens, kept = keep(self, pixel_values, vision_feature_layer, most, counts, question_ids)
             return features, tokens.clone(), kept.clone()  # which the next CUDA graph may overwrite
 

@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .budgets_lightvlm import Budgets, Counts
 from .chat_lightvlm import Chat
-from .compaction_lightvlm import Record, compact, count_dropped, follow_cache, mark_surplus
+from .compaction_lightvlm import Record, compact, count_dropped, follow_cache, mark_surplus, put_tokens
 from .configuration_lightvlm import LightVLMConfig
 from .encoding_lightvlm import ENCODERS, WholeCLIPAttention, WholeSiglipAttention, encode_patches
 from .generation_lightvlm import NEEDS_IDS, PrunedGeneration, refuse_cached_images
@@ -212,7 +212,7 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             first K; and the patches (images, most) that they were.
         """
         features, prior, places = self.encode(pixel_values, vision_feature_layer)
-        # Images of one view are laid out alike, and a list as long as there are images would fix their number in a graph.
+        # Images of one view are laid out alike; a list as long as there are images would fix their number in a graph.
         whole = one_view(self.config.patches_per_side, 1, features.device)
         features, prior, layout = whole.place(places, features, prior)
         if most is None:
@@ -405,17 +405,16 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         """Count tokens of these images that were dropped before each of these ids, and before what follows."""
         return count_dropped(input_ids == self.config.image_token_id, images.kept_indices, images.lengths)
 
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor, inputs_embeds: Tensor, image_features: Tensor
-    ) -> Tensor:
-        """Return LLaVA's mask, (batch, length, 1), but count no placeholders in a graph: the host would wait."""
-        if input_ids is None or not torch.compiler.is_compiling():
-            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
-        return (input_ids == self.config.image_token_id)[..., None]
-
-    def prefill(self, **inputs: Any) -> Any:
-        """Run `LlavaModel.forward` on a prompt whose images are encoded."""
-        return super().forward(**inputs)
+    def prefill(self, mm_encoder_outputs: dict[str, Any], **inputs: Any) -> Any:
+        """Run `LlavaModel.forward` on a prompt whose images are encoded, without its wait for the device."""
+        if (input_ids := inputs.pop("input_ids")) is None:
+            return super().forward(mm_encoder_outputs=mm_encoder_outputs, **inputs)
+        words = self.get_input_embeddings()(input_ids)
+        tokens = torch.cat(list(mm_encoder_outputs["image"].pooler_output)).to(words)
+        inputs["inputs_embeds"] = put_tokens(words, input_ids == self.config.image_token_id, tokens)
+        outputs = super().forward(**inputs)
+        outputs.image_hidden_states = tokens
+        return outputs
 
 
 class LightVLMForConditionalGeneration(  # type: ignore[misc]  # a more precise config

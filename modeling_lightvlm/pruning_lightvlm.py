@@ -63,7 +63,8 @@ def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: fl
     be unlike the chosen ones alone, must choose one after the other; this takes no loop. Of many views' patches only
     the most important `CANDIDATES`, and at least `count`, are compared. Shapes as in `select_topk`.
     """
-    order = select_topk(scores, features, max(CANDIDATES, count))  # [B, M], the most important first
+    ranked = scores.sort(dim=-1, descending=True, stable=True)  # as in `select_topk`
+    best, order = (each[:, : max(CANDIDATES, count)] for each in ranked)  # [B, M], the most important first
     directions = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1])).float()
     directions = nn.functional.normalize(directions, dim=-1)
     rank = torch.arange(order.shape[1], device=order.device)
@@ -72,8 +73,8 @@ def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: fl
         is_lower = rank[:, None] >= ranks  # [other, patch]: the other has no higher score
         distances = (1 - similarity(directions, some)).masked_fill(is_lower, 2.0)  # 2 is the largest there is
         nearest.append(distances.amin(dim=1))
-    novelty = torch.cat(nearest, dim=1).clamp_min(NOTHING_NEW).log()
-    peaks = alpha * scores.gather(1, order).float() + novelty  # [B, M]
+    novelty = (torch.cat(nearest, dim=1) if len(nearest) > 1 else nearest[0]).clamp_min(NOTHING_NEW).log()
+    peaks = torch.add(novelty, best.float(), alpha=alpha)  # [B, M]
     return order.gather(1, select_topk(peaks, features, count))
 
 
@@ -356,4 +357,4 @@ class TokenPruner(nn.Module):
         if self.tile_score is not None:
             places = places + layout.is_tile[..., None].to(tokens) * only_row(self.tile_embedding, tokens.device)
         # As in Vaswani et al. 2017: at weight matrices' learning rate, positions would stay too small.
-        return tokens + places * places.shape[-1] ** 0.5
+        return torch.add(tokens, places, alpha=places.shape[-1] ** 0.5)

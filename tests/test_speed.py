@@ -3,7 +3,6 @@
 Speed itself is never asserted. What it rests on is counted: positions, encoder layers, FLOPs, waits for a GPU.
 """
 
-import contextlib
 import sys
 import weakref
 from itertools import count
@@ -31,11 +30,7 @@ from lightvlm.benchmark.speed import (
     summarise,
     watched,
 )
-from lightvlm.budgets_lightvlm import Budgets
-from lightvlm.pruning_lightvlm import LightVLMImageFeatures
-from tiny import NUM_PATCHES, encode, make_image, make_model, make_processor, vision_config
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tiny import NUM_PATCHES, make_image, make_model, make_processor, vision_config
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
@@ -262,61 +257,6 @@ def test_the_ceiling_of_ttft_is_of_the_flops_of_encoder_and_language_model():
     assert all(row["ttft_ceiling"] == rows["rows"][0]["flops"] / row["flops"] for row in rows["rows"])
 
 
-class Waits(TorchDispatchMode):
-    """Counts operations that make the host wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return function(*args, **(kwargs or {}))
-
-
-def test_encoding_and_pruning_never_wait_for_a_gpu(tiny):
-    model, _ = tiny
-    pixels = torch.randn(2, 3, 84, 84)
-    with Waits() as waits, torch.no_grad():
-        model.model.prune(*encode(model, pixels), Budgets([9, 9]))
-    assert waits.count == 0
-
-
-class HostTensors(TorchDispatchMode):
-    """Lists operations that a model on another device has to do with tensors on the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
-        self.found += [function for tensor in tensors if tensor.device.type == "cpu"]
-        return result
-
-
-@pytest.mark.parametrize(("select", "budget"), [("topk", 9), ("diverse", 9), ("diverse", NUM_PATCHES)])
-def test_at_one_static_k_no_tensor_is_on_the_host_where_a_cuda_graph_could_not_have_it(monkeypatch, select, budget):
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # the meta device has none
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    backbone = make_model(select=select, score="question").to("meta").model
-    input_ids = torch.zeros(2, 6 + budget, dtype=torch.long, device="meta")
-    question_ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
-    with HostTensors() as host, torch.no_grad():
-        pixels = torch.randn(2, 3, 84, 84, device="meta")
-        count = None if budget == NUM_PATCHES else budget
-        _, tokens, _ = backbone.encode_and_keep(pixels, None, count, None, question_ids)
-        image = LightVLMImageFeatures(pooler_output=[tokens.flatten(0, 1)])
-        backbone.prefill(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            mm_encoder_outputs={"image": image},
-            use_cache=True,
-        )
-    assert not host.found
-
-
 def test_hidden_states_that_nobody_reads_are_freed():
     model = make_model(vision_config=vision_config("clip", num_hidden_layers=6), prior_layer=-2)
     layers, alive = model.model.vision_tower.encoder.layers, []
@@ -327,31 +267,6 @@ def test_hidden_states_that_nobody_reads_are_freed():
     with torch.no_grad():
         model.model.encode(torch.randn(1, 3, 84, 84))
     assert alive == [1, 2, 2, 2, 2]
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations that a GPU would launch something for: all but views."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not any(result.alias_info for result in function._schema.returns)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("select", ["topk", "diverse"])
-def test_pruning_launches_no_more_for_more_tokens_and_one_gather_for_an_image(select):
-    model = make_model(select=select)
-    counts = {}
-    for images, budget in ((2, 4), (2, 16), (4, 16)):
-        encoded = encode(model, torch.randn(images, 3, 84, 84))
-        with Launches() as launches, torch.no_grad():
-            model.model.prune(*encoded, Budgets([budget] * images))
-        counts[images, budget] = launches.count
-    assert counts[2, 4] == counts[2, 16]
-    assert counts[4, 16] - counts[2, 16] == 2
 
 
 def test_medians_percentiles_and_ratios():
