@@ -100,13 +100,19 @@ bench: .venv/ready
 		--output $(SPEED_RESULTS)_batches.json --plot $(SPEED_RESULTS)_batches.png
 	$(SPEED_PAGE)
 
+# A 7B model in batches, and LLaVA-NeXT's 2,880 tokens of one picture: five views, of which 672x672 pixels fill four.
+SPEED_7B := $(BIN)/lightvlm bench --preset llava-1.5-7b
 bench-gpu: .venv/ready
 	$(SPEED) --dtype bfloat16 --batch-sizes 1,4,16 --repetitions 15 --new-tokens 8 \
 		--output $(SPEED_RESULTS)_bf16.json --plot $(SPEED_RESULTS)_bf16.png
 	$(SPEED) --dtype bfloat16 --batch-sizes 1 --methods lightvlm,compiled --compile-mode reduce-overhead \
-		--repetitions 15 --new-tokens 8 --output $(SPEED_RESULTS)_graphs.json --plot $(SPEED_RESULTS)_graphs.png
-	$(BIN)/lightvlm bench --preset llava-1.5-7b --dtype bfloat16 --batch-sizes 1,4,16 --repetitions 15 \
-		--new-tokens 8 --output $(SPEED_RESULTS)_llava.json --plot $(SPEED_RESULTS)_llava.png
+		--repetitions 15 --warmup 4 --new-tokens 8 \
+		--output $(SPEED_RESULTS)_graphs.json --plot $(SPEED_RESULTS)_graphs.png
+	$(SPEED_7B) --dtype bfloat16 --batch-sizes 1,4,16 --repetitions 15 --new-tokens 8 \
+		--output $(SPEED_RESULTS)_llava.json --plot $(SPEED_RESULTS)_llava.png
+	$(SPEED_7B) --dtype bfloat16 --batch-sizes 1,4 --views 672x672 --num-image-tokens 640,320,160 \
+		--methods lightvlm,compiled --compile-mode reduce-overhead --repetitions 15 --warmup 4 --new-tokens 8 \
+		--output $(SPEED_RESULTS)_next.json --plot $(SPEED_RESULTS)_next.png
 	$(SPEED_PAGE)
 
 # The lmms-eval adapter, in an environment of its own; the same questions must have the same answers in both.

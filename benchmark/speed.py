@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from lightvlm import LightVLM, encoding_lightvlm
+from lightvlm import LightVLM, LightVLMModel, encoding_lightvlm
 from lightvlm.images_lightvlm import shrink, to_rgb
 from lightvlm.inference.compilation import compile_for_inference
 from lightvlm.processing_lightvlm import expand_placeholders
@@ -114,14 +114,22 @@ def stages_of(model: LightVLM) -> list[tuple]:
         (encoding_lightvlm, "cls_attention", SCORING),
         (encoding_lightvlm, "probe_attention", SCORING),
         (encoding_lightvlm, "received_attention", SCORING),
+        *of_choice(backbone),
+        (backbone, "encode_views", PROJECTOR),
+        (backbone, "encode_and_keep", PROJECTOR),
+        (backbone.vision_tower, "forward", ENCODER),
+        (backbone.multi_modal_projector, "forward", PROJECTOR),
+    ]
+
+
+def of_choice(backbone: LightVLMModel) -> list[tuple]:
+    """Return what the stages between encoder and language model consist of, as far as no graph has them."""
+    return [
         (backbone.pruner, "score", SCORING),
         (backbone.pruner, "add_question", SCORING),
         (backbone.pruner, "allot", SCORING),
         (backbone.pruner, "select", SELECTION),
-        (backbone, "encode_views", PROJECTOR),
         (backbone, "prune", PROJECTOR),
-        (backbone.vision_tower, "forward", ENCODER),
-        (backbone.multi_modal_projector, "forward", PROJECTOR),
     ]
 
 
@@ -219,8 +227,8 @@ def counts(budget: int, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def run_static(run: Callable, budget: int, pixel_values: torch.Tensor, **text):
-    """Run LightVLM's forward at a fixed K."""
-    return run(**text, pixel_values=pixel_values, num_image_tokens=counts(budget, pixel_values))
+    """Run LightVLM's forward at a fixed K, an integer on the host, as by `chat`."""
+    return run(**text, pixel_values=pixel_values, num_image_tokens=[budget] * len(pixel_values))
 
 
 def run_dynamic(model: LightVLM, mean: int, pixel_values: torch.Tensor, **text):
@@ -251,10 +259,9 @@ def compile_llava(llava: LlavaForConditionalGeneration, stopwatch: Stopwatch, mo
     return run
 
 
-def compile_lightvlm(model: LightVLM, mode: str) -> tuple[LightVLM, list[tuple]]:
-    """Return a compiled twin on the same weights, and its stages."""
-    twin = compile_for_inference(another(model, LightVLM, copy.deepcopy(model.config)), mode=mode)
-    return twin, [(twin.model, "encode_and_prune", ENCODER)]
+def compile_lightvlm(model: LightVLM, mode: str) -> LightVLM:
+    """Return a compiled twin on the same weights."""
+    return compile_for_inference(another(model, LightVLM, copy.deepcopy(model.config)), mode=mode)
 
 
 def drop_in_encoder(model: LightVLM, encoder_keep: dict[int, float]) -> tuple[LightVLM, str]:
@@ -300,7 +307,8 @@ def configurations(
     if "compiled" in methods:
         run = compile_llava(llava, stopwatch, compile_mode)
         found.append(Configuration(LLAVA_COMPILED, full, llava, run, [], full))
-        twin, stages = compile_lightvlm(model, compile_mode)
+        twin = compile_lightvlm(model, compile_mode)
+        stages = [(twin.model, "encode_and_prune", ENCODER)]
         found += [Configuration(COMPILED, k, twin, partial(run_static, twin, k), stages, k) for k in every]
     return found
 
@@ -310,7 +318,8 @@ def run_views(
 ):
     """Run LightVLM's forward on images of many views, of which it encodes all or some."""
     limits = {} if max_views is None else {"max_views": counts(max_views, pixel_values)}
-    budgets = counts(budget, pixel_values)
+    budgets = [budget] * len(pixel_values)
+    image_sizes = image_sizes.tolist()
     return model(**text, pixel_values=pixel_values, image_sizes=image_sizes, num_image_tokens=budgets, **limits)
 
 
@@ -320,6 +329,7 @@ def view_configurations(
     size: tuple[int, int],
     max_views: tuple[int, ...],
     encoder_keep: dict[int, float] | None = None,
+    compile_mode: str | None = None,
 ) -> list[Configuration]:
     """Return all tokens of all views, those left with all views encoded and with some, and the thumbnail alone.
 
@@ -329,6 +339,7 @@ def view_configurations(
         size: (height, width) of the images.
         max_views: how many views are encoded if not all are.
         encoder_keep: as in `configurations`, with all views and with some, at every K that it leaves.
+        compile_mode: of `torch.compile`; then all views are there compiled too, with all tokens and at every K.
     """
     total = model.config.grids.count_tokens(size)
     wanted = [(ALL_VIEWS, total, None), *((ALL_VIEWS, budget, None) for budget in budgets)]
@@ -339,9 +350,14 @@ def view_configurations(
         twin, words = drop_in_encoder(model, encoder_keep)
         left = [row for row in wanted[1:-1] if row[1] <= encoded_tokens(size, twin.config, row[2])]
         runs += [(ENCODER_KEEP.format(name, words), budget, views, twin) for name, budget, views in left]
+    runs = [(*run, stages_of(run[-1])) for run in runs]
+    if compile_mode:
+        twin = compile_lightvlm(model, compile_mode)
+        stages = [(twin.model, "encode", ENCODER), *of_choice(twin.model)]
+        runs += [(f"{name}, compiled", budget, None, twin, stages) for name, budget, _ in wanted[: 1 + len(budgets)]]
     return [
-        Configuration(name, budget, each, partial(run_views, each, budget, views), stages_of(each), budget)
-        for name, budget, views, each in runs
+        Configuration(name, budget, each, partial(run_views, each, budget, views), stages, budget)
+        for name, budget, views, each, stages in runs
     ]
 
 
@@ -600,7 +616,8 @@ def measure(
     if views is None:
         compared = configurations(model, budgets, stopwatch, methods, compile_mode, encoder_keep)
     else:
-        compared = view_configurations(model, budgets, views[::-1], tuple(max_views), encoder_keep)
+        mode = compile_mode if "compiled" in methods else None
+        compared = view_configurations(model, budgets, views[::-1], tuple(max_views), encoder_keep, mode)
     for batch_size, count in itertools.product(batch_sizes, images):
         size = views or IMAGE_SIZE
         trial, one_row = (

@@ -1,7 +1,10 @@
 """Compiled encoder, pruner and prefill of a loaded model; int8 and four-bit weights of its language model."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
-from lightvlm import LightVLM, LightVLMModel
+from lightvlm import LightVLM
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import output_capturing
@@ -48,8 +51,29 @@ def bucket(count: int, patches: int) -> int:
     return min(max(16, 1 << (count - 1).bit_length()), patches)
 
 
+def without_collector(function: Callable) -> Callable:
+    """Return a function of the encoder, for a graph, that runs without transformers' collector of hidden states.
+
+    An encoder that was asked for its hidden states once, as by each forward of Llava on the same weights, keeps a hook
+    on each layer that looks for a collector. Outside of such a call it looks in a `ContextVar`, which breaks the graph
+    at each layer.
+    """
+
+    @wraps(function)
+    def run(*inputs):
+        collector = output_capturing._active_collector
+        before = collector.set(None)
+        outputs = function(*inputs)
+        collector.reset(before)
+        return outputs
+
+    return run
+
+
 def compile_for_inference(model: LightVLM, **options) -> LightVLM:
     """Compile, in place, what a first token waits for: pixels to tokens at a static K, and prefill.
+
+    Of many views, and with dynamic budgets, encoder and prefill are compiled, and what is between them is not.
 
     The first calls compile, for minutes if a model is large: once for a number of images, K, batch size and
     prompt length, and once more for those that vary. Images in any number and of any K then run in the same few
@@ -64,23 +88,11 @@ def compile_for_inference(model: LightVLM, **options) -> LightVLM:
             static cache, are overwritten by the next ones'.
     """
     base = type(model.model)
-
-    def encode_and_keep(model: LightVLMModel, *inputs):
-        """Run it without a transformers collector of hidden states: hooks that look for one break the graph.
-
-        An encoder has them on each layer once it was asked for its hidden states, as by each of Llava's forwards on
-        the same weights.
-        """
-        collector = output_capturing._active_collector
-        before = collector.set(None)
-        outputs = base.encode_and_keep(model, *inputs)
-        collector.reset(before)
-        return outputs
-
-    keep, prefill = (torch.compile(function, **options) for function in (encode_and_keep, base.prefill))
+    functions = (without_collector(base.encode_and_keep), without_collector(base.encode), base.prefill)
+    keep, encode, prefill = (torch.compile(function, **options) for function in functions)
 
     class Compiled(base):
-        """The model without its head, two steps of which are compiled."""
+        """The model without its head, whose steps to a first token are compiled."""
 
         def encode_and_keep(self, pixel_values, vision_feature_layer, most, counts, question_ids):
             """Run it with K in a bucket, whose graph is for all numbers in it."""
@@ -89,6 +101,12 @@ def compile_for_inference(model: LightVLM, **options) -> LightVLM:
             most = None if most is None else bucket(most, self.config.num_patches)
             features, tokens, kept = keep(self, pixel_values, vision_feature_layer, most, counts, question_ids)
             return features, tokens.clone(), kept.clone()  # which the next CUDA graph may overwrite
+
+        def encode(self, *inputs):
+            """Run it as a graph of its own for views and dynamic budgets, of which the host decides what is kept."""
+            if torch.compiler.is_compiling():
+                return base.encode(self, *inputs)
+            return tuple(each.clone() for each in encode(self, *inputs))
 
         def prefill(self, mm_encoder_outputs, **inputs):
             """Run `prefill` with one tensor for all images, so that its graph does not depend on their number."""

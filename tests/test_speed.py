@@ -147,6 +147,19 @@ def test_of_many_views_all_some_or_one_are_encoded_and_the_language_model_sees_k
 
 
 @torch.no_grad()
+def test_all_views_are_compared_compiled_with_all_tokens_and_fewer(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+    model = make_model(image_grid_pinpoints=[[84, 84], [168, 168]], num_image_tokens=9)
+    processor = make_processor(pinpoints=[[84, 84], [168, 168]])
+    asked = {"methods": ("lightvlm", "compiled"), "compile_mode": "reduce-overhead", "views": (168, 168)}
+    rows = next(measure(model, processor.image_processor, [1], [20], 6, 2, 1, 0, **asked))["rows"]
+    compiled = [(row["num_image_tokens"], row["positions"]) for row in rows if row["method"] == "all views, compiled"]
+    assert compiled == [(180, 186), (20, 26)]
+    assert all(row["times_ms"][ENCODER]["median"] > 0 for row in rows)
+    assert {row["flops"] for row in rows if row["num_image_tokens"] == 20} == {rows[1]["flops"]}
+
+
+@torch.no_grad()
 def test_beside_the_whole_encoder_one_that_drops_patches_is_timed():
     model, processor = make_model(prior_layer=-1), make_processor()
     seen = []
@@ -182,7 +195,7 @@ def test_what_is_compiled_shares_the_weights_and_leaves_the_model_alone(monkeypa
         torch, "compile", lambda function, mode: compiled.append((function.__name__, mode)) or function
     )
     llava, full, twin = configurations(model, [], Stopwatch(CPU), ("compiled",), "max-autotune")
-    names = ["get_image_features", "forward", "encode_and_keep", "prefill"]
+    names = ["get_image_features", "forward", "encode_and_keep", "encode", "prefill"]
     assert compiled == [(name, "max-autotune") for name in names]
     ours = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in twin.model.parameters()} == ours

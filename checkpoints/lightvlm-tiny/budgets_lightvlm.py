@@ -10,6 +10,15 @@ from .configuration_lightvlm import LightVLMConfig
 from .views_lightvlm import encoded_tokens
 
 Counts = int | list[int] | Tensor  # one for all images, or one for each
+HOST_INPUTS = ("num_image_tokens", "mean_image_tokens", "image_sizes")  # of which shapes on the device depend
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Move what the processor returned to a device, but not the numbers that the host reads, and would wait for."""
+    numbers = {name: inputs[name].tolist() for name in HOST_INPUTS if name in inputs}
+    moved = inputs.to(device)
+    moved.update(numbers)
+    return moved
 
 
 @dataclass

@@ -7,6 +7,7 @@ from transformers import AutoProcessor, GenerationMixin, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.generation.streamers import BaseStreamer
 
+from .budgets_lightvlm import to_device
 from .configuration_lightvlm import LightVLMConfig
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -78,14 +79,15 @@ class Chat(PreTrainedModel, GenerationMixin):
             options["max_views"] = max_views
         if question_aware:
             options["question"] = question
-        inputs = processor.apply_chat_template(
+        prompt = processor.apply_chat_template(
             [*(history or []), asked],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs=options,
-        ).to(self.device)
+        )
+        inputs = to_device(prompt, self.device)
         length = prompt_length(inputs, self.config)
         if not generate_kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
             left = self.config.text_config.max_position_embeddings - length

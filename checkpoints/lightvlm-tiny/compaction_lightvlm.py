@@ -110,6 +110,30 @@ def mark_surplus(is_placeholder: Tensor, written: list[int], kept: list[int]) ->
     return torch.zeros_like(is_placeholder).masked_scatter(is_placeholder, is_surplus)
 
 
+def put_tokens(embeddings: Tensor, is_placeholder: Tensor, tokens: Tensor) -> Tensor:
+    """Return embeddings of a prompt with image tokens at its placeholders.
+
+    The host waits for nothing: if the numbers differ, a GPU's program stops where it finds out, and a compiled graph
+    does not ask.
+
+    Args:
+        embeddings: (batch, length, hidden).
+        is_placeholder: (batch, length).
+        tokens: (placeholders, hidden), those of all rows in order.
+
+    Raises:
+        ValueError: if there are more or fewer placeholders than tokens, on a CPU.
+    """
+    if not torch.compiler.is_compiling():
+        count, reason = is_placeholder.sum(), "Image features and image tokens do not match"
+        if count.device.type != "cpu":
+            torch._assert_async(count == len(tokens), reason)
+        elif count != len(tokens):
+            raise ValueError(f"{reason}: the prompt has {count} placeholders for {len(tokens)} features.")
+    places = is_placeholder.flatten().int().argsort(descending=True, stable=True)[: len(tokens)]
+    return embeddings.flatten(0, 1).index_copy(0, places, tokens).view_as(embeddings)
+
+
 def count_positions(mask: Tensor) -> Tensor:
     """Count each row's positions by its mask, (batch, length), from 0; padding in front has 0 too."""
     return (mask.long().cumsum(dim=1) - 1).clamp_min(0)

@@ -28,10 +28,10 @@ def cls_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
     """
     attention = layer.self_attn
     states = layer.layer_norm1(hidden_states)
-    query = attention.q_proj(states[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1, d]
+    query = attention.q_proj(states[:, 0]).unflatten(-1, (attention.num_heads, -1))  # [B, H, d]
     keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + N, d]
     # Keys times query, because query times keys, a product with one row, is several times slower on CPUs.
-    similarity = (keys @ query.transpose(2, 3)).squeeze(-1)  # [B, H, 1 + N]
+    similarity = (keys @ query[..., None]).squeeze(-1)  # [B, H, 1 + N]
     return (similarity * attention.scale).float().softmax(dim=-1).mean(dim=1)[:, 1:]
 
 

@@ -24,12 +24,12 @@ from transformers.utils.generic import can_return_tuple
 
 from .budgets_lightvlm import Budgets, Counts
 from .chat_lightvlm import Chat
-from .compaction_lightvlm import Record, compact, count_dropped, follow_cache, mark_surplus
+from .compaction_lightvlm import Record, compact, count_dropped, follow_cache, mark_surplus, put_tokens
 from .configuration_lightvlm import LightVLMConfig
 from .encoding_lightvlm import ENCODERS, WholeCLIPAttention, WholeSiglipAttention, encode_patches
 from .generation_lightvlm import NEEDS_IDS, PrunedGeneration, refuse_cached_images
-from .pruning_lightvlm import ZERO_MODULES, LightVLMImageFeatures, TokenPruner
-from .views_lightvlm import Layout, lay_out, one_view
+from .pruning_lightvlm import ZERO_MODULES, LightVLMImageFeatures, TokenPruner, in_raster_order
+from .views_lightvlm import Layout, image_of_each, lay_out, one_view
 
 logger = logging.get_logger(__name__)
 
@@ -179,8 +179,51 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         budgets: Budgets,
         question_ids: Tensor | None,
     ) -> LightVLMImageFeatures:
-        """Run `encode_views` and `prune` with static budgets of images of one view: no step waits for the device."""
-        return self.prune(*self.encode_views(pixel_values, vision_feature_layer, layout), budgets, question_ids)
+        """Keep and project static budgets of images of one view: no step waits for the device, or is for one image."""
+        limits, counts = budgets.limits, None
+        most = None if limits == layout.lengths else max(limits)
+        if most is not None and min(limits) < most:
+            counts = torch.tensor(limits).to(pixel_values.device, non_blocking=True)
+        features, tokens, kept = self.encode_and_keep(pixel_values, vision_feature_layer, most, counts, question_ids)
+        return LightVLMImageFeatures(
+            last_hidden_state=features,
+            pooler_output=[row[:limit] for row, limit in zip(tokens, limits, strict=True)],
+            kept_indices=[row[:limit] for row, limit in zip(kept, limits, strict=True)],
+            lengths=layout.lengths,
+        )
+
+    def encode_and_keep(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None,
+        most: int | None,
+        counts: Tensor | None,
+        question_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode images of one view and keep K tokens of each: one graph, in which the host reads nothing.
+
+        Args:
+            pixel_values, vision_feature_layer, question_ids: as in `get_image_features`.
+            most: the largest K of the images; None for all patches of all of them, which takes no scores.
+            counts: (images,), K of each image; None if it is `most`.
+
+        Returns:
+            Features (images, patches, dim); tokens (images, most, hidden) in raster order, of which an image keeps the
+            first K; and the patches (images, most) that they were.
+        """
+        features, prior, places = self.encode(pixel_values, vision_feature_layer)
+        # Images of one view are laid out alike; a list as long as there are images would fix their number in a graph.
+        whole = one_view(self.config.patches_per_side, 1, features.device)
+        features, prior, layout = whole.place(places, features, prior)
+        if most is None:
+            kept = torch.arange(whole.patches, device=features.device).expand(len(features), -1)
+            patches = features
+        else:
+            questions = None if question_ids is None else self.embed_questions(question_ids)
+            kept = in_raster_order(self.pruner.rank(features, prior, questions, layout, most), counts, whole.patches)
+            # take_along_dim broadcasts, and so fixes the number of images in a graph.
+            patches = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
+        return features, self.pruner.add_places(self.multi_modal_projector(patches), whole.at(kept, [])), kept
 
     def encode(
         self,
@@ -265,10 +308,11 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             features, layout: as `encode_views` returns them.
             kept: (K,) indices of each image, in raster order.
         """
-        patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
-        tokens, counts = self.multi_modal_projector(patches), [len(each) for each in kept]  # [sum of K, hidden]
+        places, counts = torch.cat(kept), [len(each) for each in kept]
+        patches = features[image_of_each(counts, features.device), places]
+        tokens = self.multi_modal_projector(patches)  # [sum of K, hidden]
         if self.pruner.row_score is not None or self.image_newline is not None:
-            places = layout.at(torch.cat(kept), counts)
+            places = layout.at(places, counts)
             tokens = self.pruner.add_places(tokens, places)
             tokens = tokens if self.image_newline is None else places.put_newlines(tokens, self.image_newline)
         return LightVLMImageFeatures(
@@ -361,17 +405,16 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         """Count tokens of these images that were dropped before each of these ids, and before what follows."""
         return count_dropped(input_ids == self.config.image_token_id, images.kept_indices, images.lengths)
 
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor, inputs_embeds: Tensor, image_features: Tensor
-    ) -> Tensor:
-        """Return LLaVA's mask, (batch, length, 1), but count no placeholders in a graph: the host would wait."""
-        if input_ids is None or not torch.compiler.is_compiling():
-            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
-        return (input_ids == self.config.image_token_id)[..., None]
-
-    def prefill(self, **inputs: Any) -> Any:
-        """Run `LlavaModel.forward` on a prompt whose images are encoded."""
-        return super().forward(**inputs)
+    def prefill(self, mm_encoder_outputs: dict[str, Any], **inputs: Any) -> Any:
+        """Run `LlavaModel.forward` on a prompt whose images are encoded, without its wait for the device."""
+        if (input_ids := inputs.pop("input_ids")) is None:
+            return super().forward(mm_encoder_outputs=mm_encoder_outputs, **inputs)
+        words = self.get_input_embeddings()(input_ids)
+        tokens = torch.cat(list(mm_encoder_outputs["image"].pooler_output)).to(words)
+        inputs["inputs_embeds"] = put_tokens(words, input_ids == self.config.image_token_id, tokens)
+        outputs = super().forward(**inputs)
+        outputs.image_hidden_states = tokens
+        return outputs
 
 
 class LightVLMForConditionalGeneration(  # type: ignore[misc]  # a more precise config

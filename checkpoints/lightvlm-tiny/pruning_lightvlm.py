@@ -63,7 +63,8 @@ def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: fl
     be unlike the chosen ones alone, must choose one after the other; this takes no loop. Of many views' patches only
     the most important `CANDIDATES`, and at least `count`, are compared. Shapes as in `select_topk`.
     """
-    order = select_topk(scores, features, max(CANDIDATES, count))  # [B, M], the most important first
+    ranked = scores.sort(dim=-1, descending=True, stable=True)  # as in `select_topk`
+    best, order = (each[:, : max(CANDIDATES, count)] for each in ranked)  # [B, M], the most important first
     directions = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1])).float()
     directions = nn.functional.normalize(directions, dim=-1)
     rank = torch.arange(order.shape[1], device=order.device)
@@ -72,12 +73,26 @@ def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: fl
         is_lower = rank[:, None] >= ranks  # [other, patch]: the other has no higher score
         distances = (1 - similarity(directions, some)).masked_fill(is_lower, 2.0)  # 2 is the largest there is
         nearest.append(distances.amin(dim=1))
-    novelty = torch.cat(nearest, dim=1).clamp_min(NOTHING_NEW).log()
-    peaks = alpha * scores.gather(1, order).float() + novelty  # [B, M]
+    novelty = (torch.cat(nearest, dim=1) if len(nearest) > 1 else nearest[0]).clamp_min(NOTHING_NEW).log()
+    peaks = torch.add(novelty, best.float(), alpha=alpha)  # [B, M]
     return order.gather(1, select_topk(peaks, features, count))
 
 
 SELECTORS = {"topk": select_topk, "diverse": select_density_peaks}
+
+
+def in_raster_order(order: Tensor, counts: Tensor | None, tokens: int) -> Tensor:
+    """Sort each image's tokens, (images, most), of which it keeps the first ones.
+
+    Args:
+        order: of `select_topk`.
+        counts: (images,), how many each image keeps, followed by its last token as padding; None if it keeps all.
+        tokens: of an image.
+    """
+    if counts is None:
+        return order.sort(dim=1).values
+    is_surplus = torch.arange(order.shape[1], device=order.device) >= counts.to(order.device)[:, None]
+    return order.masked_fill(is_surplus, tokens).sort(dim=1).values.clamp_max(tokens - 1)
 
 
 def pool_important(features: Tensor, scores: Tensor) -> Tensor:
@@ -258,6 +273,7 @@ class TokenPruner(nn.Module):
         places = embed_grid(self.row_key, self.column_key, layout) * QUESTION_RANK**0.5
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
+    @torch.no_grad()  # indices have no gradient
     def rank(self, features: Tensor, prior: Tensor, questions: Tensor | None, layout: Layout, count: int) -> Tensor:
         """Return each image's `count` tokens to keep, (images, count), best first; arguments as in `score`.
 
@@ -329,11 +345,9 @@ class TokenPruner(nn.Module):
             counts = self.allot(features, scores, budgets)
             scores = self.add_question(scores, features, questions, layout)
             order = self.select(scores, features, max(counts))
-        if min(counts) < max(counts):
-            ranks = torch.arange(max(counts), device=order.device)
-            is_surplus = ranks >= torch.tensor(counts).to(order.device, non_blocking=True)[:, None]
-            order = order.masked_fill(is_surplus, features.shape[1])  # not an index of a token, so it sorts last
-        return [row[:count] for row, count in zip(order.sort(dim=1).values, counts, strict=True)]
+        each = torch.tensor(counts).to(order.device, non_blocking=True) if min(counts) < max(counts) else None
+        kept = in_raster_order(order, each, features.shape[1])
+        return [row[:count] for row, count in zip(kept, counts, strict=True)]
 
     def add_places(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Add the learned embeddings of row and column, and of tiles, to kept tokens (..., hidden) of this layout."""
@@ -343,4 +357,4 @@ class TokenPruner(nn.Module):
         if self.tile_score is not None:
             places = places + layout.is_tile[..., None].to(tokens) * only_row(self.tile_embedding, tokens.device)
         # As in Vaswani et al. 2017: at weight matrices' learning rate, positions would stay too small.
-        return tokens + places * places.shape[-1] ** 0.5
+        return torch.add(tokens, places, alpha=places.shape[-1] ** 0.5)

@@ -150,12 +150,18 @@ class Layout:
         """
         if self.source is None:
             return replace(self, rows=self.rows[tokens], columns=self.columns[tokens])
-        image = torch.cat([tokens.new_full((count,), index) for index, count in enumerate(counts)])
+        image = image_of_each(counts, tokens.device)
         return self.map(lambda tensor: tensor[image, tokens])
 
     def put_newlines(self, tokens: Tensor, newline: Tensor) -> Tensor:
         """Return tokens (tokens, hidden) of this layout, a newline token in place of what is no patch."""
         return tokens if self.source is None else tokens.where(self.is_patch[:, None], newline)
+
+
+def image_of_each(counts: list[int], device: torch.device) -> Tensor:
+    """Return the image that each token belongs to, (sum of counts,), counted on the host: the device need not wait."""
+    images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return images.to(device, non_blocking=True)
 
 
 def place_patches(side: int, device: torch.device) -> dict[str, Any]:
