@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
+from .device_lightvlm import check_device_options, is_plain_tensor, make_pixels
 from .grids_lightvlm import Grids
 from .images_lightvlm import MAX_ASPECT_RATIO, extend_edges, open_images, reading, shrink, to_image, to_rgb
 
@@ -94,6 +95,7 @@ class LightVLMProcessor(ProcessorMixin):
     the prompt then has a placeholder for every patch, and the model drops the surplus. `question`, one text or one for
     each image, is what a pruner with `score="question"` chooses tokens for. Of a large image's views, `max_views` are
     encoded: the thumbnail, and the tiles where it has most to show; K is then at most the tokens of one view.
+    `device`, such as "cuda", is where pixels are resized and normalized, in place of Pillow, to within its rounding.
 
     Args:
         image_processor: any transformers image processor of fixed output size; LLaVA-NeXT's, which has
@@ -299,15 +301,7 @@ class LightVLMProcessor(ProcessorMixin):
         images = make_flat_list_of_images(images)
         budgets, means = self.resolve_budgets(num_image_tokens, len(images))
         check_max_views(max_views)
-        shrinks = not kwargs.keys() & {"do_resize", "resample", "size"}
-        if kwargs.get("do_rescale", self.image_processor.do_rescale) is not False:  # or arrays are scaled by then
-            layout = kwargs.pop("input_data_format", None)
-            images = [to_image(image, f"Image {index}", layout) for index, image in enumerate(images)]
-        images = [
-            self.prepare_image(image, f"Image {index}", shrinks) if isinstance(image, Image.Image) else image
-            for index, image in enumerate(images)
-        ]
-        processed = self.image_processor(images, **kwargs)
+        processed = self.make_pixels(images, kwargs)
         if "image_sizes" in processed:
             budgets = [*map(min, budgets, self.trim_views(processed, max_views))]
         processed["num_image_tokens"] = budgets
@@ -317,8 +311,36 @@ class LightVLMProcessor(ProcessorMixin):
             processed["question_ids"] = self.encode_questions(question, len(images))
         return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
 
+    def make_pixels(self, images: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+        """Return what the image processor makes of images, tiles' padding filled; on the `device` of the options."""
+        layout, image_processor = options.pop("input_data_format", None), self.image_processor
+        if options.get("device") is not None and getattr(image_processor, "backend", "pil") == "pil":
+            device = options.pop("device")
+            check_device_options(image_processor, options)
+            named = ((image, f"Image {index}") for index, image in enumerate(images))
+            images = [
+                image if is_plain_tensor(image) else self.prepare_image(to_image(image, name, layout), name, False)
+                for image, name in named
+            ]
+            return make_pixels(images, image_processor, self.grids, device)
+        shrinks = not options.keys() & {"do_resize", "resample", "size"}
+        if options.get("do_rescale", image_processor.do_rescale) is not False:  # or arrays are scaled by then
+            images = [to_image(image, f"Image {index}", layout) for index, image in enumerate(images)]
+        elif layout is not None:
+            options["input_data_format"] = layout
+        images = [
+            self.prepare_image(image, f"Image {index}", shrinks) if isinstance(image, Image.Image) else image
+            for index, image in enumerate(images)
+        ]
+        processed = image_processor(images, **options)
+        for image, size in zip(processed["pixel_values"], processed.get("image_sizes", ()), strict=False):
+            grid = self.grids.tiles((int(size[0]), int(size[1])))
+            if (count := grid[0] * grid[1]) and not self.image_newline:  # LLaVA-NeXT learned with black bars
+                image[1 : 1 + count] = extend_edges(image[1 : 1 + count], grid, (int(size[0]), int(size[1])))
+        return processed
+
     def trim_views(self, processed: dict[str, Any], max_views: int | None) -> list[int]:
-        """Fill tiles' padding, drop the tiles of images that are one view, and return each image's largest K.
+        """Drop the tiles of images that are one view, and return each image's largest K.
 
         If all images are one view, the inputs become those of images without views.
         """
@@ -326,9 +348,6 @@ class LightVLMProcessor(ProcessorMixin):
         grids, pixels = [self.grids.tiles(size) for size in sizes], processed["pixel_values"]
         tiles = max(rows * columns for rows, columns in grids)
         views = slice(1 + tiles) if tiles else 0
-        for image, grid, size in zip(pixels, grids, sizes, strict=True):
-            if (count := grid[0] * grid[1]) and not self.image_newline:  # LLaVA-NeXT learned with black bars
-                image[1 : 1 + count] = extend_edges(image[1 : 1 + count], grid, size)
         processed["pixel_values"] = pixels[:, views] if hasattr(pixels, "ndim") else [each[views] for each in pixels]
         if not tiles:
             processed.pop("image_sizes")

@@ -24,6 +24,7 @@ HUB_FILES = {
     "configuration_lightvlm.py",
     "encoding_lightvlm.py",
     "grids_lightvlm.py",
+    "device_lightvlm.py",
     "images_lightvlm.py",
     "generation_config.json",
     "generation_lightvlm.py",

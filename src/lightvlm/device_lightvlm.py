@@ -1,0 +1,1 @@
+../../processing/device_lightvlm.py
