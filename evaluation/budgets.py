@@ -86,7 +86,8 @@ class Encoded:
         self.features, self.prior, self.layout = encoded
         scores = backbone.pruner.score(self.features, self.prior, None, self.layout)
         self.complexity = backbone.pruner.estimate_complexity(self.features, scores)
-        self.order = backbone.pruner.select(scores, self.features, self.features.shape[1])
+        tokens = backbone.project_all(self.features)
+        self.order = backbone.pruner.choose(scores, self.features, tokens, self.layout, self.features.shape[1])
 
     def answer(self, budgets: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return whether each image's answers are right, (questions,), and the log-probability of a token."""

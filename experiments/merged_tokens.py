@@ -5,7 +5,8 @@
 
 The checkpoint is treated as a family that nobody trained a pruner for: what is chosen from are its projected tokens.
 Its own attention and its learned score are beside them. All ways answer the same questions, greedily; `lost` is the
-share that all tokens answer right and the way does not, minus the reverse, with its standard error.
+share that all tokens answer right and the way does not, minus the reverse, with its standard error, and `ahead` the
+same of a way and the first one, from as many tokens.
 """
 
 import argparse
@@ -18,8 +19,7 @@ from lightvlm.evaluation.selectors import select_max_min, select_random, select_
 from lightvlm.inference.answers import tokenize
 from lightvlm.inference.checkpoint import SHIPPED, load
 from lightvlm.inference.fingerprint import fingerprint
-from lightvlm.pruning.choosing import log_distance
-from lightvlm.pruning_lightvlm import log_prior, select_density_peaks, select_topk
+from lightvlm.pruning_lightvlm import log_distance, log_prior, select_density_peaks, select_topk
 from PIL import Image
 
 BATCH = 16  # images
@@ -30,21 +30,27 @@ def norms(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.norm(dim=-1).clamp_min(1e-12).log()
 
 
-def distances(tokens: torch.Tensor) -> torch.Tensor:
-    """Return `log_distance` of several images, (images, tokens)."""
-    return torch.stack([log_distance(image) for image in tokens])
-
-
-def ways(tokens: torch.Tensor, prior: torch.Tensor, learned: torch.Tensor) -> dict:
-    """Return the selector, scores and features of each way, by its name.
+def ways(features: torch.Tensor, tokens: torch.Tensor, prior: torch.Tensor, learned: torch.Tensor, layout) -> dict:
+    """Return the selector, scores and compared features of each way, by its name.
 
     Args:
+        features: (images, tokens, dim) of the encoder.
         tokens: (images, tokens, hidden), projected.
         prior: (images, tokens), [CLS]'s attention.
-        learned: (images, tokens), the pruner's scores.
+        learned: (images, tokens), the pruner's scores without the distance.
+        layout: of the images.
     """
-    distance, attention, zero = distances(tokens), log_prior(prior), torch.zeros_like(prior)
+    distance, attention = log_distance(tokens, layout.is_patch), layout.hide(log_prior(prior))
+    zero = layout.hide(torch.zeros_like(prior))
     return {
+        "learned, density peaks of features": (select_density_peaks, learned, features),
+        "half learned and distance, density peaks": (select_density_peaks, learned / 2 + distance, tokens),
+        "half learned and distance, density peaks of features": (
+            select_density_peaks,
+            learned / 2 + distance,
+            features,
+        ),
+        "quarter learned and distance, density peaks": (select_density_peaks, learned / 4 + distance, tokens),
         "distance, density peaks": (select_density_peaks, distance, tokens),
         "distance": (select_topk, distance, tokens),
         "norm, density peaks": (select_density_peaks, norms(tokens), tokens),
@@ -115,10 +121,11 @@ def main() -> None:
             features, prior, layout = model.model.encode_views(pixels, None, layout)
             learned = model.model.pruner.score(features, prior, None, layout)
             tokens = model.model.multi_modal_projector(features)
-        every = [torch.arange(tokens.shape[1])] * len(some)
-        said = answer(model, processor, features, every, layout, prompts)
-        right.setdefault(("all", tokens.shape[1]), []).extend(a == b for a, b in zip(said, wanted, strict=True))
-        chosen = ways(tokens, prior, learned)
+        if layout.source is None:  # of many views, all are more than the language model reads
+            every = [torch.arange(tokens.shape[1])] * len(some)
+            said = answer(model, processor, features, every, layout, prompts)
+            right.setdefault(("all", tokens.shape[1]), []).extend(a == b for a, b in zip(said, wanted, strict=True))
+        chosen = ways(features, tokens, prior, learned, layout)
         for way, (select, scores, basis) in {name: chosen[name] for name in args.ways or chosen}.items():
             for count in args.num_image_tokens:
                 kept = [*select(scores, basis, count).sort(dim=1).values]
@@ -136,22 +143,24 @@ def ask(text: str) -> list[dict]:
 
 
 def rows(right: dict[tuple[str, int], list[bool]]) -> list[dict]:
-    """Return the accuracy of each way, and what it loses to all tokens."""
-    (whole,) = (torch.tensor(answers).float() for (way, _), answers in right.items() if way == "all")
+    """Return the accuracy of each way, what it loses to all tokens, and how far it is ahead of the first way."""
+    found = {key: torch.tensor(answers).float() for key, answers in right.items()}
+    whole = next((answers for (way, _), answers in found.items() if way == "all"), None)
+    first = next(way for way, _ in found if way != "all")
     table = []
-    for (way, count), answers in right.items():
-        lost = whole - torch.tensor(answers).float()
-        table.append(
-            {
-                "way": way,
-                "num_image_tokens": count,
-                "accuracy": torch.tensor(answers).float().mean().item(),
-                "lost": lost.mean().item(),
-                "lost_error": (lost.std() / len(lost) ** 0.5).item(),
-                "questions": len(lost),
-            }
-        )
+    for (way, count), answers in found.items():
+        row = {"way": way, "num_image_tokens": count, "accuracy": answers.mean().item(), "questions": len(answers)}
+        if whole is not None:
+            row |= paired("lost", whole - answers)
+        if way not in ("all", first):
+            row |= paired("ahead", answers - found[first, count])
+        table.append(row)
     return table
+
+
+def paired(name: str, differences: torch.Tensor) -> dict[str, float]:
+    """Return the mean of paired differences, (questions,), and its standard error."""
+    return {name: differences.mean().item(), f"{name}_error": (differences.std() / len(differences) ** 0.5).item()}
 
 
 if __name__ == "__main__":

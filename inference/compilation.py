@@ -66,14 +66,17 @@ def encode_and_rank(
     features, prior, places = model.encode(pixel_values, vision_feature_layer)
     whole = one_view(model.config.patches_per_side, 1, features.device)
     features, prior, layout = whole.place(places, features, prior)
+    projected = model.project_all(features)
     if count is None:
         order = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
     else:
         questions = None if question_ids is None else model.embed_questions(question_ids)
-        order = model.pruner.rank(features, prior, questions, layout, count)
+        order = model.pruner.rank(features, prior, questions, layout, count, projected)
     # take_along_dim broadcasts, and so fixes the number of images in a compiled graph.
-    patches = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-    return features, model.pruner.add_places(model.multi_modal_projector(patches), whole.at(order, [])), order
+    source = features if projected is None else projected
+    tokens = source.gather(1, order[..., None].expand(-1, -1, source.shape[-1]))
+    tokens = model.multi_modal_projector(tokens) if projected is None else tokens
+    return features, model.pruner.add_places(tokens, whole.at(order, [])), order
 
 
 def compile_for_inference(model: LightVLM, **options) -> LightVLM:

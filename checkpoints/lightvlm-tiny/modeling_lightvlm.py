@@ -256,17 +256,27 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             question_ids: as in `get_image_features`.
         """
         questions = self.embed_questions(question_ids) if question_ids is not None else None
-        return self.keep(features, self.pruner(features, prior, budgets, questions, layout), layout)
+        projected = self.project_all(features)
+        kept = self.pruner(features, prior, budgets, questions, layout, projected)
+        return self.keep(features, kept, layout, projected)
 
-    def keep(self, features: Tensor, kept: list[Tensor], layout: Layout) -> LightVLMImageFeatures:
-        """Project each image's kept tokens, and add the embeddings of their places.
+    def project_all(self, features: Tensor) -> Tensor | None:
+        """Return all tokens, (images, tokens, hidden), projected, if the pruner chooses by them; else None."""
+        return self.multi_modal_projector(features) if self.pruner.has_distance else None
+
+    def keep(
+        self, features: Tensor, kept: list[Tensor], layout: Layout, projected: Tensor | None = None
+    ) -> LightVLMImageFeatures:
+        """Project each image's kept tokens, unless they are already, and add the embeddings of their places.
 
         Args:
             features, layout: as `encode_views` returns them.
             kept: (K,) indices of each image, in raster order.
+            projected: of `project_all`.
         """
-        patches = torch.cat([image[indices] for image, indices in zip(features, kept, strict=True)])
-        tokens, counts = self.multi_modal_projector(patches), [len(each) for each in kept]  # [sum of K, hidden]
+        source, counts = features if projected is None else projected, [len(each) for each in kept]
+        tokens = torch.cat([image[indices] for image, indices in zip(source, kept, strict=True)])
+        tokens = self.multi_modal_projector(tokens) if projected is None else tokens  # [sum of K, hidden]
         if self.pruner.row_score is not None or self.image_newline is not None:
             places = layout.at(torch.cat(kept), counts)
             tokens = self.pruner.add_places(tokens, places)
