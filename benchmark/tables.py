@@ -291,6 +291,21 @@ def merged_tokens(folder: Path) -> str:
     return markdown_table(["", *(f"K = {budget}" for budget in budgets)], lines)
 
 
+def attention_and_distance(folder: Path) -> str:
+    """Return the accuracy of starting from attention and distance, and how far ahead of the shipped choice it is."""
+    found = {(row["way"], row["num_image_tokens"]): row for row in read(folder, "once/attention_and_distance")["rows"]}
+    budgets = list(dict.fromkeys(budget for _, budget in found))
+    lines = []
+    for way in dict.fromkeys(way for way, _ in found):
+        cells = [way]
+        for budget in budgets:
+            row = found[way, budget]
+            ahead = f" ({100 * row['ahead']:+.1f} ± {100 * row['ahead_error']:.1f})" if "ahead" in row else ""
+            cells.append(f"{100 * row['accuracy']:.1f}{ahead}")
+        lines.append(cells)
+    return markdown_table(["", *(f"K = {budget}" for budget in budgets)], lines)
+
+
 def second_family(folder: Path) -> str:
     """Return the accuracy of a small Qwen3-VL at shares of its merged tokens, means over seeds."""
     found: dict[tuple, list[float]] = {}
@@ -342,6 +357,7 @@ WRITERS: Iterable[Callable[[Path], str]] = (
         picture_shapes,
         untrained,
         merged_tokens,
+        attention_and_distance,
         second_family,
         training,
         any_speed,
