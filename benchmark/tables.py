@@ -293,17 +293,18 @@ def merged_tokens(folder: Path) -> str:
 
 def attention_and_distance(folder: Path) -> str:
     """Return the accuracy of starting from attention and distance, and how far ahead of the shipped choice it is."""
-    found = {(row["way"], row["num_image_tokens"]): row for row in read(folder, "once/attention_and_distance")["rows"]}
-    budgets = list(dict.fromkeys(budget for _, budget in found))
+    names = ("attention_and_distance", "attention_and_distance_other")
+    known, other = (
+        {(row["way"], row["num_image_tokens"]): row for row in read(folder, f"once/{name}")["rows"]} for name in names
+    )
     lines = []
-    for way in dict.fromkeys(way for way, _ in found):
+    for way in dict.fromkeys(way for way, _ in other if way != "all"):
         cells = [way]
-        for budget in budgets:
-            row = found[way, budget]
-            ahead = f" ({100 * row['ahead']:+.1f} ± {100 * row['ahead_error']:.1f})" if "ahead" in row else ""
-            cells.append(f"{100 * row['accuracy']:.1f}{ahead}")
+        for row in (found.get((way, budget)) for found in (known, other) for budget in (64, 36, 16)):
+            ahead = f" ({100 * row['ahead']:+.1f} ± {100 * row['ahead_error']:.1f})" if row and "ahead" in row else ""
+            cells.append(f"{100 * row['accuracy']:.1f}{ahead}" if row else "")
         lines.append(cells)
-    return markdown_table(["", *(f"K = {budget}" for budget in budgets)], lines)
+    return markdown_table(["", "photo 3x3, K = 64", "36", "16", "another source, K = 64", "36", "16"], lines)
 
 
 def second_family(folder: Path) -> str:
