@@ -291,6 +291,22 @@ def merged_tokens(folder: Path) -> str:
     return markdown_table(["", *(f"K = {budget}" for budget in budgets)], lines)
 
 
+def attention_and_distance(folder: Path) -> str:
+    """Return the accuracy of starting from attention and distance, and how far ahead of the shipped choice it is."""
+    names = ("attention_and_distance", "attention_and_distance_other")
+    known, other = (
+        {(row["way"], row["num_image_tokens"]): row for row in read(folder, f"once/{name}")["rows"]} for name in names
+    )
+    lines = []
+    for way in dict.fromkeys(way for way, _ in other if way != "all"):
+        cells = [way]
+        for row in (found.get((way, budget)) for found in (known, other) for budget in (64, 36, 16)):
+            ahead = f" ({100 * row['ahead']:+.1f} ± {100 * row['ahead_error']:.1f})" if row and "ahead" in row else ""
+            cells.append(f"{100 * row['accuracy']:.1f}{ahead}" if row else "")
+        lines.append(cells)
+    return markdown_table(["", "photo 3x3, K = 64", "36", "16", "another source, K = 64", "36", "16"], lines)
+
+
 def second_family(folder: Path) -> str:
     """Return the accuracy of a small Qwen3-VL at shares of its merged tokens, means over seeds."""
     found: dict[tuple, list[float]] = {}
@@ -342,6 +358,7 @@ WRITERS: Iterable[Callable[[Path], str]] = (
         picture_shapes,
         untrained,
         merged_tokens,
+        attention_and_distance,
         second_family,
         training,
         any_speed,

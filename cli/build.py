@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llava", help="folder or Hub name of a LLaVA or LLaVA-NeXT checkpoint, instead of the two")
     parser.add_argument("--num-image-tokens", type=int, help="default K of the new checkpoint (a quarter)")
     parser.add_argument("--score", choices=["cls", "mlp", "positional", "question"], default="positional")
+    parser.add_argument(
+        "--prior",
+        choices=["attention", "attention+distance"],
+        help="what the score starts from (attention+distance with --llava, attention with a new projector)",
+    )
     parser.add_argument("--prior-layer", type=int, default=-2, help="encoder layer whose attention scores (-2)")
     parser.add_argument("--seed", type=int, default=0, help="for the new projector's weights (0)")
     parser.add_argument("--output-dir", required=True, help="new folder to write, whole or not at all")
@@ -28,6 +33,8 @@ def run(args: argparse.Namespace) -> None:
 
     set_seed(args.seed)
     config = {"num_image_tokens": args.num_image_tokens, "score": args.score, "prior_layer": args.prior_layer}
+    if args.prior:
+        config["prior"] = args.prior
     if args.llava:
         model = build_from_llava(args.llava, args.output_dir, **config)
     else:

@@ -30,9 +30,9 @@ selectors:
                        what its first two layers see
   equal-views,         of large images: the checkpoint's own order, but a share for each view, all equal or
   thumbnail-views      as important as the thumbnail finds the tile (GlobalCom2)
-  +question, +cls      behind topk, diverse, k-center, determinantal, merge or dedup: each question chooses the tokens;
-                       or the score is the encoder's attention alone, which is how topk+cls (FasterVLM), merge+cls and
-                       dedup+cls were published
+  +question, +cls,     behind topk, diverse, k-center, determinantal, merge or dedup: each question chooses the tokens;
+  +cls+distance        or the score is the encoder's attention alone, which is how topk+cls (FasterVLM), merge+cls and
+                       dedup+cls were published; or half of it and the distance from the mean projected token
 
 By default the checkpoint's own selector is measured, which infer runs, at 576, 144, 64 and 16 tokens, as far as images
 have so many; with --encoder-keep at most at what is left. random is always there, and downsample if K is a square
@@ -133,11 +133,11 @@ def check_extra() -> None:
 def known_names(args: argparse.Namespace) -> list[str]:
     """Return the selectors that are asked for, none by default; ValueError if one, or the benchmark, is unknown."""
     from lightvlm.evaluation.benchmarks import BENCHMARKS
-    from lightvlm.evaluation.selectors import SCORED, SELECTORS, SHARES
+    from lightvlm.evaluation.selectors import SCORED, SCORES, SELECTORS, SHARES
     from lightvlm.inference.checkpoint import read_type
 
     selectors = [name.strip() for name in args.selectors.split(",")] if args.selectors else []
-    by_score = [f"{name}{score}" for name, score in itertools.product(SCORED, ("+question", "+cls"))]
+    by_score = [f"{name}{score}" for name, score in itertools.product(SCORED, SCORES)]
     is_own = read_type(args.model_path) == "lightvlm"
     if is_own and (unknown := set(selectors) - {*SELECTORS, *SHARES, *by_score}):
         raise ValueError(

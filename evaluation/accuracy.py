@@ -22,6 +22,7 @@ from lightvlm.evaluation.metrics import AnswerMetric
 from lightvlm.evaluation.selectors import (
     CHOOSERS,
     OF_VIEWS,
+    SCORED,
     SHARES,
     choose_patches,
     downsample,
@@ -34,7 +35,7 @@ from lightvlm.evaluation.selectors import (
 from lightvlm.inference.answer_log import AnswerLog
 from lightvlm.inference.answers import tokenize
 from lightvlm.inference.fingerprint import hash_files
-from lightvlm.pruning_lightvlm import LightVLMImageFeatures, log_prior
+from lightvlm.pruning_lightvlm import LightVLMImageFeatures, log_distance, log_prior
 from lightvlm.views_lightvlm import Layout, encoded_tokens
 from torch.nn import functional
 from tqdm import tqdm
@@ -234,7 +235,9 @@ class Batch:
             (largest,), means = self.questions.processor.resolve_budgets(budget, 1)
             budgets = [min(largest, length) for length in self.layout.lengths]
             asked = Budgets(budgets, means * len(budgets)).limited_to_encoded(self.model.config, self.sizes)
-            kept = backbone.pruner(self.features, self.prior, asked, None, self.layout)
+            kept = backbone.pruner(
+                self.features, self.prior, asked, None, self.layout, backbone.project_all(self.features)
+            )
             return backbone.keep(self.features, kept, self.layout)
         if self.whole.source is not None and name not in ("all", *OF_VIEWS):
             raise ValueError(f"{name} is not for images of many views: choose among {', '.join(OF_VIEWS)}.")
@@ -244,29 +247,41 @@ class Batch:
             return backbone.keep(self.features, kept, self.layout)
         if budget > min(self.left):
             raise ValueError(f"num_image_tokens={budget}: an image has {min(self.left)} patches, so give no more.")
-        compared = self.keys if name == "merge" else self.features
-        if name == "max-min":
-            compared = backbone.multi_modal_projector(self.features)
+        scores, compared = self.weigh(name, score)
         if name in SHARES:
             kept = self.choose_by_view(SHARES[name], budget).sort(dim=-1).values
             return backbone.keep(self.features, list(kept), self.layout)
         if name in CHOOSERS and self.whole.source is not None:  # where what is no patch has the score -inf
-            kept = CHOOSERS[name](self.scores[score], compared, budget).sort(dim=-1).values
+            kept = CHOOSERS[name](scores, compared, budget).sort(dim=-1).values
             return backbone.keep(self.features, list(kept), self.layout)
         if name in CHOOSERS:
-            kept = choose_patches(name, self.scores[score], compared, budget)
+            kept = choose_patches(name, scores, compared, budget)
             return backbone.keep(self.features, list(kept), self.layout)
-        weights = mixing_weights(name, self.scores[score], compared, budget)
+        weights = mixing_weights(name, scores, compared, budget)
         if name == "downsample":
             features = downsample(backbone, self.pixels, budget)[self.images]
         else:
             features = weights @ self.features
         return LightVLMImageFeatures(pooler_output=list(project(backbone, features, weights)))
 
+    def weigh(self, name: str, score: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores (rows, tokens) that a selector reads, and what it compares."""
+        backbone, compared = self.model.model, self.features
+        is_own = score in ("", "question") and name in SCORED
+        has_distance = score == "cls+distance" or is_own and backbone.pruner.has_distance
+        scores = self.scores[score.removesuffix("+distance")]
+        if has_distance or name == "max-min":
+            compared = backbone.multi_modal_projector(self.features)
+        if has_distance:
+            scores = scores / 2 + log_distance(compared, self.layout.is_patch)
+        return scores, self.keys if name == "merge" else compared
+
     def choose_by_view(self, share: Callable, budget: int) -> torch.Tensor:
         """Return the first K tokens, (rows, K), of the checkpoint's own order when each view has a share of them."""
         scores, quotas = self.scores[""], share(self.importance, budget)
-        order = self.model.model.pruner.select(scores, self.features, self.features.shape[1])
+        backbone = self.model.model
+        tokens = backbone.project_all(self.features)
+        order = backbone.pruner.choose(scores, self.features, tokens, self.layout, self.features.shape[1])
         views = torch.zeros_like(order)
         if self.whole.source is not None:
             views = self.whole.source // self.whole.patches
@@ -314,8 +329,9 @@ def accuracy(
         model: in evaluation mode.
         questions: that it is asked.
         settings: selector and K of each measurement; all of them are made on one encoding of the images. Of
-            `SELECTORS`, with "+question" if each question chooses the tokens or "+cls" if the score is the
-            encoder's attention alone; or "all" with all patches. The checkpoint's own selector takes "dynamic:64" too.
+            `SELECTORS`, with "+question" if each question chooses the tokens, "+cls" if the score is the
+            encoder's attention alone, or "+cls+distance" if it is half of that and the distance from the mean token;
+            or "all" with all patches. The checkpoint's own selector takes "dynamic:64" too.
         metric: with "accuracy" among its values.
         batch_size: questions at a time.
         seed: of the random selector.

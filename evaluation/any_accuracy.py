@@ -14,7 +14,8 @@ from lightvlm.inference.many import open_named
 from lightvlm.inference.own_model import read_share
 from lightvlm.pruning import keep_distinct
 from lightvlm.pruning.any_model import check_prompt, choose, drop, embed_text, encode
-from lightvlm.pruning.choosing import Chooser, log_distance
+from lightvlm.pruning.choosing import Chooser
+from lightvlm.pruning_lightvlm import log_distance
 from torch import Tensor
 
 BUDGETS = ("100%", "25%", "10%", "5%")  # that are measured by default

@@ -82,11 +82,12 @@ class Encoded:
         self.model, self.processor, self.turns = model, processor, [image["turns"] for image in images]
         opened = processor(images=[image["path"] for image in images], return_tensors="pt")
         backbone, pixels = model.model, opened["pixel_values"]
-        encoded = backbone.encode_views(pixels, None, backbone.lay_out(pixels, None))
+        encoded = backbone.encode_views(pixels, None, backbone.lay_out(pixels, opened.get("image_sizes")))
         self.features, self.prior, self.layout = encoded
         scores = backbone.pruner.score(self.features, self.prior, None, self.layout)
         self.complexity = backbone.pruner.estimate_complexity(self.features, scores)
-        self.order = backbone.pruner.select(scores, self.features, self.features.shape[1])
+        tokens = backbone.project_all(self.features)
+        self.order = backbone.pruner.choose(scores, self.features, tokens, self.layout, self.features.shape[1])
 
     def answer(self, budgets: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return whether each image's answers are right, (questions,), and the log-probability of a token."""

@@ -251,6 +251,7 @@ OF_VIEWS = (
     *SHARES,
 )  # what else there is compares squares of patches
 SCORED = ("topk", "diverse", "k-center", "determinantal", "dedup", "merge")  # the others do not read the scores
+SCORES = ("+question", "+cls", "+cls+distance")  # and the checkpoint's own
 ON_GRIDS = ("uniform", "pool", "downsample")  # these need to know where patches are
 
 

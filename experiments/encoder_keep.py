@@ -58,8 +58,8 @@ def right_answers(model, processor, images, budgets) -> dict[int, list[list[floa
         side = model.config.vision_config.image_size
         sizes = torch.tensor([[side, side]]) if sizes is None else sizes
         features, prior, layout = lay_out_batch(features, prior, sizes, model.config)
-        scores = backbone.pruner.score(features, prior, layout=layout)
-        order = backbone.pruner.select(scores, features, max(budgets))
+        tokens = backbone.project_all(features)
+        order = backbone.pruner.rank(features, prior, None, layout, max(budgets), tokens)
         for budget in budgets:
             inputs = pack_turns([image["turns"]], processor, [budget])
             labels = inputs.pop("labels")[:, 1:]

@@ -20,8 +20,7 @@ import torch
 from lightvlm.data.files import write_json
 from lightvlm.evaluation.selectors import select_max_min, select_random, select_uniform
 from lightvlm.pruning import TokenScorer
-from lightvlm.pruning.choosing import log_distance
-from lightvlm.pruning_lightvlm import select_density_peaks, select_topk
+from lightvlm.pruning_lightvlm import log_distance, select_density_peaks, select_topk
 from lightvlm.training.pruner import leave_one_out, order_log_probability, sample_orders
 from safetensors.torch import load_file
 from second_family import (
@@ -81,11 +80,6 @@ def reward(reader: Reader, features: Tensor, kept: Tensor, turns: list[list[tupl
     return total / rows.bincount(minlength=len(turns))
 
 
-def distance(features: Tensor) -> Tensor:
-    """Return `log_distance` of each picture's tokens, (batch, tokens)."""
-    return torch.stack([log_distance(tokens) for tokens in features])
-
-
 def cosine_distance(features: Tensor) -> Tensor:
     """Return how unlike the direction of the picture's mean token each token's is, as a logarithm. (batch, tokens)"""
     return (1 - cosine_similarity(features, features.mean(dim=1, keepdim=True), dim=-1)).clamp_min(1e-6).log()
@@ -105,8 +99,8 @@ def learned(scorer: TokenScorer, features: Tensor) -> Tensor:
 
 
 WAYS = {  # a score of merged tokens, and how tokens are chosen by it
-    "distance from mean": (distance, select_topk),
-    "distance from mean, density peaks": (distance, select_density_peaks),
+    "distance from mean": (log_distance, select_topk),
+    "distance from mean, density peaks": (log_distance, select_density_peaks),
     "cosine to mean": (cosine_distance, select_topk),
     "cosine to mean, density peaks": (cosine_distance, select_density_peaks),
     "norm": (norm, select_topk),

@@ -132,14 +132,15 @@ def load_tokenizer(text: str) -> PreTrainedTokenizerBase:
 
 
 def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMForConditionalGeneration:
-    """Put an untrained pruner, which is the vision encoder's own attention, into a LLaVA checkpoint.
+    """Put an untrained pruner into a LLaVA checkpoint: the encoder's attention, and the distance from the mean token.
 
     Args:
         llava: folder or Hub name of a checkpoint of `LlavaForConditionalGeneration`, such as llava-hf/llava-1.5-7b-hf,
             or of `LlavaNextForConditionalGeneration`, such as llava-hf/llava-v1.6-mistral-7b-hf.
         output_dir: the Hub folder to write.
-        config: for `LightVLMConfig`, such as `num_image_tokens` or `score`. `position_ids` are "original" by default:
-            the language model has not learned that patches are missing, nor where kept ones stood.
+        config: for `LightVLMConfig`, such as `num_image_tokens` or `score`. By default `prior` is
+            "attention+distance", and `position_ids` are "original": the language model has not learned that patches
+            are missing, nor where kept ones stood.
 
     Raises:
         ValueError: if it is a checkpoint of another kind or layout, weights but the pruner's are missing or left
@@ -158,8 +159,8 @@ def build_from_llava(llava: str, output_dir: str | Path, **config) -> LightVLMFo
     if not isinstance(theirs, ProcessorMixin):
         raise ValueError(f"{llava} has no image processor beside its tokenizer: {CONVERTED}")
     has_newline = model_type == "llava_next"
-    ours = {"model_type": "lightvlm", "image_newline": has_newline, "position_ids": "original", **config}
-    config = LightVLMConfig.from_dict(source | ours)
+    ours = {"position_ids": "original", "prior": "attention+distance", "image_newline": has_newline, **config}
+    config = LightVLMConfig.from_dict(source | {"model_type": "lightvlm"} | ours)
     model = load_whole(LightVLMForConditionalGeneration, llava, CONVERTED, new=r"^model\.pruner\.", config=config)
     template = theirs.chat_template
     text = model.config.text_config

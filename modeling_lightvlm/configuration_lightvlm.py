@@ -37,6 +37,10 @@ class LightVLMConfig(LlavaConfig):
             Positions of the kept tokens. "consecutive": as if the dropped ones had never been, for checkpoints trained
             with few tokens. "original": those that they have among all patches, and the text continues after all
             patches, for LLaVA checkpoints as they are. vLLM always counts consecutively.
+        prior (`str`):
+            What the score starts from. "attention": the logarithm of the encoder's. "attention+distance": half of that
+            logarithm, and of all learned terms, plus the logarithm of a projected patch's distance from the mean one.
+            "diverse" then compares projected patches. How many tokens "dynamic" gives does not depend on it.
         prior_layer (`int`):
             The encoder layer whose attention the score starts from: the penultimate, as in FasterVLM (Zhang et al.
             2024) and VisionZip (Yang et al. 2024), or -1 for the last. A SigLIP pooling head takes precedence.
@@ -67,6 +71,7 @@ class LightVLMConfig(LlavaConfig):
     score: Literal["cls", "mlp", "positional", "question"] = "positional"
     select: Literal["topk", "diverse"] = "diverse"
     position_ids: Literal["consecutive", "original"] = "consecutive"
+    prior: Literal["attention", "attention+distance"] = "attention"
     prior_layer: int = -2
     encoder_keep: dict[Any, float | int] | None = None
     scorer_hidden_size: int = 512

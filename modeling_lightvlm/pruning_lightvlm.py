@@ -26,6 +26,23 @@ def log_prior(prior: Tensor) -> Tensor:
     return prior.float().clamp_min(1e-12).log()
 
 
+def log_distance(tokens: Tensor, is_patch: Tensor | None = None) -> Tensor:
+    """Return the logarithm of each token's distance from its image's mean token: background is near the mean.
+
+    Args:
+        tokens: (..., tokens, hidden), projected.
+        is_patch: (..., tokens) or a scalar, as in `Layout`: what is no patch is not in the mean.
+
+    Returns:
+        (..., tokens) in float32.
+    """
+    tokens = tokens.float()
+    weights = tokens.new_ones(()) if is_patch is None else is_patch.to(tokens)
+    weights = weights.expand(tokens.shape[:-1])[..., None]
+    mean = (tokens * weights).sum(dim=-2, keepdim=True) / weights.sum(dim=-2, keepdim=True)
+    return (tokens - mean).norm(dim=-1).clamp_min(1e-12).log()
+
+
 def select_topk(scores: Tensor, features: Tensor, count: int) -> Tensor:
     """Select the patches with the best scores.
 
@@ -204,11 +221,12 @@ class TokenPruner(nn.Module):
 
     A score is log(prior) + scorer(features) + row + column + question, with the terms that `config.score` includes.
     The learned terms are zero at the start, so that an untrained pruner is exactly the vision encoder's own attention.
+    With `config.prior="attention+distance"` half of it and `log_distance` choose, among tokens that are all projected.
     """
 
     def __init__(self, config: LightVLMConfig) -> None:
         super().__init__()
-        self.select = SELECTORS[config.select]
+        self.select, self.has_distance = SELECTORS[config.select], config.prior == "attention+distance"
         side = config.patches_per_side
         layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
         features = config.vision_config.hidden_size * layers
@@ -273,13 +291,43 @@ class TokenPruner(nn.Module):
         places = embed_grid(self.row_key, self.column_key, layout) * QUESTION_RANK**0.5
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
+    def add_distance(self, scores: Tensor, tokens: Tensor | None, layout: Layout) -> Tensor:
+        """Return half of scores of `score` and `log_distance` of `tokens`, if such is the prior; else the scores.
+
+        Raises:
+            ValueError: if tokens are needed and missing.
+        """
+        if not self.has_distance:
+            return scores
+        if tokens is None:
+            raise ValueError('prior="attention+distance" chooses among projected tokens: pass those of `project_all`.')
+        return scores / 2 + log_distance(tokens, layout.is_patch)
+
+    def choose(self, scores: Tensor, features: Tensor, tokens: Tensor | None, layout: Layout, count: int) -> Tensor:
+        """Return what `rank` does, by scores of `score`."""
+        scores = self.add_distance(scores, tokens, layout)
+        return self.select(scores, features if tokens is None else tokens, count)
+
     @torch.no_grad()  # indices have no gradient
-    def rank(self, features: Tensor, prior: Tensor, questions: Tensor | None, layout: Layout, count: int) -> Tensor:
-        """Return each image's `count` tokens to keep, (images, count), best first; arguments as in `score`.
+    def rank(
+        self,
+        features: Tensor,
+        prior: Tensor,
+        questions: Tensor | None,
+        layout: Layout,
+        count: int,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Return each image's `count` tokens to keep, (images, count), best first.
 
         The first of them are the choice for a smaller count.
+
+        Args:
+            features, prior, questions, layout: as in `score`.
+            count: 1 to tokens.
+            tokens: (images, tokens, hidden), all of them projected, as `LightVLMModel.project_all` returns them.
         """
-        return self.select(self.score(features, prior, questions, layout), features, count)
+        return self.choose(self.score(features, prior, questions, layout), features, tokens, layout, count)
 
     def estimate_complexity(self, features: Tensor, scores: Tensor) -> Tensor:
         """Estimate the logarithm of the number of tokens each image needs, by a linear layer on pooled features.
@@ -325,11 +373,12 @@ class TokenPruner(nn.Module):
         budgets: Budgets,
         questions: Tensor | None,
         layout: Layout,
+        tokens: Tensor | None = None,
     ) -> list[Tensor]:
         """Keep K tokens of each image.
 
         Args:
-            features, prior, questions, layout: as in `score`.
+            features, prior, questions, layout, tokens: as in `rank`.
             budgets: of the images.
 
         Returns:
@@ -339,12 +388,12 @@ class TokenPruner(nn.Module):
         if not budgets.means and counts == layout.lengths:
             return [torch.arange(length, device=features.device) for length in counts]
         if not budgets.means:
-            order = self.rank(features, prior, questions, layout, max(counts))
+            order = self.rank(features, prior, questions, layout, max(counts), tokens)
         else:
             scores = self.score(features, prior, None, layout)
             counts = self.allot(features, scores, budgets)
             scores = self.add_question(scores, features, questions, layout)
-            order = self.select(scores, features, max(counts))
+            order = self.choose(scores, features, tokens, layout, max(counts))
         each = torch.tensor(counts).to(order.device, non_blocking=True) if min(counts) < max(counts) else None
         kept = in_raster_order(order, each, features.shape[1])
         return [row[:count] for row, count in zip(kept, counts, strict=True)]

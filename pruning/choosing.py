@@ -8,7 +8,7 @@ mean embedding of the prompt's text, (hidden,), and returns the kept indices in 
 from typing import Protocol
 
 import torch
-from lightvlm.pruning_lightvlm import select_density_peaks
+from lightvlm.pruning_lightvlm import log_distance, select_density_peaks
 from torch import Tensor
 
 
@@ -17,12 +17,6 @@ class Chooser(Protocol):
 
     def __call__(self, tokens: Tensor, count: int, question: Tensor) -> Tensor:
         """Return `count` indices, in raster order, of tokens (tokens, hidden)."""
-
-
-def log_distance(tokens: Tensor) -> Tensor:
-    """Return the logarithm of each token's distance from the mean token, (tokens,): background is near the mean."""
-    tokens = tokens.float()
-    return (tokens - tokens.mean(dim=0)).norm(dim=-1).clamp_min(1e-12).log()
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
-from lightvlm.pruning.choosing import log_distance
-from lightvlm.pruning_lightvlm import QUESTION_RANK, SELECTORS, ZeroLinear
+from lightvlm.pruning_lightvlm import QUESTION_RANK, SELECTORS, ZeroLinear, log_distance
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

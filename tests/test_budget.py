@@ -116,8 +116,9 @@ def test_the_checkpoint_has_estimator_calibration_and_a_line_on_its_card(data, m
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
-def test_the_need_is_the_smallest_budget_that_is_nearly_as_good_as_everything(monkeypatch):
-    model, processor = make_model(), make_processor()
+@pytest.mark.parametrize("prior", ["attention", "attention+distance"])
+def test_the_need_is_the_smallest_budget_that_is_nearly_as_good_as_everything(monkeypatch, prior):
+    model, processor = make_model(prior=prior), make_processor()
     rewards = {2: [-3.0, -1.0], 4: [-0.5, -3.0], 8: [-0.3, -3.0], NUM_PATCHES: [-0.25, -0.95]}
     monkeypatch.setattr(
         budget.PolicyGradient, "reward", lambda self, features, kept, *rest: torch.tensor([rewards[kept.shape[-1]]])

@@ -72,7 +72,16 @@ def test_a_llava_checkpoint_becomes_a_hub_folder(tmp_path):
     assert isinstance(model, LightVLM)
     assert isinstance(processor, LightVLMProcessor)
     assert model.config.position_ids == "original"  # nothing of it has learned what pruning does
+    assert model.config.prior == "attention+distance"  # nor which patches matter
     assert isinstance(model.chat(make_image(), "what?", max_new_tokens=3), str)
+
+
+@pytest.mark.parametrize("prior", ["attention", "attention+distance"])
+def test_a_prior_may_be_asked_for(tmp_path, prior):
+    save_llava(tmp_path / "llava", "new")
+    command = ["build", "--llava", str(tmp_path / "llava"), "--output-dir", str(tmp_path / "hub"), "--prior", prior]
+    assert main(command) == 0
+    assert LightVLM.from_pretrained(tmp_path / "hub").config.prior == prior
 
 
 def in_original_layout(weights):

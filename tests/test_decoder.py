@@ -78,9 +78,10 @@ def test_a_checkpoint_of_one_view_learns_to_answer_from_many(data, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("prior", ["attention", "attention+distance"])
 @torch.no_grad()
-def test_the_loss_is_that_of_the_model_with_the_tokens_that_its_pruner_keeps(data):
-    model, processor = make_model(image_grid_pinpoints=GRIDS), make_processor(pinpoints=GRIDS)
+def test_the_loss_is_that_of_the_model_with_the_tokens_that_its_pruner_keeps(data, prior):
+    model, processor = make_model(image_grid_pinpoints=GRIDS, prior=prior), make_processor(pinpoints=GRIDS)
     torch.nn.init.normal_(model.model.pruner.tile_embedding.weight)
     args = decoder.DecoderArguments("", [], "", max_turns=1, min_image_tokens=7, log_uniform_max=7, full_share=0)
     args.data_path, args.image_folder = [str(data / "large.json")], str(data)

@@ -356,7 +356,7 @@ def test_image_features_keep_transformers_contract(tiny):
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_every_part_may_be_offloaded(place, tmp_path, processor):
     calibration = {"means": [2, 30], "kappas": [2.0, 30.0], "exponent": 1.0, "minimum": 1, "maximum": NUM_PATCHES}
-    model = make_model(score="question", dynamic_budget=calibration)
+    model = make_model(score="question", dynamic_budget=calibration, prior="attention+distance")
     torch.nn.init.normal_(model.model.pruner.question_projection.weight)
     torch.nn.init.normal_(model.model.pruner.complexity.weight)
     asked = {"num_image_tokens": "dynamic:8", "question": "what color?"}

@@ -56,7 +56,9 @@ def test_each_table_has_one_name():
     assert len(TABLES) == len({*TABLES.values()})
 
 
-@pytest.mark.parametrize("name", ["shipped_accuracy", "merged_tokens"])
+@pytest.mark.parametrize(
+    "name", ["shipped_accuracy", "merged_tokens", "attention_and_distance", "attention_and_distance_other"]
+)
 def test_what_is_told_of_the_shipped_checkpoint_was_measured_with_its_weights(name):
     report = json.loads((ROOT / "evaluation" / "results" / "once" / f"{name}.json").read_text())
     assert report["checkpoint"]["weights_sha256"] == fingerprint(SHIPPED)["weights_sha256"]

@@ -113,9 +113,9 @@ def needed_tokens(
         sweep: the K that are tried, rising.
         delta: by how much the mean log-probability of an answer's token may be less.
     """
-    judge, pruner, device = PolicyGradient(model), model.model.pruner, model.device
+    judge, backbone, device = PolicyGradient(model), model.model, model.device
     whole = model.config.encoded_patches  # of many views, too, as many as one view has
-    order = pruner.rank(features, prior, None, layout, whole)
+    order = backbone.pruner.rank(features, prior, None, layout, whole, backbone.project_all(features))
     rewards = []
     for kept in (order[:, :budget].sort(dim=-1).values for budget in (*sweep, whole)):
         inputs = pack_turns([example["messages"] for example in examples], processor, kept.shape[1])

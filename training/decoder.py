@@ -65,11 +65,12 @@ def check(training_args: DecoderTrainingArguments) -> None:
 @torch.no_grad()
 def rank_patches(model: LightVLMForConditionalGeneration, examples: EncodedImages, count: int) -> None:
     """Give each example its `order`: the first `count` of its image's tokens, best first, as the pruner chooses."""
-    pruner, orders = model.model.pruner, []
+    backbone, orders = model.model, []
     for example in tqdm(examples, "Choosing patches"):
         stacked = stack_features([example], model.device)
         features, prior, layout = lay_out_batch(**stacked, config=model.config)
-        orders.append(pruner.rank(features, prior, None, layout, count)[0].to("cpu", torch.int32))
+        order = backbone.pruner.rank(features, prior, None, layout, count, backbone.project_all(features))
+        orders.append(order[0].to("cpu", torch.int32))
     examples.columns["order"] = torch.stack(orders)
 
 

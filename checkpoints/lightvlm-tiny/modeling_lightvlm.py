@@ -215,15 +215,19 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         # Images of one view are laid out alike; a list as long as there are images would fix their number in a graph.
         whole = one_view(self.config.patches_per_side, 1, features.device)
         features, prior, layout = whole.place(places, features, prior)
+        projected = self.project_all(features)
         if most is None:
             kept = torch.arange(whole.patches, device=features.device).expand(len(features), -1)
-            patches = features
+            tokens = features if projected is None else projected
         else:
             questions = None if question_ids is None else self.embed_questions(question_ids)
-            kept = in_raster_order(self.pruner.rank(features, prior, questions, layout, most), counts, whole.patches)
+            order = self.pruner.rank(features, prior, questions, layout, most, projected)
+            kept = in_raster_order(order, counts, whole.patches)
+            source = features if projected is None else projected
             # take_along_dim broadcasts, and so fixes the number of images in a graph.
-            patches = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
-        return features, self.pruner.add_places(self.multi_modal_projector(patches), whole.at(kept, [])), kept
+            tokens = source.gather(1, kept[..., None].expand(-1, -1, source.shape[-1]))
+        tokens = self.multi_modal_projector(tokens) if projected is None else tokens
+        return features, self.pruner.add_places(tokens, whole.at(kept, [])), kept
 
     def encode(
         self,
@@ -299,18 +303,28 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             question_ids: as in `get_image_features`.
         """
         questions = self.embed_questions(question_ids) if question_ids is not None else None
-        return self.keep(features, self.pruner(features, prior, budgets, questions, layout), layout)
+        projected = self.project_all(features)
+        kept = self.pruner(features, prior, budgets, questions, layout, projected)
+        return self.keep(features, kept, layout, projected)
 
-    def keep(self, features: Tensor, kept: list[Tensor], layout: Layout) -> LightVLMImageFeatures:
-        """Project each image's kept tokens, and add the embeddings of their places.
+    def project_all(self, features: Tensor) -> Tensor | None:
+        """Return all tokens, (images, tokens, hidden), projected, if the pruner chooses by them; else None."""
+        return self.multi_modal_projector(features) if self.pruner.has_distance else None
+
+    def keep(
+        self, features: Tensor, kept: list[Tensor], layout: Layout, projected: Tensor | None = None
+    ) -> LightVLMImageFeatures:
+        """Project each image's kept tokens, unless they are already, and add the embeddings of their places.
 
         Args:
             features, layout: as `encode_views` returns them.
             kept: (K,) indices of each image, in raster order.
+            projected: of `project_all`.
         """
-        places, counts = torch.cat(kept), [len(each) for each in kept]
-        patches = features[image_of_each(counts, features.device), places]
-        tokens = self.multi_modal_projector(patches)  # [sum of K, hidden]
+        source, counts = features if projected is None else projected, [len(each) for each in kept]
+        places = torch.cat(kept)
+        tokens = source[image_of_each(counts, features.device), places]  # [sum of K, dim or hidden]
+        tokens = self.multi_modal_projector(tokens) if projected is None else tokens
         if self.pruner.row_score is not None or self.image_newline is not None:
             places = layout.at(places, counts)
             tokens = self.pruner.add_places(tokens, places)
