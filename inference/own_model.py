@@ -177,6 +177,10 @@ class OwnModel:
             lengths = [len(indices) for indices in kept]
             note(lengths, int(sum(inputs["num_image_tokens"])) - sum(lengths))
 
+        if inputs.get("mean_image_tokens") is None:
+            if "num_image_tokens" in inputs:
+                note(inputs["num_image_tokens"].tolist(), 0)
+            return self.model.generate(**inputs)
         hook = self.model.model.pruner.register_forward_hook(tell)
         try:
             return self.model.generate(**inputs)

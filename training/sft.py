@@ -297,10 +297,14 @@ class LightVLMTrainer(SFTTrainer):
                 parameter.data = parameter.data.float()  # what an optimizer changes by little needs the bits
         kwargs["model"].model.pruner.register_forward_hook(self.count_kept)
 
-    def count_kept(self, pruner: nn.Module, _inputs: tuple, kept: list[torch.Tensor]) -> None:
-        """Note for the logs how many tokens were kept of each image, which placeholders do not say if K is dynamic."""
-        mode = "train" if pruner.training else "eval"
-        self._metrics[mode]["kept_image_tokens"] += [len(indices) for indices in kept]
+    def count_kept(self, pruner: nn.Module, inputs: tuple, kept: list[torch.Tensor]) -> None:
+        """Note for the logs how many tokens were kept of each image, which no input says if K is dynamic."""
+        if inputs[2].means:
+            self.log_kept([len(indices) for indices in kept])
+
+    def log_kept(self, counts: list[int]) -> None:
+        """Add the tokens of images to what is logged."""
+        self._metrics["train" if self.model.training else "eval"]["kept_image_tokens"] += counts
 
     def get_train_dataloader(self) -> DataLoader:
         """Load as Trainer does, with rows that know K of their optimizer step."""
@@ -361,6 +365,8 @@ class LightVLMTrainer(SFTTrainer):
         head = self.model.get_output_embeddings()
         if isinstance(head, FSDPModule):
             head.unshard()  # SFTTrainer reads its weights uncalled: a process would learn from its own rows alone
+        if "num_image_tokens" in inputs and inputs.get("mean_image_tokens") is None:
+            self.log_kept(inputs["num_image_tokens"].tolist())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
