@@ -12,11 +12,12 @@ import random
 
 from lightvlm.training.prepare_scenes import any_color
 from lightvlm.training.reading_papers import draw_chart, draw_form, draw_page, draw_receipt
-from lightvlm.training.reading_sheet import NoRoomError, Picture, Question, Sheet, Sources, load_face
+from lightvlm.training.reading_sheet import NoRoomError, Picture, Question, Sheet, Sources, Text, load_face
 from lightvlm.training.reading_signs import draw_lines, draw_screen, draw_signs
 from PIL import Image, ImageDraw
 
 HEIGHTS = (10, 40)  # of glyphs, in pixels, the least and the most
+UNREADABLE = (3, 4)  # heights of letters that nobody can read
 KINDS = {
     "line": draw_lines,
     "sign": draw_signs,
@@ -32,11 +33,12 @@ ASKS = ("text", "place", "label", "color", "order", "existence", "count")
 def draw_ground(photographs: list[Image.Image], size: tuple[int, int], rng: random.Random) -> Image.Image:
     """Return a part of a photograph, with its own pixels if it has enough, mirrored half of the time."""
     photograph = rng.choice(photographs)
-    fits = min(photograph.width / size[0], photograph.height / size[1])
+    fits = min(1, photograph.width / size[0], photograph.height / size[1])
+    width, height = int(size[0] * fits), int(size[1] * fits)
+    left, top = rng.randint(0, photograph.width - width), rng.randint(0, photograph.height - height)
+    ground = photograph.crop((left, top, left + width, top + height))
     if fits < 1:
-        photograph = photograph.resize([math.ceil(side / fits) for side in photograph.size])
-    left, top = rng.randint(0, photograph.width - size[0]), rng.randint(0, photograph.height - size[1])
-    ground = photograph.crop((left, top, left + size[0], top + size[1]))
+        ground = ground.resize(size, Image.Resampling.BILINEAR)
     return ground.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else ground
 
 
@@ -62,11 +64,11 @@ def draw_clutter(picture: Picture, sources: Sources, rng: random.Random) -> None
             points = [(corner + rng.uniform(0, 0.6) * size, top + rng.uniform(0, 1) * size) for _ in range(4)]
             pen.line(points, ink, max(1, size // 8), joint="curve")
     for _ in range(rng.randint(0, 2)):
-        face, ink = load_face(rng.choice(sources.fonts), rng.randint(3, 4)), any_color(rng)
+        face, ink = load_face(rng.choice(sources.fonts), rng.randint(*UNREADABLE)), any_color(rng)
         line = " ".join(rng.choices(sources.words, k=rng.randint(2, 8)))
-        left, top = rng.randrange(width), rng.randrange(height)
-        pen.text((left, top), line, ink, face.font)
-        picture.unread.append(tuple(map(math.ceil, pen.textbbox((left, top), line, face.font))))
+        boxes = face.write(picture.image, line, rng.randrange(width), rng.randrange(height), ink)
+        left, top, right, bottom = Text(line, boxes, "").bounds()
+        picture.unread.append((left, top, min(width, right), min(height, bottom)))
 
 
 def draw(

@@ -126,17 +126,29 @@ class Face:
         """Return how many pixels wide a text is."""
         return sum(self.step(string[place : place + 2]) for place in range(len(string)))
 
+    def write(self, image: Image.Image, string: str, left: int, top: int, ink: Color) -> list[Box]:
+        """Write a text whose capitals begin at these pixels; return each character's box."""
+        baseline, boxes = top + self.height, []
+        for place, character in enumerate(string):
+            opacity, box = self.glyph(character)
+            boxes.append((left + box[0], baseline + box[1], left + box[2], baseline + box[3]))
+            image.paste(ink, boxes[-1], opacity)
+            left += self.step(string[place : place + 2])
+        return boxes
+
 
 @lru_cache(maxsize=2048)
 def load_face(path: Path, height: int) -> Face:
     return Face(path, height)
 
 
+CHANNEL = np.arange(256) / 255
+LINEAR = np.where(CHANNEL <= 0.04045, CHANNEL / 12.92, ((CHANNEL + 0.055) / 1.055) ** 2.4)
+
+
 def luminance(colors) -> np.ndarray:
     """Return the relative luminance, 0 to 1, of sRGB colors (..., 3), as W3C defines it."""
-    channels = np.asarray(colors) / 255
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return linear @ np.array([0.2126, 0.7152, 0.0722])
+    return LINEAR[np.asarray(colors)] @ (0.2126, 0.7152, 0.0722)
 
 
 def is_legible(ink: Color, darkest: float, lightest: float) -> bool:
@@ -191,12 +203,7 @@ class Sheet:
 
     def write(self, string: str, left: float, top: float, color: str, ink: Color) -> Text:
         """Write a text whose capitals begin at these pixels."""
-        left, baseline, boxes = round(left), round(top) + self.face.height, []
-        for place, character in enumerate(string):
-            opacity, box = self.face.glyph(character)
-            boxes.append((left + box[0], baseline + box[1], left + box[2], baseline + box[3]))
-            self.image.paste(ink, boxes[-1], opacity)
-            left += self.face.step(string[place : place + 2])
+        boxes = self.face.write(self.image, string, round(left), round(top), ink)
         self.picture.texts.append(Text(string, boxes, color))
         return self.picture.texts[-1]
 
