@@ -85,22 +85,22 @@ def draw(
         rng: decides.
         sources: of fonts, words and backgrounds.
         size: width and height in pixels.
-        height: of capital letters and digits in pixels; by default any of `HEIGHTS` that there is room for.
+        height: of capital letters and digits in pixels, by default any of `HEIGHTS`; less if there is no room for it.
 
     Raises:
-        ValueError: if there is no room for glyphs of this height.
+        ValueError: if there is no room for the smallest either.
     """
-    most = height or rng.randint(*HEIGHTS)
-    for _ in range(40):
-        picture = Picture(draw_ground(sources.photographs, size, rng), kind, most)
+    height = height or rng.randint(*HEIGHTS)
+    for attempt in range(4 * (height - HEIGHTS[0] + 1)):
+        picture = Picture(draw_ground(sources.photographs, size, rng), kind, height - attempt // 4)
         draw_clutter(picture, sources, rng)
+        face = load_face(rng.choice(sources.fonts), picture.glyph_height)
         try:
-            KINDS[kind](Sheet(picture, load_face(rng.choice(sources.fonts), most), sources.words, rng))
+            KINDS[kind](Sheet(picture, face, sources.words, rng))
         except NoRoomError:
-            most = height or max(HEIGHTS[0], most - 2)
-        else:
-            return picture
-    raise ValueError(f"a {kind} of {size[0]}x{size[1]} px has no room for glyphs of {most} px")
+            continue
+        return picture
+    raise ValueError(f"a {kind} of {size[0]}x{size[1]} px has no room for text")
 
 
 def transcript(picture: Picture) -> str:

@@ -72,7 +72,8 @@ FONTS = {  # files of Debian's packages; no family of a split is in another, but
     },
 }
 SPLITS = ("train", "calibration", "validation", "test")
-WORDS = "wamerican/usr/share/dict/american-english"
+WORDS = "wamerican-small/usr/share/dict/american-english-small"
+SLURS = ("fagg", "slut")  # words that begin so are left out
 TEXTURES = 100  # that are drawn as backgrounds beside the photographs
 SIZES = {  # (width, height), and how often; all sides are those of views
     (336, 336): 8,
@@ -96,7 +97,8 @@ def split_of(word: str) -> str:
 def load_words(file: Path, split: str) -> list[str]:
     """Return a split's words of three to eight lower-case letters."""
     words = file.read_text(encoding="utf-8").split()
-    return [word for word in words if re.fullmatch("[a-z]{3,8}", word) and split_of(word) == split]
+    words = [word for word in words if re.fullmatch("[a-z]{3,8}", word) and not word.startswith(SLURS)]
+    return [word for word in words if split_of(word) == split]
 
 
 def find_fonts(folder: Path, split: str) -> list[Path]:

@@ -19,22 +19,20 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def put_paper(sheet: Sheet, width: float, height: float) -> tuple[Box, tuple[str, Color]]:
-    """Draw a sheet of paper of at least these pixels somewhere; return where it is, and the ink for it."""
+    """Put a sheet of paper somewhere; return a place of these pixels on it, and the ink for it."""
     rng, margin = sheet.rng, round(0.6 * sheet.face.height)
-    width, height = round(width) + 2 * margin, round(height) + 2 * margin
-    if width > sheet.width or height > sheet.height:
+    width, height = round(width), round(height)
+    if width + 2 * margin > sheet.width or height + 2 * margin > sheet.height:
         raise NoRoomError
+    left = rng.randint(margin, sheet.width - margin - width)
+    top = rng.randint(margin, sheet.height - margin - height)
+    paper = (left - margin, top - margin, left + width + margin, top + height + margin)
     if rng.random() < 0.3:  # no more than the paper can be seen
-        left, top, width, height = 0, 0, sheet.width, sheet.height
-    else:
-        left, top = rng.randint(0, sheet.width - width), rng.randint(0, sheet.height - height)
-    box = (left, top, left + width, top + height)
+        paper = (0, 0, sheet.width, sheet.height)
     light, tint = rng.random() < 0.85, rng.choices(range(225, 256), k=3)
-    put_panel(sheet, box, tuple(tint) if light else tuple(255 - value for value in tint), rng.uniform(0.9, 1))
-    ink = sheet.choose_ink(
-        box, ("black", "blue", "purple", "red", "green") if light else ("white", "yellow", "orange")
-    )
-    return (left + margin, top + margin, left + width - margin, top + height - margin), ink
+    put_panel(sheet, paper, tuple(tint) if light else tuple(255 - value for value in tint), rng.uniform(0.9, 1))
+    inks = ("black", "blue", "purple", "red", "green") if light else ("white", "yellow", "orange")
+    return (left, top, left + width, top + height), sheet.choose_ink(paper, inks)
 
 
 def pitch_of(sheet: Sheet) -> int:
@@ -76,8 +74,6 @@ def draw_receipt(sheet: Sheet) -> None:
     least = max(face.width(label) + face.width(value) for label, value in rows) + face.height
     width = rng.uniform(least, max(least, min(1.6 * least, sheet.width - 1.2 * face.height)))
     (left, top, right, bottom), ink = put_paper(sheet, width, pitch * len(rows) - 0.5 * face.height)
-    if right - left > 2 * least:  # or a price would be far from its item
-        right = left + round(1.5 * least)
     write_rows(sheet, rows, (left, top, right, bottom), pitch, ink)
     rule = top + (len(rows) - 1) * pitch - round(0.3 * face.height)
     sheet.pen.line((left, rule, right, rule), ink[1], max(1, face.height // 12))

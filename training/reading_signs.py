@@ -1,5 +1,6 @@
 """Lines, signs and screens with buttons: texts that stand here and there in a picture, on it or on panels."""
 
+import numpy as np
 from lightvlm.training.prepare_scenes import name_places
 from lightvlm.training.reading_sheet import (
     COLORS,
@@ -8,11 +9,15 @@ from lightvlm.training.reading_sheet import (
     Sheet,
     ask_colors,
     ask_existence,
+    luminance,
     most_of,
     overlaps,
     put_panel,
     shade,
 )
+from PIL import Image
+
+LOST = 80  # of 255, in the channel that differs most: a panel that differs less from what is behind it needs an edge
 
 
 def put_apart(sheet: Sheet, size: tuple[int, int], taken: list[Box], gap: int) -> Box:
@@ -68,14 +73,18 @@ def draw_lines(sheet: Sheet) -> None:
 
 
 def label_panel(sheet: Sheet, string: str, box: Box, name: str) -> None:
-    """Draw a panel in a color with a text in its middle."""
+    """Draw a panel in a color with a text in its middle, and an edge if the color is that of what is behind it."""
     ground, rng = shade(name, sheet.rng), sheet.rng
+    behind = np.asarray(sheet.image.crop(box).resize((4, 4), Image.Resampling.BOX)).reshape(-1, 3)
+    is_lost = (np.abs(behind - np.array(ground)).max(axis=-1) < LOST).any()
+    edge = rng.choice((None, "black", "white"))
+    if is_lost:
+        edge = "black" if luminance(ground) > 0.18 else "white"  # whichever differs more from both
     radius = rng.choice((0, rng.randint(2, max(2, sheet.face.height // 2))))
-    dark, light = COLORS["black"], COLORS["white"]
-    put_panel(sheet, box, ground, radius=radius, edge=rng.choice((None, dark, light)))
-    inner = (box[0] + 3, box[1] + 3, box[2] - 3, box[3] - 3)
+    put_panel(sheet, box, ground, radius=radius, edge=edge and COLORS[edge])
     left = (box[0] + box[2] - sheet.face.width(string)) / 2
     top = (box[1] + box[3] - sheet.face.height) / 2
+    inner = (box[0] + 3, box[1] + 3, box[2] - 3, box[3] - 3)
     sheet.write(string, left, top, *sheet.choose_ink(inner, tuple(color for color in COLORS if color != name)))
 
 
