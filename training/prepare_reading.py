@@ -1,18 +1,35 @@
 """Write pictures with text to read, and questions about them, as LLaVA JSON files.
 
-make data/reading/ready
-python training/prepare_reading.py --data-dir data/reading --wallpapers data/wallpapers
+    make data/reading/ready
+    python training/prepare_reading.py --data-dir data/reading --wallpapers data/wallpapers
+
+Pictures have one view of 336 px, or many, up to 1008 px, and glyphs of 10 to 40 px (`draw_reading.py`). The splits
+share no word. Fonts and photographs of `validation` and `test` are of other families and sources than training's, and
+than each other's; `calibration` has training's. `data/reading` then holds:
+
+    fonts/, words/                               unpacked Debian packages
+    images/{split}/{one|many}_{kind}_{number}.jpg
+    train.json, calibration.json                 one row an image; training's also reads all of it
+    {validation|test}_{one|many}.json            one question a row
+
+Rows tell `kind`, `asks` (what by: place, label, color, ...), `glyph_height` in pixels, and `text_share`, how much of
+the picture is under text.
 """
 
+import argparse
 import hashlib
+import os
 import random
 import re
 from pathlib import Path
 
-from lightvlm.training.prepare_mosaics import PHOTOGRAPHS, load_photographs
-from lightvlm.training.prepare_scenes import DRAWN, any_color, load_wallpapers
+from lightvlm.training.draw_reading import HEIGHTS, KINDS, ask, draw, transcript
+from lightvlm.training.prepare_easy_vqa import llava_row
+from lightvlm.training.prepare_mosaics import load_photographs
+from lightvlm.training.prepare_scenes import DRAWN, any_color, load_wallpapers, write
 from lightvlm.training.reading_sheet import Sources
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 UPRIGHT = ("*-Regular.?tf", "*-Bold.?tf")
 FONTS = {  # files of Debian's packages; no family of a split is in another, but for the calibration's, the training's
@@ -71,12 +88,12 @@ FONTS = {  # files of Debian's packages; no family of a split is in another, but
         "fonts-sil-charis": UPRIGHT,
     },
 }
+READ = "what is written in this image?"
 SPLITS = ("train", "calibration", "validation", "test")
 WORDS = "wamerican-small/usr/share/dict/american-english-small"
 SLURS = ("fagg", "slut")  # words that begin so are left out
 TEXTURES = 100  # that are drawn as backgrounds beside the photographs
-SIZES = {  # (width, height), and how often; all sides are those of views
-    (336, 336): 8,
+SIZES = {  # (width, height) of many views, and how often; a pixel of these pictures is one of the encoder's
     (672, 672): 4,
     (1008, 1008): 4,
     (672, 1008): 3,
@@ -151,8 +168,79 @@ def load_sources(split: str, data_dir: Path, wallpapers: Path, textures: int = T
         photographs = load_photographs("test")
     else:
         photographs = load_wallpapers(wallpapers, "test" if split == "test" else "train")
-        if split != "test":
-            photographs += load_photographs("train")[:: len(load_photographs("train")) // len(PHOTOGRAPHS["train"])]
+    if split in ("train", "calibration"):
+        photographs += load_photographs("train")[::12]  # one of the colors of each
     grounds = [scaled for photograph in photographs for scaled in scale(photograph)]
     grounds += draw_textures(textures, random.Random(split))
     return Sources(find_fonts(data_dir / "fonts", split), load_words(data_dir / "words" / WORDS, split), grounds)
+
+
+class Pictures(Dataset):
+    """Pictures of a split, drawn and saved when asked for; an item is a picture's rows.
+
+    Args:
+        split: of `SPLITS`.
+        sources: of the split.
+        count: of each kind, with one view and with many.
+        questions: about each picture.
+        folder: for the image files.
+        seed: with the file's name, it decides all of a picture.
+    """
+
+    def __init__(self, split: str, sources: Sources, count: int, questions: int, folder: Path, seed: int):
+        self.split, self.sources, self.questions, self.folder, self.seed = split, sources, questions, folder, seed
+        self.wanted = [(views, kind, n) for views in ("one", "many") for kind in KINDS for n in range(count)]
+        (folder / split).mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        views, kind, number = self.wanted[index]
+        name = f"{self.split}/{views}_{kind}_{number}.jpg"
+        rng = random.Random(f"{self.seed}-{name}")
+        size = (336, 336) if views == "one" else rng.choices([*SIZES], [*SIZES.values()])[0]
+        picture = draw(kind, rng, self.sources, size, rng.randint(*HEIGHTS))
+        picture.image.save(self.folder / name, quality=92, subsampling=0)
+        chosen = ask(picture, self.questions, rng)
+        about = {"kind": kind, "glyph_height": picture.glyph_height, "text_share": round(picture.text_share, 4)}
+        if self.split in ("validation", "test"):
+            return [
+                llava_row(f"{name}-{number}", name, [(question, answer)]) | about | {"asks": asks}
+                for number, (question, answer, asks) in enumerate(chosen)
+            ]
+        turns = [(question, answer) for question, answer, _ in chosen]
+        if self.split == "train":
+            turns.insert(rng.randint(0, len(turns)), (READ, transcript(picture)))
+        return [llava_row(name, name, turns) | about]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data/reading"), help="with fonts and words")
+    parser.add_argument("--wallpapers", type=Path, default=Path("data/wallpapers"), help="unpacked Debian packages")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
+    parser.add_argument(
+        "--images", type=int, nargs=4, default=[1000, 60, 60, 100], help="of a kind, with one view and with many"
+    )
+    parser.add_argument(
+        "--questions", type=int, nargs=4, default=[8, 8, 4, 4], help="about one picture, in each split"
+    )
+    parser.add_argument("--textures", type=int, default=TEXTURES, help="drawn beside the photographs")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for split, images, questions in zip(SPLITS, args.images, args.questions, strict=True):
+        if split not in args.splits:
+            continue
+        sources = load_sources(split, args.data_dir, args.wallpapers, args.textures)
+        files = Pictures(split, sources, images, questions, args.data_dir / "images", args.seed)
+        rows = sum(DataLoader(files, batch_size=None, num_workers=os.cpu_count()), [])
+        if split in ("train", "calibration"):
+            write(args.data_dir / f"{split}.json", rows)
+            continue
+        for views in ("one", "many"):
+            write(args.data_dir / f"{split}_{views}.json", [row for row in rows if f"/{views}_" in row["image"]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Groups of a LLaVA JSON file's rows by what they say of themselves, such as how high their glyphs are."""
+
+from bisect import bisect
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightvlm.data.llava import read_rows
+
+
+def group_rows(data_path: str | Path, groupings: list[str], limit: int | None = None) -> dict[str, list[int]]:
+    """Return row numbers by group: "kind sign", or of numbers "glyph_height [15, 20)", in the order of their values.
+
+    Args:
+        data_path: of `load_llava`.
+        groupings: fields of the rows; behind a colon the numbers where new groups begin, "glyph_height:15,20,30".
+        limit: how many rows count, from the first.
+
+    Raises:
+        ValueError: if a row lacks a field, or has no number where there are limits between groups.
+    """
+    rows, groups = [*islice(read_rows(data_path), limit)], {}
+    for field, edges in map(read_grouping, groupings):
+        values = [read_field(row, number, field, edges, data_path) for number, row in enumerate(rows)]
+        keys = [bisect(edges, value) for value in values] if edges else values
+        names = name_bins(edges)
+        for key in sorted({*keys}, key=lambda key: (isinstance(key, str), key)):
+            name = names[key] if edges else key
+            groups[f"{field} {name}"] = [number for number, found in enumerate(keys) if found == key]
+    return groups
+
+
+def read_grouping(text: str) -> tuple[str, list[float]]:
+    """Return the field, and where groups begin, if that is given; ValueError if these are no rising numbers."""
+    field, _, numbers = text.partition(":")
+    try:
+        edges = [float(number) for number in numbers.split(",") if numbers]
+    except ValueError:
+        edges = [0, 0]
+    if edges != sorted({*edges}):
+        raise ValueError(f"--group-by must be FIELD or FIELD:15,20,30 with rising numbers, got {text!r}")
+    return field, edges
+
+
+def read_field(row: dict, number: int, field: str, edges: list[float], data_path: str | Path) -> Any:
+    """Return a row's field; ValueError if it is not there, is no number and should be, or is neither that nor text."""
+    if field not in row:
+        raise ValueError(f"{data_path}: row {number} has no {field}: group by one of {', '.join(row)}")
+    if not isinstance(row[field], int | float if edges else int | float | str):
+        raise ValueError(f"{data_path}: {field} of row {number} must be a number, got {row[field]!r:.40}")
+    return row[field]
+
+
+def name_bins(edges: list[float]) -> list[str]:
+    """Return the names of the groups between these numbers."""
+    between = [f"[{low:g}, {high:g})" for low, high in zip(edges, edges[1:], strict=False)]
+    return [f"< {edges[0]:g}", *between, f"≥ {edges[-1]:g}"] if edges else []
