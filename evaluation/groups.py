@@ -46,8 +46,9 @@ def read_field(row: dict, number: int, field: str, edges: list[float], data_path
     """Return a row's field; ValueError if it is not there, is no number and should be, or is neither that nor text."""
     if field not in row:
         raise ValueError(f"{data_path}: row {number} has no {field}: group by one of {', '.join(row)}")
-    if not isinstance(row[field], int | float if edges else int | float | str):
-        raise ValueError(f"{data_path}: {field} of row {number} must be a number, got {row[field]!r:.40}")
+    kinds, wanted = (int | float, "a number") if edges else (int | float | str, "a number or text")
+    if not isinstance(row[field], kinds):
+        raise ValueError(f"{data_path}: {field} of row {number} must be {wanted}, got {row[field]!r:.40}")
     return row[field]
 
 
