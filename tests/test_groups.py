@@ -1,4 +1,4 @@
-"""`lightvlm eval --group-by` measures parts of a file apart, by fields of its rows; `--metric cer` counts characters."""
+"""`lightvlm eval --group-by` measures parts of a file apart, by what rows say; `--metric cer` counts characters."""
 
 import json
 
