@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FIELD[:LIMITS]",
         default=[],
-        help="also measure groups of rows apart, such as kind glyph_height:15,20,30 (with --data-path)",
+        help="also measure groups of rows apart, such as kind glyph_height:15,20,30 kind+glyph_height:20",
     )
     add_precision(parser)
     add_device(parser)

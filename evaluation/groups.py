@@ -13,21 +13,33 @@ def group_rows(data_path: str | Path, groupings: list[str], limit: int | None = 
 
     Args:
         data_path: of `load_llava`.
-        groupings: fields of the rows; behind a colon the numbers where new groups begin, "glyph_height:15,20,30".
+        groupings: fields of the rows; behind a colon the numbers where new groups begin, "glyph_height:15,20,30";
+            several joined by + make a group of each combination, "kind+glyph_height:20".
         limit: how many rows count, from the first.
 
     Raises:
         ValueError: if a row lacks a field, or has no number where there are limits between groups.
     """
     rows, groups = [*islice(read_rows(data_path), limit)], {}
-    for field, edges in map(read_grouping, groupings):
-        values = [read_field(row, number, field, edges, data_path) for number, row in enumerate(rows)]
-        keys = [bisect(edges, value) for value in values] if edges else values
-        names = name_bins(edges)
-        for key in sorted({*keys}, key=lambda key: (isinstance(key, str), key)):
-            name = names[key] if edges else key
-            groups[f"{field} {name}"] = [number for number, found in enumerate(keys) if found == key]
+    for grouping in groupings:
+        parts = [name_values(rows, *read_grouping(part), data_path) for part in grouping.split("+")]
+        found = [*zip(*parts, strict=True)]
+        for key in sorted({*found}):
+            name = ", ".join(name for *_, name in key)
+            groups[name] = [number for number, other in enumerate(found) if other == key]
     return groups
+
+
+def name_values(rows: list[dict], field: str, edges: list[float], data_path: str | Path) -> list[tuple]:
+    """Return of each row what its group is sorted by, and called."""
+    values = [read_field(row, number, field, edges, data_path) for number, row in enumerate(rows)]
+    if edges:
+        names = name_bins(edges)
+        return [(0, bisect(edges, value), "", f"{field} {names[bisect(edges, value)]}") for value in values]
+    return [
+        (1, 0, value, f"{field} {value}") if isinstance(value, str) else (0, value, "", f"{field} {value}")
+        for value in values
+    ]
 
 
 def read_grouping(text: str) -> tuple[str, list[float]]:

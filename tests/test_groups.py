@@ -54,6 +54,15 @@ def test_rows_are_grouped_by_values_or_between_limits(data):
     assert [*group_rows(file, ["glyph_height"])] == [f"glyph_height {height}" for height in (12, 15, 20, 40)]
 
 
+def test_fields_that_are_joined_make_a_group_of_each_combination(data):
+    assert group_rows(data / "read.json", ["kind+glyph_height:15,40"]) == {
+        "kind page, glyph_height [15, 40)": [1],
+        "kind page, glyph_height ≥ 40": [3],
+        "kind sign, glyph_height < 15": [0],
+        "kind sign, glyph_height [15, 40)": [2],
+    }
+
+
 @pytest.mark.parametrize(
     ("grouping", "message"),
     [

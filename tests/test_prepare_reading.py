@@ -172,7 +172,10 @@ def test_a_place_that_is_asked_for_is_where_the_answer_stands(sources):
 def test_questions_are_chosen_from_all_ways_of_asking(kind, sources):
     picture = pictures(kind, sources, 1)[0]
     ways = {asks for _, _, asks in picture.questions}
-    assert {asks for _, _, asks in ask(picture, len(ways), random.Random(0))} == ways
+    guessed = {"existence", "count"}
+    chosen = {asks for _, _, asks in ask(picture, len(ways) - 1, random.Random(0))}
+    assert chosen | guessed == ways and len(chosen & guessed) == 1
+    assert len(ask(picture, 8, random.Random(0))) == min(8, len(picture.questions))
     assert len(ask(picture, 1000, random.Random(0))) == len(picture.questions)
     assert transcript(picture).split(", ") == [text.string for text in picture.texts]
 
@@ -234,6 +237,11 @@ def test_files_are_rows_of_llava_with_what_is_measured_and_seeded(data_dir, monk
             assert row["kind"] in KINDS and 10 <= row["glyph_height"] <= 40 and 0 < row["text_share"] < 1
             if stem.startswith(("test", "validation")):
                 assert len(row["conversations"]) == 2 and row["asks"] in ASKS
+                expected = row["conversations"][1]["value"]
+                assert (row["answer_kind"] == "yes or no") == (
+                    expected in ("yes", "no") and row["asks"] == "existence"
+                )
+                assert (row["answer_kind"] in ("number", "count")) == expected.replace(".", "").isdigit()
                 with Image.open(data_dir / "images" / row["image"]) as image:
                     assert image.size == (336, 336) if stem.endswith("one") else image.size in SIZES
     assert len({row["image"] for rows in files.values() for row in rows}) == len(

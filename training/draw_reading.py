@@ -12,7 +12,7 @@ import random
 
 from lightvlm.training.prepare_scenes import any_color
 from lightvlm.training.reading_papers import draw_chart, draw_form, draw_page, draw_receipt
-from lightvlm.training.reading_sheet import NoRoomError, Picture, Question, Sheet, Sources, Text, load_face
+from lightvlm.training.reading_sheet import COLORS, NoRoomError, Picture, Question, Sheet, Sources, Text, load_face
 from lightvlm.training.reading_signs import draw_lines, draw_screen, draw_signs
 from PIL import Image, ImageDraw
 
@@ -109,14 +109,29 @@ def transcript(picture: Picture) -> str:
 
 
 def ask(picture: Picture, count: int, rng: random.Random) -> list[Question]:
-    """Choose up to so many of a picture's questions, about as many of each way of asking."""
+    """Choose up to so many of a picture's questions: as many of each way to ask, existence and count being one way.
+
+    These two can be guessed; the others take reading, or tell colors apart.
+    """
     groups: dict[str, list[Question]] = {}
     for question in rng.sample(picture.questions, len(picture.questions)):
         groups.setdefault(question.asks, []).append(question)
     chosen: list[Question] = []
     while len(chosen) < count and groups:
-        for asks in rng.sample([*groups], len(groups)):
+        ways = rng.sample([*groups], len(groups))
+        if {"existence", "count"} <= {*ways}:
+            ways.remove(rng.choice(("existence", "count")))
+        for asks in ways:
             chosen.append(groups[asks].pop())
             if not groups[asks]:
                 del groups[asks]
     return chosen[:count]
+
+
+def kind_of_answer(question: Question) -> str:
+    """Return whether the answer is a word, letter or number that is read, a color, a count, or yes or no."""
+    if question.asks in ("existence", "count"):
+        return {"existence": "yes or no", "count": "count"}[question.asks]
+    if question.answer in COLORS:
+        return "color"
+    return "number" if question.answer[0].isdigit() else "word" if len(question.answer) > 1 else "letter"

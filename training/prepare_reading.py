@@ -12,8 +12,8 @@ than each other's; `calibration` has training's. `data/reading` then holds:
     train.json, calibration.json                 one row an image; training's also reads all of it
     {validation|test}_{one|many}.json            one question a row
 
-Rows tell `kind`, `asks` (what by: place, label, color, ...), `glyph_height` in pixels, and `text_share`, how much of
-the picture is under text.
+Rows tell `kind`, `glyph_height` in pixels, and `text_share`, how much of the picture is under text; those of one
+question also `asks` (place, label, color, ...) and `answer_kind` (word, number, letter, color, count, yes or no).
 """
 
 import argparse
@@ -23,7 +23,7 @@ import random
 import re
 from pathlib import Path
 
-from lightvlm.training.draw_reading import HEIGHTS, KINDS, ask, draw, transcript
+from lightvlm.training.draw_reading import HEIGHTS, KINDS, ask, draw, kind_of_answer, transcript
 from lightvlm.training.prepare_easy_vqa import llava_row
 from lightvlm.training.prepare_mosaics import load_photographs
 from lightvlm.training.prepare_scenes import DRAWN, any_color, load_wallpapers, write
@@ -206,8 +206,10 @@ class Pictures(Dataset):
         about = {"kind": kind, "glyph_height": picture.glyph_height, "text_share": round(picture.text_share, 4)}
         if self.split in ("validation", "test"):
             return [
-                llava_row(f"{name}-{number}", name, [(question, answer)]) | about | {"asks": asks}
-                for number, (question, answer, asks) in enumerate(chosen)
+                llava_row(f"{name}-{number}", name, [question[:2]])
+                | about
+                | {"asks": question.asks, "answer_kind": kind_of_answer(question)}
+                for number, question in enumerate(chosen)
             ]
         turns = [(question, answer) for question, answer, _ in chosen]
         if self.split == "train":
