@@ -12,7 +12,7 @@ from lightvlm.data.llava import load_llava
 from lightvlm.training import prepare_reading
 from lightvlm.training.draw_reading import ASKS, KINDS, ask, draw, transcript
 from lightvlm.training.prepare_reading import FONTS, SIZES, SLURS, SPLITS, find_fonts, load_words, split_of
-from lightvlm.training.reading_sheet import CONTRAST, Face, Sources, luminance
+from lightvlm.training.reading_sheet import Face, Sources, luminance
 from PIL import Image
 
 TTF = Path(matplotlib.get_data_path(), "fonts/ttf")
@@ -62,8 +62,8 @@ def test_each_box_holds_the_ink_of_its_character_and_contrasts_with_what_is_arou
             for character, (left, top, right, bottom) in zip(text.string, text.boxes, strict=True):
                 if character in " .:" or right - left < 4:
                     continue
-                part = light[top:bottom, left:right]
-                assert (part.max() + 0.05) / (part.min() + 0.05) > 0.6 * CONTRAST, (kind, text.string, character)
+                part = light[top:bottom, left:right]  # thin strokes at 10 px have half of the ink's contrast
+                assert (part.max() + 0.05) / (part.min() + 0.05) > 2.7, (kind, text.string, character)
 
 
 def test_boxes_end_where_the_ink_ends():
