@@ -212,6 +212,22 @@ data/wallpapers/ready:
 	cd $(@D) && for package in *.deb; do dpkg-deb --extract $$package $${package%%_*}; done && rm *.deb
 	touch $@
 
+# Fonts and words of free licenses; docs/research/reading.md names them. All of its fonts are in FONTS of the script.
+data/reading/ready: .venv/ready
+	mkdir -p $(@D)/fonts $(@D)/words
+	cd $(@D)/fonts && apt-get download $$($(CURDIR)/$(BIN)/python -c \
+		"from lightvlm.training.prepare_reading import FONTS; print(*(name for split in FONTS.values() for name in split))")
+	cd $(@D)/words && apt-get download wamerican-small
+	set -e; for package in $(@D)/fonts/*.deb $(@D)/words/*.deb; do \
+		dpkg-deb --extract $$package $${package%%_*}; rm $$package; done
+	touch $@
+
+data/reading/test_one.json: data/reading/ready data/wallpapers/ready
+	$(BIN)/python training/prepare_reading.py --data-dir $(@D) --splits validation test
+
+data/reading/train.json: data/reading/ready data/wallpapers/ready
+	$(BIN)/python training/prepare_reading.py --data-dir $(@D) --splits train calibration
+
 $(DATA)/scenes_train.json: $(DATA)/test.json data/wallpapers/ready
 	$(BIN)/python training/prepare_scenes.py --data-dir $(DATA)
 

@@ -6,6 +6,7 @@ examples:
   lightvlm eval --data-path data/easy-vqa/test.json --image-folder data/easy-vqa/images
   lightvlm eval --data-path a.json b.json --image-folder images --selectors topk,random --num-image-tokens 144,64
   lightvlm eval --data-path a.json --image-folder images --selectors diverse,diverse+question --plot out.png
+  lightvlm eval --data-path test_one.json --image-folder images --metric cer --group-by kind glyph_height:15,20,30
   lightvlm eval --benchmark vqav2 --data-dir data/vqav2 --num-image-tokens 576,144,64 --answers vqav2-answers
   accelerate launch --num_processes 8 -m lightvlm_cli.main eval --benchmark gqa --data-dir data/gqa
   lightvlm eval --model-path Qwen/Qwen3-VL-2B-Instruct --benchmark textvqa --data-dir data/textvqa
@@ -42,6 +43,9 @@ yes-or-no question is yes.
 
 A model of another family is measured at all tokens, 25%, 10% and 5%, with learned, if there is a --pruner, distinct,
 the untrained choice, norm, uniform and random, and on request with distance and max-min.
+
+"--metric cer" adds the character error rate, for answers that are read from the image. --group-by measures parts of
+the files apart, too, by fields of their rows.
 
 "selection" is the time from scores to projected tokens; scoring itself is not in it. "dynamic:64" among the budgets
 gives each image as many tokens as it needs, 64 on average, chosen by the checkpoint's own selector.
@@ -81,6 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shares of the patches that go on through the encoder from a layer, such as 4:0.67,8:0.33 (all)",
     )
     parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--metric", choices=("accuracy", "cer"), default="accuracy", help="of --data-path (accuracy)")
+    parser.add_argument(
+        "--group-by",
+        nargs="+",
+        metavar="FIELD[:LIMITS]",
+        default=[],
+        help="also measure groups of rows apart, such as kind glyph_height:15,20,30 kind+glyph_height:20",
+    )
     add_precision(parser)
     add_device(parser)
     parser.add_argument("--limit", type=positive, help="only the first so many rows")
@@ -98,6 +110,8 @@ def run(args: argparse.Namespace) -> None:
     given = [option is not None for option in (args.data_path, args.image_folder, args.benchmark, args.data_dir)]
     if given not in ([True, True, False, False], [False, False, True, True]):
         raise ValueError("give either --data-path and --image-folder, or --benchmark and --data-dir")
+    if args.benchmark and (args.group_by or args.metric != "accuracy"):
+        raise ValueError("a benchmark has its own metric and no groups: use --metric and --group-by with --data-path")
     check_extra()
 
     from accelerate import PartialState
@@ -107,6 +121,7 @@ def run(args: argparse.Namespace) -> None:
     for path in filter(None, (args.output, args.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     files, metric = read_files(args)
+    groups = read_groups(args)
     claim_device(args)
     asked = load_any(args.model_path, **loading(args))
     args.num_image_tokens = args.num_image_tokens and [asked.resolve(budget) for budget in args.num_image_tokens]
@@ -114,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     measured = what_is_measured(args, asked)
     results = []
     for name, rows in files.items():
-        found = measure_file(args, name, rows, metric, selectors, asked, measured)
+        found = measure_file(args, name, rows, groups.get(name), metric, selectors, asked, measured)
         results += [{"data": name, **result} for result in found]
     if PartialState().is_main_process:
         report(args, asked.model, measured, results)
@@ -152,14 +167,23 @@ def read_files(args: argparse.Namespace) -> tuple[dict, Any]:
     """Return the rows of each file by its name, and the metric of their answers."""
     from lightvlm.data.llava import load_llava
     from lightvlm.evaluation.benchmarks import load_benchmark
-    from lightvlm.evaluation.metrics import ExactMatch
+    from lightvlm.evaluation.metrics import CharacterErrors, ExactMatch
 
     if args.benchmark:
         return load_benchmark(args.benchmark, args.data_dir)
     files = {Path(path).stem: load_llava(path, args.image_folder) for path in args.data_path}
     if len(files) < len(args.data_path):
         raise ValueError("files of --data-path are told apart by their names: rename those that have the same")
-    return files, ExactMatch()
+    return files, CharacterErrors() if args.metric == "cer" else ExactMatch()
+
+
+def read_groups(args: argparse.Namespace) -> dict[str, dict[str, list[int]]]:
+    """Return the groups of each file's rows by its name, if groups are asked for."""
+    from lightvlm.evaluation.groups import group_rows
+
+    if not args.group_by:
+        return {}
+    return {Path(path).stem: group_rows(path, args.group_by, args.limit) for path in args.data_path}
 
 
 def dynamic_budgets(args: argparse.Namespace) -> list[str]:
@@ -208,7 +232,14 @@ def what_is_measured(args: argparse.Namespace, asked) -> dict:
 
 
 def measure_file(
-    args: argparse.Namespace, name: str, rows, metric, selectors: list[str], asked, measured: dict
+    args: argparse.Namespace,
+    name: str,
+    rows,
+    groups: dict[str, list[int]] | None,
+    metric,
+    selectors: list[str],
+    asked,
+    measured: dict,
 ) -> list[dict]:
     """Return the results of one file; ValueError, with its name, if its images cannot have a budget."""
     from lightvlm.evaluation import any_accuracy
@@ -216,7 +247,7 @@ def measure_file(
     from lightvlm.inference.answer_log import AnswerLog, on_main
     from lightvlm.inference.own_model import OwnModel
 
-    questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), asked.processor)
+    questions = Questions(rows.select(range(min(args.limit or len(rows), len(rows)))), asked.processor, groups)
     if isinstance(asked, OwnModel):
         measure, model = accuracy, asked.model
         numbers = args.num_image_tokens and [budget for budget in args.num_image_tokens if isinstance(budget, int)]
@@ -239,7 +270,7 @@ def report(args: argparse.Namespace, model, measured: dict, results: list[dict])
     """Print the results as a table, and write them to the files that are asked for."""
     import torch
     from lightvlm.data.files import write_json
-    from lightvlm.evaluation.accuracy import table
+    from lightvlm.evaluation.accuracy import group_table, table
     from lightvlm.evaluation.plot import plot
 
     command = shlex.join(["lightvlm", *args.argv])
@@ -248,6 +279,8 @@ def report(args: argparse.Namespace, model, measured: dict, results: list[dict])
     dtype = str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else "")
     timing = f"milliseconds a question, median over batches of {args.batch_size}, {dtype}, on {device}"
     print(f"\n{command}\nseed {args.seed}\nprefill and selection: {timing}\n\n{table(results)}")
+    if args.group_by:
+        print(f"\n{group_table(results)}")
     if args.output:
         written = {"command": command, "seed": args.seed, "timing": timing, **measured, "results": results}
         write_json(args.output, written)

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -62,13 +62,14 @@ class Questions:
     Args:
         rows: of `load_llava` or `load_benchmark`, each with one image.
         processor: the checkpoint's.
+        groups: row numbers by name, of parts that are measured apart, too.
 
     Raises:
         ValueError: if a row has no image, or several.
     """
 
-    def __init__(self, rows: Dataset, processor: LightVLMProcessor):
-        self.processor = processor
+    def __init__(self, rows: Dataset, processor: LightVLMProcessor, groups: dict[str, list[int]] | None = None):
+        self.processor, self.groups = processor, groups or {}
         self.paths = []
         for number, images in enumerate(rows.with_format("arrow")["images"].to_pylist()):
             if len(images) != 1:
@@ -343,7 +344,8 @@ def accuracy(
         in milliseconds a question, medians of the first batches, `prefill_ms` of the language model, `selection_ms`,
         which for "fastv" is part of it. Where "downsample" is among the selectors at the same K: `hard`, how many
         questions it gets wrong, on which pruning has to prove itself (VTC-Bench, arXiv 2510.07143), and
-        `hard_accuracy` on these; else None. The interval is a proportion's, and too wide for partial credit, as in VQA
+        `hard_accuracy` on these; else None. If the questions have groups, `groups` has by name the values of each with
+        `total`, `low` and `high`. The interval is a proportion's, and too wide for partial credit, as in VQA
         accuracy.
     """
     question_aware = any(selector.endswith("+question") for selector, _ in settings)
@@ -386,11 +388,11 @@ def summarize(
 
     results, total = [], len(questions.references)
     for (selector, budget), found in answers.items():
-        predictions = [found[row] for row in range(total)]
-        values = metric.compute(predictions=predictions, references=questions.references)
-        low, high = wilson_interval(values["accuracy"] * total, total)
         setting = {"selector": selector, "num_image_tokens": budget, "tokens": tokens[selector, budget] / total}
-        results.append({**setting, "total": total, **values, "low": low, "high": high})
+        results.append(setting | measure(found, range(total), questions.references, metric))
+        if questions.groups:
+            parts = questions.groups.items()
+            results[-1]["groups"] = {name: measure(found, rows, questions.references, metric) for name, rows in parts}
     for (selector, budget), result in zip(answers, results, strict=True):
         hard = hard_questions(answers.get(("downsample", budget)), questions.references, metric)
         scores = [metric.score(answers[selector, budget][row], questions.references[row]) for row in hard]
@@ -402,6 +404,13 @@ def summarize(
             values = [milliseconds[kind] for milliseconds in measured]
             result[kind] = round(statistics.median(values[1:] or values), 4)  # the first batch is a warm-up
     return results
+
+
+def measure(found: dict[int, str], rows: Sequence[int], references: list, metric: AnswerMetric) -> dict:
+    """Return how many rows there are, the metric's values of their answers, and the interval of the accuracy."""
+    values = metric.compute(predictions=[found[row] for row in rows], references=[references[row] for row in rows])
+    low, high = wilson_interval(values["accuracy"] * len(rows), len(rows))
+    return {"total": len(rows), **values, "low": low, "high": high}
 
 
 def hard_questions(answers: dict[int, str] | None, references: list, metric: AnswerMetric) -> list[int]:
@@ -416,7 +425,7 @@ def is_dynamic(result: dict) -> bool:
 
 def table(results: list[dict]) -> str:
     """Return Markdown: a line for each file, selector and budget."""
-    others = [kind for kind in ("precision", "recall", "f1", "yes_rate", "yes_excess") if kind in results[0]]
+    others = [kind for kind in ("cer", "precision", "recall", "f1", "yes_rate", "yes_excess") if kind in results[0]]
     heads = ["data", "selector", "tokens", "accuracy", "95 % interval", "of full", HARD, *others]
     lines = []
     for row in results:
@@ -435,3 +444,19 @@ def table(results: list[dict]) -> str:
         ]
         lines.append(cells)
     return markdown_table([*heads, "questions", "prefill", "selection"], lines, text_columns=2)
+
+
+def group_table(results: list[dict]) -> str:
+    """Return Markdown: a line for each group of each file, selector and budget."""
+    has_errors = "cer" in results[0]
+    lines = []
+    for row in results:
+        tokens = f"{row['tokens']:.1f} ({row['num_image_tokens']})" if is_dynamic(row) else f"{row['tokens']:.0f}"
+        for name, part in row["groups"].items():
+            interval = f"{part['low']:.2%} – {part['high']:.2%}"
+            errors = [f"{part['cer']:.2%}"] if has_errors else []
+            accuracy = f"{part['accuracy']:.2%}"
+            cells = [row["data"], name, row["selector"], tokens, accuracy, interval, *errors, f"{part['total']:,}"]
+            lines.append(cells)
+    heads = ["data", "group", "selector", "tokens", "accuracy", "95 % interval", *["cer"] * has_errors, "questions"]
+    return markdown_table(heads, lines, text_columns=3)

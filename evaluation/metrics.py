@@ -142,6 +142,29 @@ class ExactMatch(AnswerMetric):
         return super()._compute(predictions, references) | excess
 
 
+def edit_distance(one: str, other: str) -> int:
+    """Return how many characters to insert, remove or replace to make one text another (Levenshtein 1966)."""
+    row = [*range(len(other) + 1)]
+    for number, character in enumerate(one, 1):
+        diagonal, row[0] = row[0], number
+        for place, wanted in enumerate(other, 1):
+            kept = diagonal + (character != wanted)
+            diagonal, row[place] = row[place], min(kept, row[place] + 1, row[place - 1] + 1)
+    return row[-1]
+
+
+class CharacterErrors(ExactMatch):
+    """`ExactMatch`, and `cer`, the character error rate: edit distance of all answers, over their references' length.
+
+    Case, surrounding space and a full stop don't count. An answer that goes on and on may make it more than 1.
+    """
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        pairs = [*zip(map(normalise, predictions), map(normalise, references), strict=True)]
+        errors, length = sum(edit_distance(*pair) for pair in pairs), sum(len(answer) for _, answer in pairs)
+        return super()._compute(predictions, references) | {"cer": errors / max(1, length)}
+
+
 class VQAAccuracy(AnswerMetric):
     """VQA accuracy (Antol et al. 2015), leave-one-out over the ten answers, of VQAv2."""
 
