@@ -16,8 +16,8 @@ from lightvlm.pruning_lightvlm import allot_budgets
 from PIL import Image
 from transformers.utils.versions import require_version
 
-# Since 2026.1 GenAI resizes pictures as Pillow does; since 2026.0 never to less than an encoder reads.
-REQUIRED = ("openvino>=2026.1", "openvino-tokenizers>=2026.1")
+# What is tested. Before 2026.1 GenAI resizes pictures otherwise than Pillow, before 2026.0 to less than encoders read.
+REQUIRED = ("openvino>=2026.4.1", "openvino-tokenizers>=2026.4.1")
 WEIGHTS = ("int8", "int4")
 GROUP = 128  # weights that share a scale in int4
 PICTURES = 128  # of those to calibrate with
