@@ -97,7 +97,7 @@ def prepare(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
 
 
 def chat_template(processor: LightVLMProcessor) -> str:
-    """Return the template that makes GenAI, which adds no tokens to a prompt, read what transformers reads."""
+    """Return the template by which GenAI, which adds no tokens to a prompt, reads what transformers reads."""
     talk = [{"role": "user", "content": [{"type": "text", "text": "yes"}]}]
     options = {"add_generation_prompt": True}
     prompt = processor.apply_chat_template(talk, **options)
@@ -106,7 +106,9 @@ def chat_template(processor: LightVLMProcessor) -> str:
     added = len(read) - len(bare)
     if read[added:] != bare:
         raise ValueError("The tokenizer of this checkpoint ends prompts with a token, which OpenVINO GenAI does not.")
-    return "".join(processor.tokenizer.convert_ids_to_tokens(read[:added])) + processor.chat_template
+    # GenAI's history keeps the space that an answer begins with, and `chat` strips it.
+    template = processor.chat_template.replace("' ' + item['text']", "' ' + item['text'] | trim")
+    return "".join(processor.tokenizer.convert_ids_to_tokens(read[:added])) + template
 
 
 def export_openvino(
