@@ -30,18 +30,20 @@ class PrunedImage(ImageTokens):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return tokens (1, K, hidden), in raster order, of pixels (1, channels, height, width)."""
+        if self.mean is None:
+            return super().forward(pixel_values)[0]
         pruner, most = self.model.pruner, self.num_image_tokens
         features, prior, places = self.model.encode(pixel_values)
         features, prior, layout = self.whole.place(places, features, prior)
-        scores = pruner.score(features, prior, None, layout)
-        order = pruner.select(scores, features, most)
-        if self.mean is not None:
-            complexity = pruner.estimate_complexity(features, scores)
-            budgets = allot_budgets(complexity, torch.tensor([self.mean]), pruner.dynamic_budget)
-            order = order[:, : budgets[0].clamp(max=most)]
+        scores, projected = pruner.score(features, prior, None, layout), self.model.project_all(features)
+        complexity = pruner.estimate_complexity(features, scores)
+        budgets = allot_budgets(complexity, torch.tensor([self.mean]), pruner.dynamic_budget)
+        order = pruner.choose(scores, features, projected, layout, most)[:, : budgets[0].clamp(max=most)]
         kept = order.sort(dim=1).values
-        patches = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
-        return pruner.add_places(self.model.multi_modal_projector(patches), self.whole.at(kept, []))
+        source = features if projected is None else projected
+        tokens = source.gather(1, kept[..., None].expand(-1, -1, source.shape[-1]))
+        tokens = self.model.multi_modal_projector(tokens) if projected is None else tokens
+        return pruner.add_places(tokens, self.whole.at(kept, []))
 
 
 class Past(DynamicLayer):

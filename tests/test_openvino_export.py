@@ -150,7 +150,10 @@ def test_logits_are_pytorchs_of_padded_rows_with_a_past(kind):
 
 
 @pytest.mark.parametrize("count", [9, "dynamic:8"])
-@pytest.mark.parametrize(("vision", "options"), [("clip", {}), ("siglip", {}), ("clip", {"encoder_keep": {1: 0.5}})])
+@pytest.mark.parametrize(
+    ("vision", "options"),
+    [("clip", {}), ("siglip", {}), ("clip", {"encoder_keep": {1: 0.5}}), ("clip", {"prior": "attention+distance"})],
+)
 @torch.no_grad()
 def test_the_vision_graph_has_the_tokens_of_the_model(vision, options, count):
     model = make_dynamic(vision, **options)

@@ -137,7 +137,7 @@ class Layout:
         views, left = places.shape
         rows = torch.arange(views * left, device=places.device).view(views, left)
         source = torch.zeros(views, self.patches, dtype=torch.long, device=places.device).scatter(1, places, rows)
-        is_left = torch.zeros_like(source, dtype=torch.bool).scatter(1, places, True)
+        is_left = torch.zeros_like(source).scatter(1, places, 1).bool()  # of bool, TorchScript cannot trace it
         if self.source is not None:
             source, is_left = source.flatten()[self.source], is_left.flatten()[self.source] & self.is_patch
         fields = {name: getattr(self, name).expand_as(source) for name in ("is_tile", "rows", "columns")}
