@@ -13,10 +13,16 @@ from functools import partial
 
 import torch
 from lightvlm import LightVLM, LightVLMModel
-from lightvlm.pruning_lightvlm import NOTHING_NEW, cosine_similarity, select_density_peaks, select_topk
+from lightvlm.pruning_lightvlm import NOTHING_NEW, select_density_peaks, select_topk, similarity
 from lightvlm.views_lightvlm import one_view
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import rotate_half
+
+
+def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
+    """Compare all patches of an image: (batch, patches, dim) to (batch, patches, patches) in float32."""
+    directions = functional.normalize(features.float(), dim=-1)
+    return similarity(directions, directions)
 
 
 def select_random(scores: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:

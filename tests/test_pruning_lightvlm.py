@@ -7,8 +7,12 @@ import torch
 from lightvlm import LightVLMConfig, LightVLMModel, TokenPruner, pruning_lightvlm
 from lightvlm.budgets_lightvlm import Budgets
 from lightvlm.encoding_lightvlm import cls_attention, probe_attention, received_attention
-from lightvlm.evaluation.selectors import select_determinantal, select_k_center  # baselines, held to the same tests
-from lightvlm.pruning_lightvlm import cosine_similarity, select_density_peaks, select_topk
+from lightvlm.evaluation.selectors import (  # baselines, held to the same tests
+    cosine_similarity,
+    select_determinantal,
+    select_k_center,
+)
+from lightvlm.pruning_lightvlm import select_density_peaks, select_topk
 from lightvlm.views_lightvlm import one_view
 from tiny import make_config, vision_config
 from torch.utils._python_dispatch import TorchDispatchMode

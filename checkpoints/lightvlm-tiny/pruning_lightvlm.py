@@ -66,12 +66,6 @@ def similarity(directions: Tensor, others: Tensor) -> Tensor:
         return directions @ others.transpose(1, 2)
 
 
-def cosine_similarity(features: Tensor) -> Tensor:
-    """Compare all patches of an image: (batch, patches, dim) to (batch, patches, patches) in float32."""
-    directions = nn.functional.normalize(features.float(), dim=-1)
-    return similarity(directions, directions)
-
-
 def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: float = 0.8) -> Tensor:
     """Select patches that are important and unlike every more important one: density peaks (Rodriguez & Laio 2014).
 
@@ -292,11 +286,7 @@ class TokenPruner(nn.Module):
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
     def add_distance(self, scores: Tensor, tokens: Tensor | None, layout: Layout) -> Tensor:
-        """Return half of scores of `score` and `log_distance` of `tokens`, if such is the prior; else the scores.
-
-        Raises:
-            ValueError: if tokens are needed and missing.
-        """
+        """Return half of scores of `score` and `log_distance` of `tokens`, if such is the prior; else the scores."""
         if not self.has_distance:
             return scores
         if tokens is None:
