@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     budget = args.num_image_tokens or model.config.num_image_tokens
     if budget == "dynamic":
         raise ValueError("this checkpoint's K is dynamic: give --num-image-tokens.")
-    export_image_tokens(model, args.output, budget, args.batch_size, args.int8)
+    export_image_tokens(model, args.output, budget, args.batch_size, args.int8, args.model_path)
     side = model.config.vision_config.image_size
     print(
         f"{args.output}: pixel_values ({args.batch_size}, 3, {side}, {side}) to image_tokens ({args.batch_size}, "

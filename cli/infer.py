@@ -38,6 +38,7 @@ from pathlib import Path
 from lightvlm_cli.options import (
     add_any_model,
     add_device,
+    add_encoder,
     add_precision,
     budget_list,
     claim_device,
@@ -48,6 +49,7 @@ from lightvlm_cli.options import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_any_model(parser)
+    add_encoder(parser)
     parser.add_argument("--image", nargs="+", help="files, folders, patterns, URLs; - for a list of them on stdin")
     parser.add_argument("--prompt", nargs="+", help="questions; each is asked about each image")
     parser.add_argument(

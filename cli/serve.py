@@ -15,7 +15,7 @@ import socket
 from dataclasses import fields
 from pathlib import Path
 
-from lightvlm_cli.options import add_any_model, add_device, add_precision, budget, loading, positive
+from lightvlm_cli.options import add_any_model, add_device, add_encoder, add_precision, budget, loading, positive
 
 
 def origin(text: str) -> str:
@@ -27,6 +27,7 @@ def origin(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_any_model(parser)
+    add_encoder(parser)
     parser.add_argument(
         "--num-image-tokens", type=budget, help="K, or 25%%, of requests that give none (the checkpoint's)"
     )

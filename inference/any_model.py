@@ -21,6 +21,7 @@ from lightvlm.inference.answers import (
 )
 from lightvlm.inference.checkpoint import load, load_other, read_type
 from lightvlm.inference.fingerprint import fingerprint
+from lightvlm.inference.image_graph import ImageGraph, encode_by
 from lightvlm.inference.own_model import Answer, Options, OwnModel, images_of, read_share
 from lightvlm.pruning import TokenScorer, keep_distinct, prune
 from lightvlm.pruning.any_model import find_placeholders
@@ -333,21 +334,29 @@ def load_pruner(name_or_path: str, model: Any, model_path: str) -> TokenScorer:
     return scorer
 
 
-def load_any(model_path: str, pruner: str | Path | None = None, **options: Any) -> OwnModel | AnyModel:
+def load_any(
+    model_path: str, pruner: str | Path | None = None, encoder: str | Path | None = None, **options: Any
+) -> OwnModel | AnyModel:
     """Return a checkpoint of any family, in evaluation mode.
 
     Args:
         model_path: folder or Hub name.
         pruner: folder or Hub name of a `TokenScorer` for a model of another family than LightVLM.
+        encoder: .onnx or .xml of `lightvlm export`, which encodes a LightVLM's images.
         options: of `lightvlm.inference.load`.
 
     Raises:
-        ValueError: as by `load`; or if the model sees no images, or cannot be pruned, or the pruner does not fit.
+        ValueError: as by `load`; or if the model sees no images, or cannot be pruned, or pruner or encoder don't fit.
     """
     if read_type(model_path) == "lightvlm":
         if pruner is not None:
             raise ValueError(f"{model_path} is a LightVLM, which has its own pruner: leave out --pruner.")
-        return OwnModel(*load(model_path, **options), model_path)
+        model, processor = load(model_path, **options)
+        if encoder is not None:
+            encode_by(ImageGraph(encoder, model, model_path), model, processor)
+        return OwnModel(model, processor, model_path)
+    if encoder is not None:
+        raise ValueError(f"--encoder is of LightVLM checkpoints alone, and {model_path} is another: leave it out.")
     model, processor = load_other(model_path, **options)
     chooser = keep_distinct if pruner is None else load_pruner(str(pruner), model, model_path)
     return AnyModel(model, processor, model_path, chooser)

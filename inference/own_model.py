@@ -66,13 +66,14 @@ class OwnModel:
     """A LightVLM checkpoint.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; a graph may encode its images (`image_graph.py`).
         processor: the checkpoint's.
         model_path: where it was loaded from.
     """
 
     def __init__(self, model: LightVLM, processor: LightVLMProcessor, model_path: str = ""):
         self.model, self.processor, self.model_path = model, processor, model_path
+        self.image_graph = getattr(model.model, "image_graph", None)
 
     @property
     def default(self) -> int | str:
@@ -92,7 +93,9 @@ class OwnModel:
         """Raise ValueError, with the option's name, if the checkpoint cannot do what the options ask for."""
         if options.question_aware:
             check_question_aware(question_aware, self.model_path, self.model)
-        self.processor.resolve_budgets(options.num_image_tokens, 1)
+        self.check_images(options.num_image_tokens, 1)
+        if self.image_graph:
+            self.image_graph.check([], question_aware=options.question_aware)
 
     def check_question(self, option: str) -> None:
         """Raise ValueError, with the option's name, if the question has no say in which tokens are kept."""
@@ -100,7 +103,8 @@ class OwnModel:
 
     def check_largest(self, options: Options) -> None:
         """Raise ValueError if not even the largest image can have K."""
-        check_budget(self.model, self.processor, options.num_image_tokens, options.max_views)
+        if self.image_graph is None:  # which has one K
+            check_budget(self.model, self.processor, options.num_image_tokens, options.max_views)
 
     def size_class(self, size: tuple[int, int]) -> int:
         """Return what images (height, width) of a batch should have in common: the number of tiles."""
@@ -140,11 +144,19 @@ class OwnModel:
 
     def check_images(self, num_image_tokens: Any, images: int) -> None:
         """Raise ValueError if so many images cannot have K, or a list of K."""
-        self.processor.resolve_budgets(num_image_tokens, images)
+        budgets, means = self.processor.resolve_budgets(num_image_tokens, images)
+        if self.image_graph:
+            self.image_graph.check(budgets, is_dynamic=any(means))
 
     def prompt_length(self, messages: list[dict], num_image_tokens: Any) -> int:
-        """Return how many positions a prompt has at most, or takes up among the position ids."""
+        """Return how many positions a prompt has at most, or takes up among the position ids.
+
+        Raises:
+            ValueError: if an image has views that a graph in place of the encoder does not see.
+        """
         images = images_of(messages)
+        if self.image_graph:
+            self.image_graph.check_views([self.size_class((image.height, image.width)) for image in images])
         budgets, means = self.processor.resolve_budgets(num_image_tokens, len(images))
         whole = [self.processor.count_tokens((image.height, image.width)) for image in images]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -198,4 +210,5 @@ class OwnModel:
         """Return what answers depend on, besides the questions, K and generation."""
         defaults = {name: getattr(self.processor, name) for name in ("num_image_tokens", "mean_image_tokens")}
         views = {"max_views": options.max_views, "question_aware": options.question_aware}
-        return fingerprint(self.model_path) | views | defaults
+        encoder = {"encoder_sha256": self.image_graph.sha256} if self.image_graph else {}
+        return fingerprint(self.model_path) | views | defaults | encoder
