@@ -1,44 +1,79 @@
-"""Write encoder, pruner and projector at a fixed K as one graph for other runtimes, from pixels to image tokens.
+"""Write a model for other runtimes: its encoder, pruner and projector as one graph, or the whole of it for OpenVINO.
 
 examples:
   lightvlm export --num-image-tokens 64 --output image_tokens.onnx
   lightvlm export --num-image-tokens 64 --int8 --output image_tokens.onnx
   lightvlm export --model-path phi2-clip --num-image-tokens 144 --output image_tokens.xml
+  lightvlm export --openvino --num-image-tokens 64 --weights int8 --output-dir folder
+  lightvlm export --openvino --num-image-tokens dynamic:64 --output-dir folder
 
-The language model is not in it: runtimes have exporters of their own for that. It reads the graph's image_tokens in
-place of the embeddings of the prompt's <image> placeholders.
+One graph (--output) goes from pixels to image tokens. The language model is not in it: runtimes have exporters of
+their own for that. It reads the graph's image_tokens in place of the embeddings of the prompt's <image> placeholders.
+
+With --openvino the folder has all that OpenVINO GenAI's VLMPipeline and its servers need to answer, without Python.
 """
 
 import argparse
 from pathlib import Path
 
-from lightvlm_cli.options import add_model_path, positive
+from lightvlm_cli.options import add_model_path, budget, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_path(parser)
-    parser.add_argument("--num-image-tokens", type=positive, help="K (the checkpoint's)")
-    parser.add_argument("--batch-size", type=positive, default=1, help="images at a time (1)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights (float32)"
+        "--num-image-tokens", type=budget, help="K: 64, 25%%, or with --openvino dynamic:64 (the checkpoint's)"
+    )
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--output", type=Path, help="ends in .pt2 (torch.export), .onnx, or .xml (OpenVINO)")
+    output.add_argument("--output-dir", type=Path, help="new folder, with --openvino")
+    parser.add_argument("--openvino", action="store_true", help="the whole model, for OpenVINO GenAI")
+    parser.add_argument("--weights", choices=["int8", "int4"], help="of the language model, with --openvino (float32)")
+    parser.add_argument("--batch-size", type=positive, default=1, help="images at a time (1); with --output")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the weights (float32); with --output",
     )
     parser.add_argument("--int8", action="store_true", help="products with weights in int8; .onnx only")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="ends in .pt2 (torch.export), .onnx, or .xml (OpenVINO)"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     from lightvlm.inference.checkpoint import load
+    from lightvlm.inference.own_model import OwnModel
+
+    if args.openvino != bool(args.output_dir):
+        raise ValueError("--openvino and --output-dir go together: one graph is written by --output alone.")
+    if args.weights and not args.openvino:
+        raise ValueError("--weights is for --openvino; --int8 makes a graph of .onnx int8.")
+    if args.openvino and (args.int8 or args.batch_size > 1 or args.dtype != "float32"):
+        raise ValueError("--openvino takes --weights in place of --int8 and --dtype, and no --batch-size.")
+    model, processor = load(args.model_path, args.dtype, device="cpu")
+    asked = args.num_image_tokens or model.config.num_image_tokens
+    count = model.config.encoded_patches if asked == "all" else OwnModel(model, processor).resolve(asked)
+    (write_folder if args.openvino else write_graph)(args, model, processor, count)
+
+
+def write_graph(args: argparse.Namespace, model, processor, count: int | str) -> None:
     from lightvlm.inference.export import export_image_tokens
 
-    model, _ = load(args.model_path, args.dtype, device="cpu")
-    budget = args.num_image_tokens or model.config.num_image_tokens
-    if budget == "dynamic":
-        raise ValueError("this checkpoint's K is dynamic: give --num-image-tokens.")
-    export_image_tokens(model, args.output, budget, args.batch_size, args.int8, args.model_path)
+    if isinstance(count, str):
+        raise ValueError(f"a graph of fixed shapes has no K of {count}: give --num-image-tokens a number.")
+    export_image_tokens(model, args.output, count, args.batch_size, args.int8, args.model_path)
     side = model.config.vision_config.image_size
     print(
         f"{args.output}: pixel_values ({args.batch_size}, 3, {side}, {side}) to image_tokens ({args.batch_size}, "
-        f"{budget}, {model.config.text_config.hidden_size}) and kept_indices ({args.batch_size}, {budget})"
+        f"{count}, {model.config.text_config.hidden_size}) and kept_indices ({args.batch_size}, {count})"
+    )
+
+
+def write_folder(args: argparse.Namespace, model, processor, count: int | str) -> None:
+    from lightvlm.inference.fingerprint import fingerprint
+    from lightvlm.inference.openvino_export import export_openvino
+
+    export_openvino(model, processor, args.output_dir, count, args.weights, fingerprint(args.model_path))
+    views = ", of which each is one view" if model.config.image_grid_pinpoints else ""
+    print(
+        f"{args.output_dir}: for OpenVINO GenAI's VLMPipeline, K = {count}, weights {args.weights or 'float32'}{views}"
     )

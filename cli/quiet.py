@@ -8,14 +8,16 @@ SAID = {
     "torch.utils._pytree": "%s is an Enum subclass",
     "torch.onnx._internal.exporter._registration": "torchvision is not installed",
     "onnxscript.optimizer._constant_folding": "Skipping constant folding",
+    "transformers.modeling_utils": "`loss_type=",
 }
 
 
 def is_for_users(record: logging.LogRecord) -> bool:
-    """Return False for what torchao and bitsandbytes say when they are imported, and ONNX's exporter of every graph.
+    """Return False for what torchao and bitsandbytes say when they are imported, and exporters of every graph.
 
     torchao misses kernels that int8 weights don't need (mxfp8, cutlass), and registers enumerations in a way that
-    PyTorch deprecates; bitsandbytes misses one that makes four bits faster. The exporter has no need of torchvision.
+    PyTorch deprecates; bitsandbytes misses one that makes four bits faster. ONNX's exporter has no need of
+    torchvision, and tracing for OpenVINO reads what kind of loss a model has.
     """
     return not str(record.msg).startswith(SAID[record.name])
 

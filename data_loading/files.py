@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,3 +39,23 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file, `written_beside`."""
     with written_beside(path) as file:
         file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def check_output(output_dir: str | Path) -> None:
+    """Raise ValueError if what is in a folder to be written would be lost, or if it can't be renamed."""
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or output.is_mount() or any(output.iterdir())):
+        raise ValueError(f"{output_dir} is there already: move it away, or give another --output-dir.")
+
+
+@contextmanager
+def new_folder(output_dir: str | Path) -> Iterator[Path]:
+    """Give a folder to write beside a new one, which it becomes once it is complete; ValueError as `check_output`."""
+    check_output(output_dir)
+    output = Path(output_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as work:
+        folder = Path(work, "whole")
+        folder.mkdir()
+        yield folder
+        folder.replace(output)

@@ -1,11 +1,11 @@
 """Compose Hub folders, weights, processor and code, of pretrained parts or of a LLaVA checkpoint."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 import torch
 from lightvlm import CHAT_TEMPLATE, LightVLMConfig, LightVLMForConditionalGeneration, LightVLMProcessor
+from lightvlm.data.files import check_output, new_folder
 from lightvlm.encoding_lightvlm import ENCODERS
 from lightvlm.inference.checkpoint import check_finite, check_weights, read_weights
 from transformers import (
@@ -194,25 +194,14 @@ def check_template(processor: LightVLMProcessor, name: str) -> None:
         )
 
 
-def check_output(output_dir: str | Path) -> None:
-    """Raise ValueError if what is in a folder to be written would be lost, or if it can't be renamed."""
-    output = Path(output_dir)
-    if output.exists() and (not output.is_dir() or output.is_mount() or any(output.iterdir())):
-        raise ValueError(f"{output_dir} is there already: move it away, or give another --output-dir.")
-
-
 def save(model, processor, output_dir: str | Path, max_shard_size: str = "5GB") -> LightVLMForConditionalGeneration:
     """Write weights, processor and code to a new folder, all or nothing, and return the model.
 
     Raises:
         ValueError: as `check_output` and, if the processor does not fit the model, `LightVLMProcessor.check`.
     """
-    check_output(output_dir)
     processor.check(model.config.to_dict())
-    output = Path(output_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as work:
-        model.save_pretrained(folder := Path(work, "whole"), max_shard_size=max_shard_size)
+    with new_folder(output_dir) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
-        folder.replace(output)
     return model
