@@ -36,6 +36,15 @@ def add_encoder(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runtime",
+        choices=["auto", "pytorch", "openvino"],
+        default="auto",
+        help="openvino: --model-path is a folder of `lightvlm export --openvino` (auto: what the folder is for)",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--device", help="cpu, cuda, cuda:1, mps (the GPU, if there is one)")
@@ -45,7 +54,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def loading(args: argparse.Namespace) -> dict[str, str | bool | None]:
     """Return what `load` takes of the options that a verb has."""
-    names = ("pruner", "encoder", "dtype", "int8", "device", "device_map", "attn_implementation")
+    names = ("pruner", "encoder", "runtime", "dtype", "int8", "device", "device_map", "attn_implementation")
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 

@@ -280,7 +280,9 @@ class AnyAnswerer(Answerer):
             length = inputs["input_ids"].shape[1]
             new_tokens = max(1, min(default_new_tokens(self.model), left))
             options = {"max_new_tokens": new_tokens, "do_sample": False} | options
-            sequences = self.asked.generate(budget, lambda *counts: None, **inputs, streamer=streamer, **options)
+            sequences = self.asked.generate(
+                budget, lambda *counts: None, messages, **inputs, streamer=streamer, **options
+            )
             answer = self.processor.decode(sequences[0, length:], skip_special_tokens=True).strip()
             history[:] = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         finally:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.inference.answers import (
@@ -62,6 +63,13 @@ def images_of(conversation: list[dict]) -> list[Image.Image]:
     return [part["image"] for message in conversation for part in message["content"] if "image" in part]
 
 
+def as_seen(pixel_values: torch.Tensor, processor: Any) -> np.ndarray:
+    """Return the image that the encoder sees, resized and cropped: 8-bit RGB (height, width, 3)."""
+    mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
+    pixels = pixel_values.float().cpu().permute(1, 2, 0) * std + mean
+    return (pixels * 255).round().clamp(0, 255).byte().numpy()
+
+
 class OwnModel:
     """A LightVLM checkpoint.
 
@@ -70,6 +78,8 @@ class OwnModel:
         processor: the checkpoint's.
         model_path: where it was loaded from.
     """
+
+    max_views: int | None = None  # of a large image of `generate`, how many views are encoded; all if None
 
     def __init__(self, model: LightVLM, processor: LightVLMProcessor, model_path: str = ""):
         self.model, self.processor, self.model_path = model, processor, model_path
@@ -155,17 +165,22 @@ class OwnModel:
             ValueError: if an image has views that a graph in place of the encoder does not see.
         """
         images = images_of(messages)
-        if self.image_graph:
-            self.image_graph.check_views([self.size_class((image.height, image.width)) for image in images])
+        self.check_views(images, self.max_views)
         budgets, means = self.processor.resolve_budgets(num_image_tokens, len(images))
-        whole = [self.processor.count_tokens((image.height, image.width)) for image in images]
+        sizes = [(image.height, image.width) for image in images]
+        whole = [self.processor.largest_budget(size, self.max_views) for size in sizes]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         length = len(self.processor.tokenizer(prompt)["input_ids"]) - len(images)
         if self.model.config.position_ids == "original":
-            return length + sum(whole)
+            return length + sum(map(self.processor.count_tokens, sizes))
         return length + sum(
             min(mean or budget, most) for budget, mean, most in zip(budgets, means, whole, strict=True)
         )
+
+    def check_views(self, images: list[Image.Image], max_views: int | None = None) -> None:
+        """Raise ValueError if one of the images has views that a graph in place of the encoder does not see."""
+        if self.image_graph and max_views != 1:
+            self.image_graph.check_views([self.size_class((image.height, image.width)) for image in images])
 
     def check_positions(self, length: int, new_tokens: int) -> None:
         """Raise ValueError if so many prompt tokens and so many new ones are more than the language model reads."""
@@ -173,15 +188,19 @@ class OwnModel:
 
     def template_options(self, num_image_tokens: Any) -> dict[str, Any]:
         """Return what `apply_chat_template` takes for K."""
-        return {"processor_kwargs": {"num_image_tokens": num_image_tokens}}
+        limits = {} if self.max_views is None else {"max_views": self.max_views}
+        return {"processor_kwargs": {"num_image_tokens": num_image_tokens, **limits}}
 
-    def generate(self, num_image_tokens: Any, note: Callable[[list[int], int], Any], /, **inputs: Any) -> torch.Tensor:
+    def generate(
+        self, num_image_tokens: Any, note: Callable[[list[int], int], Any], messages: list[dict], /, **inputs: Any
+    ) -> torch.Tensor:
         """Run the model's own `generate` on one prompt, and return sequences that begin with it.
 
         Args:
             num_image_tokens: K, which the inputs have already.
             note: called before the first new token, if there are images, with the tokens of each, and how many more
                 placeholders the prompt has.
+            messages: that the inputs were made of.
             inputs: of `generate`.
         """
 
