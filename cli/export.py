@@ -5,6 +5,7 @@ examples:
   lightvlm export --num-image-tokens 64 --int8 --output image_tokens.onnx
   lightvlm export --model-path phi2-clip --num-image-tokens 144 --output image_tokens.xml
   lightvlm export --openvino --num-image-tokens 64 --weights int8 --output-dir folder
+  lightvlm export --openvino --num-image-tokens 64 --weights int8 --calibration-images photos --output-dir folder
   lightvlm export --openvino --num-image-tokens dynamic:64 --output-dir folder
 
 One graph (--output) goes from pixels to image tokens. The language model is not in it: runtimes have exporters of
@@ -29,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--output-dir", type=Path, help="new folder, with --openvino")
     parser.add_argument("--openvino", action="store_true", help="the whole model, for OpenVINO GenAI")
     parser.add_argument("--weights", choices=["int8", "int4"], help="of the language model, with --openvino (float32)")
+    parser.add_argument(
+        "--calibration-images",
+        nargs="+",
+        default=[],
+        help="pictures, folders or patterns that the encoder is made int8 by, with --weights (it stays float32)",
+    )
     parser.add_argument("--batch-size", type=positive, default=1, help="images at a time (1); with --output")
     parser.add_argument(
         "--dtype",
@@ -45,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.openvino != bool(args.output_dir):
         raise ValueError("--openvino and --output-dir go together: one graph is written by --output alone.")
-    if args.weights and not args.openvino:
-        raise ValueError("--weights is for --openvino; --int8 makes a graph of .onnx int8.")
+    if (args.weights or args.calibration_images) and not args.openvino:
+        raise ValueError("--weights and --calibration-images are for --openvino; --int8 makes a graph of .onnx int8.")
     if args.openvino and (args.int8 or args.batch_size > 1 or args.dtype != "float32"):
         raise ValueError("--openvino takes --weights in place of --int8 and --dtype, and no --batch-size.")
     model, processor = load(args.model_path, args.dtype, device="cpu")
@@ -70,9 +77,11 @@ def write_graph(args: argparse.Namespace, model, processor, count: int | str) ->
 
 def write_folder(args: argparse.Namespace, model, processor, count: int | str) -> None:
     from lightvlm.inference.fingerprint import fingerprint
+    from lightvlm.inference.many import expand_images
     from lightvlm.inference.openvino_export import export_openvino
 
-    export_openvino(model, processor, args.output_dir, count, args.weights, fingerprint(args.model_path))
+    checkpoint, pictures = fingerprint(args.model_path), expand_images(args.calibration_images)
+    export_openvino(model, processor, args.output_dir, count, args.weights, checkpoint, pictures)
     views = ", of which each is one view" if model.config.image_grid_pinpoints else ""
     print(
         f"{args.output_dir}: for OpenVINO GenAI's VLMPipeline, K = {count}, weights {args.weights or 'float32'}{views}"

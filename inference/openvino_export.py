@@ -1,6 +1,7 @@
-"""The whole model as a folder of graphs that OpenVINO GenAI's stock pipelines run as LLaVA, without Python."""
+"""The whole model as a folder that OpenVINO GenAI's stock pipelines run as LLaVA, without Python."""
 
-import warnings
+import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,169 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.data.files import new_folder, write_json
-from lightvlm.inference.export import ImageTokens
+from lightvlm.data.files import check_output, new_folder, write_json
+from lightvlm.images_lightvlm import open_images
+from lightvlm.inference.openvino_graphs import convert_embeddings, convert_language_model, convert_vision
 from lightvlm.pruning_lightvlm import allot_budgets
-from lightvlm.views_lightvlm import one_view
 from PIL import Image
-from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.utils.versions import require_version
 
 # Since 2026.1 GenAI resizes pictures as Pillow does; since 2026.0 never to less than an encoder reads.
 REQUIRED = ("openvino>=2026.1", "openvino-tokenizers>=2026.1")
 WEIGHTS = ("int8", "int4")
-
-
-class PrunedImage(ImageTokens):
-    """What the language model reads of an image of one view: as many tokens as a fixed or dynamic budget gives it.
-
-    Args:
-        model: whose encoder, pruner and projector are used.
-        num_image_tokens: K, of a dynamic budget the largest.
-        mean: the mean K of a dynamic budget; None for a fixed one.
-    """
-
-    def __init__(self, model: LightVLM, num_image_tokens: int, mean: int | None):
-        super().__init__(model, num_image_tokens)
-        self.mean = mean
-        self.whole = one_view(model.config.patches_per_side, 1, model.device)  # cached: tracing must not be the first
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return tokens (1, K, hidden), in raster order, of pixels (1, channels, height, width)."""
-        pruner, most = self.model.pruner, self.num_image_tokens
-        features, prior, places = self.model.encode(pixel_values)
-        features, prior, layout = self.whole.place(places, features, prior)
-        scores = pruner.score(features, prior, None, layout)
-        order = pruner.select(scores, features, most)
-        if self.mean is not None:
-            complexity = pruner.estimate_complexity(features, scores)
-            budgets = allot_budgets(complexity, torch.tensor([self.mean]), pruner.dynamic_budget)
-            order = order[:, : budgets[0].clamp(max=most)]
-        kept = order.sort(dim=1).values
-        patches = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
-        return pruner.add_places(self.model.multi_modal_projector(patches), self.whole.at(kept, []))
-
-
-class Past(DynamicLayer):
-    """A layer of a KV cache that begins with these keys and values, (rows, heads, length, width)."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-
-
-class Decoder(nn.Module):
-    """The language model and its head, from embeddings, with keys and values as arguments."""
-
-    def __init__(self, model: LightVLM):
-        super().__init__()
-        self.body, self.head = model.model.language_model, model.lm_head
-
-    def forward(self, inputs_embeds, attention_mask, position_ids, beam_idx, past) -> tuple[torch.Tensor, ...]:
-        """Return logits (rows, length, vocabulary), and keys and values of each layer.
-
-        Args:
-            inputs_embeds: (rows, length, hidden).
-            attention_mask: (rows, past and length).
-            position_ids: (rows, length).
-            beam_idx: (rows,), the rows of the past that go on.
-            past: keys and values of each layer, (rows, heads, past, width).
-        """
-        cache = DynamicCache()
-        cache.layers = [Past(*(each.index_select(0, beam_idx) for each in layer)) for layer in past]
-        length, total = inputs_embeds.shape[1], attention_mask.shape[1]
-        places = torch.arange(total)
-        is_read = (places <= places[total - length :, None]) & attention_mask[:, None, None].bool()
-        output = self.body(
-            inputs_embeds=inputs_embeds,
-            attention_mask=torch.where(is_read, 0.0, torch.finfo(torch.float16).min),  # of 4D, and used as it is
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        return self.head(output.last_hidden_state), *present
-
-
-def convert(module: nn.Module, inputs: Any, shapes: dict[str, list[int]], outputs: list[str]):
-    """Return a module as a graph, with names and shapes (-1 if any) of its inputs, and names of its outputs."""
-    import openvino
-
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch about tracing
-        graph = openvino.convert_model(module.eval(), example_input=inputs)
-    for port, (name, shape) in zip(graph.inputs, shapes.items(), strict=True):
-        port.get_node().set_partial_shape(openvino.PartialShape(shape))
-        port.get_tensor().set_names({name})
-    for port, name in zip(graph.outputs, outputs, strict=True):
-        port.get_tensor().set_names({name})
-    graph.validate_nodes_and_infer_types()
-    return graph
-
-
-def convert_vision(model: LightVLM, num_image_tokens: int, mean: int | None):
-    """Return the graph from `pixel_values` of an image to `last_hidden_state`, the tokens that are kept."""
-    side = model.config.vision_config.image_size
-    shape = [1, 3, side, side]
-    module = PrunedImage(model, num_image_tokens, mean)
-    return convert(module, torch.zeros(shape), {"pixel_values": shape}, ["last_hidden_state"])
-
-
-def convert_embeddings(model: LightVLM):
-    """Return the graph from token ids, `input`, to `inputs_embeds`."""
-    ids = torch.ones(1, 3, dtype=torch.long)
-    return convert(model.get_input_embeddings(), ids, {"input": [-1, -1]}, ["inputs_embeds"])
-
-
-def convert_language_model(model: LightVLM):
-    """Return the language model as a graph that keeps its keys and values from call to call."""
-    from openvino.passes import MakeStateful, Manager
-
-    config = model.config.text_config
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    names = [f"past_key_values.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    present = [name.replace("past_key_values", "present") for name in names]
-    rows, past, length = 2, 5, 3  # unlike each other
-    inputs = {
-        "inputs_embeds": torch.zeros(rows, length, hidden),
-        "attention_mask": torch.ones(rows, past + length, dtype=torch.long),
-        "position_ids": torch.arange(past, past + length).expand(rows, -1),
-        "beam_idx": torch.arange(rows, dtype=torch.int32),
-        "past": [[torch.zeros(rows, heads, past, width) for _ in range(2)] for _ in range(layers)],
-    }
-    shapes = {
-        "inputs_embeds": [-1, -1, hidden],
-        "attention_mask": [-1, -1],
-        "position_ids": [-1, -1],
-        "beam_idx": [-1],
-    }
-    shapes |= dict.fromkeys(names, [-1, heads, -1, width])
-    graph = convert(Decoder(model), inputs, shapes, ["logits", *present])
-    manager = Manager()
-    manager.register_pass(MakeStateful(dict(zip(names, present, strict=True))))
-    manager.run_passes(graph)
-    start_empty(graph, heads, width)
-    return graph
-
-
-def start_empty(graph, heads: int, width: int) -> None:
-    """Let each state begin without a position, of as many rows as the embeddings have."""
-    from openvino import opset13 as ops
-
-    rows = ops.gather(
-        ops.shape_of(graph.input("inputs_embeds"), output_type="i64"), ops.constant([0]), ops.constant(0)
-    )
-    shape = ops.concat([rows, *(ops.constant(np.array([size], dtype=np.int64)) for size in (heads, 0, width))], 0)
-    for node in graph.get_ops():
-        if node.get_type_name() == "ReadValue":
-            zero = ops.constant(0.0, dtype=node.get_output_element_type(0))
-            node.set_arguments([ops.broadcast(zero, shape)])
-    graph.validate_nodes_and_infer_types()
+GROUP = 128  # weights that share a scale in int4
+PICTURES = 128  # of those to calibrate with
 
 
 def check(model: LightVLM, processor: LightVLMProcessor, weights: str | None) -> None:
@@ -221,26 +71,29 @@ def resolve(model: LightVLM, processor: LightVLMProcessor, num_image_tokens: int
 
 def describe_pixels(processor: LightVLMProcessor, side: int) -> dict[str, Any]:
     """Return what GenAI makes a view with as the processor does, cropped or squashed; ValueError if it cannot."""
-    whole, own = processor.image_processor, Image.effect_noise((3 * side + 1, 2 * side), 64).convert("RGB")
-    expected = processor(images=own, text="<image>", return_tensors="pt")["pixel_values"].reshape(-1, 3, side, side)[0]
-    shared = {"crop_size": {"height": side, "width": side}, "image_mean": [*whole.image_mean]}
-    shared |= {"image_std": [*whole.image_std]}
-    for shortest in (side, 1, (whole.size or {}).get("shortest_edge") or side):  # a shortest edge of 1 is squashed
-        if np.abs(prepare(own, shortest, shared) - expected.numpy()).max() < 0.01:
-            return shared | {"size": {"shortest_edge": shortest}}
+    own, size = processor.image_processor, (3 * side + 1, 2 * side)
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    expected = processor(images=Image.fromarray(noise), text="<image>", return_tensors="np")["pixel_values"]
+    config = {"crop_size": {"height": side, "width": side}}
+    config |= {"image_mean": [*own.image_mean], "image_std": [*own.image_std]}
+    for shortest in (own.size.get("shortest_edge") or side, 1):  # of 1, GenAI squashes to the size of the crop
+        config["size"] = {"shortest_edge": shortest}
+        error = prepare(Image.fromarray(noise), config) - expected.reshape(-1, 3, side, side)[0]
+        if np.abs(error).max() < 1e-3:
+            return config
     raise ValueError(
         "OpenVINO GenAI resizes pictures for LLaVA by bicubic interpolation, cropped or squashed to a square, and the "
-        f"checkpoint's {type(whole).__name__} does otherwise: correct its processor_config.json, or run it in PyTorch."
+        f"checkpoint's {type(own).__name__} does otherwise: correct its processor_config.json, or run it in PyTorch."
     )
 
 
-def prepare(image: Image.Image, shortest: int, config: dict[str, Any]) -> np.ndarray:
-    """Return the pixels, (channels, height, width), that GenAI makes of a picture for LLaVA."""
-    side, scale = config["crop_size"]["height"], shortest / min(image.size)
+def prepare(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
+    """Return the pixels, (channels, height, width), that GenAI makes of a picture with a preprocessor_config.json."""
+    side, scale = config["crop_size"]["height"], config["size"]["shortest_edge"] / min(image.size)
     image = image.resize([max(int(length * scale), side) for length in image.size], Image.Resampling.BICUBIC)
     left, top = ((length - side) // 2 for length in image.size)
     pixels = np.asarray(image.crop((left, top, left + side, top + side))) / 255
-    return ((pixels - config["image_mean"]) / config["image_std"]).transpose(2, 0, 1)
+    return ((pixels - config["image_mean"]) / config["image_std"]).transpose(2, 0, 1).astype(np.float32)
 
 
 def chat_template(processor: LightVLMProcessor) -> str:
@@ -263,6 +116,7 @@ def export_openvino(
     num_image_tokens: int | str,
     weights: str | None = None,
     checkpoint: dict[str, str] | None = None,
+    calibration_images: Sequence[Image.Image | str | Path] = (),
 ) -> None:
     """Write the whole model as a new folder that OpenVINO GenAI's `VLMPipeline` and its servers run as LLaVA.
 
@@ -273,62 +127,80 @@ def export_openvino(
         processor: the checkpoint's.
         folder: which isn't there yet, or is empty.
         num_image_tokens: K, or "dynamic" or "dynamic:64", which the graph decides for each image.
-        weights: "int8" or "int4" for the language model; None for all of them as they are.
+        weights: "int8" or "int4" for the language model's weights; None leaves all as they are.
         checkpoint: its `fingerprint`, which goes into the folder.
+        calibration_images: with `weights`, what the ranges of the vision graph's activations are measured on, so that
+            it is int8, too; of many, `PICTURES` are taken. Without them it stays float32.
 
     Raises:
-        ValueError: if the folder has files, OpenVINO is missing or too old, or the checkpoint's answers would be
-            other ones there.
+        ValueError: if the folder has files, OpenVINO is missing or too old, a picture can't be read, or the
+            checkpoint's answers would be other ones there.
     """
     import openvino
 
     check(model, processor, weights)
+    check_output(folder)
     most, mean = resolve(model, processor, num_image_tokens)
-    side = model.config.vision_config.image_size
-    pixels, template = describe_pixels(processor, side), chat_template(processor)
+    pixels, template = describe_pixels(processor, model.config.vision_config.image_size), chat_template(processor)
+    pictures = open_pictures(calibration_images, processor, pixels)
+    if pictures and not weights:
+        raise ValueError("Pictures calibrate int8: give weights too, int8 or int4.")
+    parts = {
+        "vision_embeddings": lambda: convert_vision(model, most, mean),
+        "text_embeddings": lambda: convert_embeddings(model),
+        "language": lambda: convert_language_model(model),
+    }
     with new_folder(folder) as work:
-        for name, convert_part in (
-            ("vision_embeddings", lambda: convert_vision(model, most, mean)),
-            ("text_embeddings", lambda: convert_embeddings(model)),
-            ("language", lambda: convert_language_model(model)),
-        ):
-            graph = compress(convert_part(), name, weights)
+        for name, convert_part in parts.items():  # one at a time in memory
+            graph = compress(convert_part(), name, weights, pictures)
             openvino.save_model(graph, work / f"openvino_{name}_model.xml", compress_to_fp16=False)
-            del graph  # before the next one
+            del graph
         save_tokenizer(processor, work)
-        write_json(work / "preprocessor_config.json", pixels)
-        (work / "chat_template.jinja").write_text(template)
         save_configuration(model, processor, work)
-        about = {
-            "format": 1,
-            "num_image_tokens": f"dynamic:{mean}" if mean else most,
-            "max_image_tokens": most,
-            "num_patches": model.config.num_patches,
-            "views": 1,
-            "position_ids": model.config.position_ids,
-            "question_aware": False,
-            "weights": weights,
-            "encoder": "float32",
-            "dtype": "float32",
-            "checkpoint": checkpoint,
-            "made_with": {
-                name: version(name) for name in ("openvino", "openvino-tokenizers", "torch", "transformers")
-            },
-        }
-        write_json(work / "lightvlm.json", about)
+        (work / "chat_template.jinja").write_text(template)
+        write_json(work / "preprocessor_config.json", pixels)
+        budget = {"num_image_tokens": f"dynamic:{mean}" if mean else most, "max_image_tokens": most}
+        bits = {"weights": weights, "encoder": "int8" if pictures else "float32", "dtype": "float32"}
+        about = {"format": 1, **budget, **bits, "calibration_images": len(pictures), "checkpoint": checkpoint}
+        write_json(work / "lightvlm.json", about | describe(model, weights))
 
 
-def compress(graph, name: str, weights: str | None):
-    """Return the graph with int8 or int4 weights in the language model; exact without."""
-    if name == "language" and weights is None:
-        graph.set_rt_info("f32", ["runtime_options", "KV_CACHE_PRECISION"])  # or the CPU's cache would be of 8 bits
-    if weights is None or name == "vision_embeddings":
+def describe(model: LightVLM, weights: str | None) -> dict[str, Any]:
+    """Return what is the same in all folders of a checkpoint, and what the folder was made with."""
+    packages = ("openvino", "openvino-tokenizers", *(("nncf",) if weights else ()), "torch", "transformers")
+    return {
+        "num_patches": model.config.num_patches,
+        "views": 1,
+        "position_ids": model.config.position_ids,
+        "question_aware": False,
+        "made_with": {name: version(name) for name in packages},
+    }
+
+
+def open_pictures(
+    images: Sequence[Image.Image | str | Path], processor: LightVLMProcessor, pixels: dict[str, Any]
+) -> list[np.ndarray]:
+    """Return what the encoder sees of pictures, (1, channels, height, width) each, of at most `PICTURES` of them."""
+    some = images[:: max(1, -(-len(images) // PICTURES))]
+    opened = zip(open_images([*some]), some, strict=True)
+    return [prepare(processor.prepare_image(image, str(name), shrinks=False), pixels)[None] for image, name in opened]
+
+
+def compress(graph, name: str, weights: str | None, pictures: list[np.ndarray]):
+    """Return a part's graph with weights of fewer bits, in the vision graph, by pictures, activations too."""
+    if weights is None and name == "language":
+        graph.set_rt_info("f32", ["runtime_options", "KV_CACHE_PRECISION"])  # or a CPU's cache is of 8 bits
+    if weights is None or name == "vision_embeddings" and not pictures:
         return graph
     import nncf
 
-    if weights == "int4" and name == "language":
-        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=128)
-    return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    nncf.set_log_level(logging.WARNING)  # no table of layers
+    if name == "vision_embeddings":
+        kind, count = nncf.ModelType.TRANSFORMER, len(pictures)
+        return nncf.quantize(graph, nncf.Dataset(pictures), subset_size=count, model_type=kind)
+    if name == "text_embeddings" or weights == "int8":
+        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=GROUP)
 
 
 def save_tokenizer(processor: LightVLMProcessor, folder: Path) -> None:
