@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils.versions import require_version
 
+REQUIRED = "openvino-genai>=2026.1"  # since then it resizes pictures as Pillow does
 ABOUT = "lightvlm.json"  # which folders of `lightvlm export --openvino` have
 PARTS = ("vision_embeddings_model", "text_embeddings_model", "language_model", "tokenizer", "detokenizer")
 READ = (".xml", ".bin", ".json", ".jinja")
@@ -53,10 +54,10 @@ class Stand(nn.Module):
 def open_pipeline(folder: Path, device: str, dtype: str):
     """Return GenAI's pipeline; ValueError if a package is missing or too old, or the folder is broken."""
     try:
-        require_version("openvino-genai>=2026.1")
+        require_version(REQUIRED)
         import openvino_genai
     except ImportError:
-        raise ValueError(f'{folder} needs openvino-genai>=2026.1: pip install --upgrade "lightvlm[edge]"') from None
+        raise ValueError(f'{folder} needs {REQUIRED}: pip install --upgrade "lightvlm[edge]"') from None
     files = [folder / f"openvino_{part}.{suffix}" for part in PARTS for suffix in ("xml", "bin")]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}: export it again.")
@@ -239,7 +240,7 @@ class OpenVINOModel(OwnModel):
     ) -> torch.Tensor:
         """Answer messages as `OwnModel.generate` does; of the inputs, what the processor made is not read."""
         streamer, options = inputs.get("streamer"), inputs["generation_config"]
-        put = streamer.put if streamer else bool
+        put = streamer.put if streamer else lambda ids: None
         put(inputs["input_ids"])
         config = translate(options, options.stop_strings or [], self.pipeline)
         new, kept = self.run(messages, config, self.max_views, lambda token: put(torch.tensor([token])))
