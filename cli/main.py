@@ -19,7 +19,7 @@ VERBS = {
     "serve": "answer OpenAI clients over HTTP, with a budget per request",
     "demo": "chat about images in a browser, and look at the tokens that are kept",
     "build": "compose a Hub folder of a vision encoder and a language model, or of a LLaVA checkpoint",
-    "export": "write encoder, pruner and projector at a fixed K for torch.export, ONNX Runtime or OpenVINO",
+    "export": "write a model for other runtimes: torch.export, ONNX Runtime, or the whole of it for OpenVINO",
     "push": "upload a trained checkpoint to the Hub, with its card and results, once others can use it",
 }
 

@@ -16,8 +16,8 @@ from lightvlm.pruning_lightvlm import allot_budgets
 from PIL import Image
 from transformers.utils.versions import require_version
 
-# Since 2026.1 GenAI resizes pictures as Pillow does; since 2026.0 never to less than an encoder reads.
-REQUIRED = ("openvino>=2026.1", "openvino-tokenizers>=2026.1")
+# What is tested. Before 2026.1 GenAI resizes pictures otherwise than Pillow, before 2026.0 to less than encoders read.
+REQUIRED = ("openvino>=2026.4.1", "openvino-tokenizers>=2026.4.1")
 WEIGHTS = ("int8", "int4")
 GROUP = 128  # weights that share a scale in int4
 PICTURES = 128  # of those to calibrate with
@@ -45,10 +45,10 @@ def check(model: LightVLM, processor: LightVLMProcessor, weights: str | None) ->
             "This checkpoint sees several views of every image, and a graph has one: run it in PyTorch, or build it "
             "of a LLaVA-1.5."
         )
-    if {*(getattr(config.text_config, "layer_types", None) or ())} - {"full_attention"}:
+    text = config.text_config
+    if getattr(text, "sliding_window", None) or {*(getattr(text, "layer_types", None) or ())} - {"full_attention"}:
         raise ValueError(
-            f"The layers of this {config.text_config.model_type} do not all attend to all that is before: run it in "
-            "PyTorch."
+            f"The layers of this {text.model_type} do not all attend to everything before: run it in PyTorch."
         )
     if processor.image_token != "<image>":
         raise ValueError(
@@ -142,9 +142,9 @@ def export_openvino(
     check_output(folder)
     most, mean = resolve(model, processor, num_image_tokens)
     pixels, template = describe_pixels(processor, model.config.vision_config.image_size), chat_template(processor)
-    pictures = open_pictures(calibration_images, processor, pixels)
-    if pictures and not weights:
+    if calibration_images and not weights:
         raise ValueError("Pictures calibrate int8: give weights too, int8 or int4.")
+    pictures = open_pictures(calibration_images, processor, pixels)
     parts = {
         "vision_embeddings": lambda: convert_vision(model, most, mean),
         "text_embeddings": lambda: convert_embeddings(model),
@@ -200,7 +200,9 @@ def compress(graph, name: str, weights: str | None, pictures: list[np.ndarray]):
         return nncf.quantize(graph, nncf.Dataset(pictures), subset_size=count, model_type=kind)
     if name == "text_embeddings" or weights == "int8":
         return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
-    return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=GROUP)
+    smaller = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+    mode = nncf.CompressWeightsMode.INT4_SYM  # with groups of fewer weights if a layer's can't be divided
+    return nncf.compress_weights(graph, mode=mode, group_size=GROUP, advanced_parameters=smaller)
 
 
 def save_tokenizer(processor: LightVLMProcessor, folder: Path) -> None:

@@ -1,12 +1,14 @@
 """OpenVINO GenAI's stock pipeline answers from an exported folder as PyTorch does."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lightvlm.inference.checkpoint import SHIPPED, load
+from lightvlm_cli.main import main
 from PIL import Image
 from tiny import NUM_PATCHES, make_dynamic, make_image, make_model, make_processor, text_config
 from tokenizers.processors import TemplateProcessing
@@ -195,3 +197,14 @@ def test_a_prompt_begins_with_the_token_that_the_tokenizer_adds(tmp_path):
     expected = processor.apply_chat_template(talk, **options)["input_ids"]
     assert found.encode(prompt, add_special_tokens=False).input_ids.data.tolist() == expected
     assert expected[0][0] == tokenizer.bos_token_id
+
+
+@pytest.mark.slow
+def test_the_page_answers_as_it_is_shown(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    page = (ROOT / "docs" / "operator" / "openvino.md").read_text()
+    assert main(re.search(r"^    lightvlm (export .+)$", page, flags=re.MULTILINE)[1].split()) == 0
+    capsys.readouterr()
+    exec(re.search(r"```python\n(.+?)```", page, flags=re.DOTALL)[1], {})
+    assert capsys.readouterr().out.strip() == "red"
