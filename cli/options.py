@@ -69,7 +69,9 @@ def claim_device(args: argparse.Namespace) -> None:
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--int8", action="store_true", help="int8 weights in the language model's linear layers")
+    parser.add_argument(
+        "--int8", action="store_true", help="int8 weights in the language model's linear layers: less memory, slower"
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
