@@ -97,7 +97,7 @@ def prepare(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
 
 
 def chat_template(processor: LightVLMProcessor) -> str:
-    """Return the template that makes GenAI, which adds no tokens to a prompt, read what transformers reads."""
+    """Return the template by which GenAI, which adds no tokens to a prompt, reads what transformers reads."""
     talk = [{"role": "user", "content": [{"type": "text", "text": "yes"}]}]
     options = {"add_generation_prompt": True}
     prompt = processor.apply_chat_template(talk, **options)
@@ -106,7 +106,9 @@ def chat_template(processor: LightVLMProcessor) -> str:
     added = len(read) - len(bare)
     if read[added:] != bare:
         raise ValueError("The tokenizer of this checkpoint ends prompts with a token, which OpenVINO GenAI does not.")
-    return "".join(processor.tokenizer.convert_ids_to_tokens(read[:added])) + processor.chat_template
+    # GenAI's history keeps the space that an answer begins with, and `chat` strips it.
+    template = processor.chat_template.replace("' ' + item['text']", "' ' + item['text'] | trim")
+    return "".join(processor.tokenizer.convert_ids_to_tokens(read[:added])) + template
 
 
 def export_openvino(
@@ -155,9 +157,8 @@ def export_openvino(
             graph = compress(convert_part(), name, weights, pictures)
             openvino.save_model(graph, work / f"openvino_{name}_model.xml", compress_to_fp16=False)
             del graph
-        save_tokenizer(processor, work)
+        save_tokenizer(processor, template, work)
         save_configuration(model, processor, work)
-        (work / "chat_template.jinja").write_text(template)
         write_json(work / "preprocessor_config.json", pixels)
         budget = {"num_image_tokens": f"dynamic:{mean}" if mean else most, "max_image_tokens": most}
         bits = {"weights": weights, "encoder": "int8" if pictures else "float32", "dtype": "float32"}
@@ -205,12 +206,14 @@ def compress(graph, name: str, weights: str | None, pictures: list[np.ndarray]):
     return nncf.compress_weights(graph, mode=mode, group_size=GROUP, advanced_parameters=smaller)
 
 
-def save_tokenizer(processor: LightVLMProcessor, folder: Path) -> None:
-    """Write tokenizer and detokenizer as graphs."""
+def save_tokenizer(processor: LightVLMProcessor, template: str, folder: Path) -> None:
+    """Write tokenizer and detokenizer as graphs, and the chat template."""
     import openvino
     from openvino_tokenizers import convert_tokenizer
 
     graphs = convert_tokenizer(processor.tokenizer, with_detokenizer=True)
+    graphs[0].set_rt_info(template, "chat_template")  # read before the file
+    (folder / "chat_template.jinja").write_text(template)
     for name, graph in zip(("tokenizer", "detokenizer"), graphs, strict=True):
         openvino.save_model(graph, folder / f"openvino_{name}.xml")
 

@@ -189,6 +189,7 @@ def test_a_prompt_begins_with_the_token_that_the_tokenizer_adds(tmp_path):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
+    tokenizer.chat_template = processor.chat_template  # as of a saved checkpoint
     export_openvino(model, processor, tmp_path / "folder", 9)
     found = genai.Tokenizer(str(tmp_path / "folder"))
     prompt = found.apply_chat_template([{"role": "user", "content": "what?"}], True)
