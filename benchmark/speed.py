@@ -210,6 +210,7 @@ class Configuration:
         stages: for `watched`.
         placeholders: of each image in the prompt.
         encoder_attention: of the vision encoder; None for the one of the language model.
+        counted: of another runtime, the same pass in PyTorch, whose FLOPs are counted.
     """
 
     method: str
@@ -219,6 +220,7 @@ class Configuration:
     stages: list[tuple]
     placeholders: int
     encoder_attention: str | None = None
+    counted: Callable | None = None
 
 
 def counts(budget: int, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -486,7 +488,8 @@ class Trial:
         inputs, text = self.preprocess(), self.text(configuration.placeholders)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         with torch.compiler.set_stance("force_eager"), Flops() as flops:
-            configuration.prefill(**inputs, use_cache=True, logits_to_keep=1, **text)
+            prefill = configuration.counted or configuration.prefill
+            prefill(**inputs, use_cache=True, logits_to_keep=1, **text)
         return flops.total
 
     @torch.no_grad()
@@ -588,6 +591,7 @@ def measure(
     views: tuple[int, int] | None = None,
     max_views: tuple[int, ...] = (),
     encoder_keep: dict[int, float] | None = None,
+    more: Callable[[Stopwatch], list[Configuration]] | None = None,
 ) -> Iterator[dict]:
     """Time all configurations, in turn within each repetition, so that a machine's drift hits all alike.
 
@@ -606,6 +610,7 @@ def measure(
         views: (width, height) of images that are cut into views; then `view_configurations` are compared.
         max_views: as there.
         encoder_keep: as in `configurations`.
+        more: returns configurations of other runtimes, whose memory beside PyTorch's makes no row's own known.
 
     Yields:
         `batch_size`, `images` and `rows`, one for each configuration with `method`, `num_image_tokens`, `positions` of
@@ -618,6 +623,7 @@ def measure(
     else:
         mode = compile_mode if "compiled" in methods else None
         compared = view_configurations(model, budgets, views[::-1], tuple(max_views), encoder_keep, mode)
+    compared += more(stopwatch) if more else []
     for batch_size, count in itertools.product(batch_sizes, images):
         size = views or IMAGE_SIZE
         trial, one_row = (
@@ -654,6 +660,8 @@ def measure(
             with encoder_attention(model, configuration.encoder_attention):
                 row["flops"] = one_row.flops(configuration)
             rows.append(row | summarise(samples[index]))
+            if more:
+                rows[-1].pop("peak_memory_bytes", None)
         compare(rows, batch_size)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()

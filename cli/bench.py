@@ -15,12 +15,15 @@ import importlib.util
 import platform
 import re
 import shlex
+import tempfile
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from lightvlm_cli.options import add_model_path, add_precision, layer_shares, positive, positive_list
 
 FAMILIES = ["qwen3-vl-2b", "qwen2.5-vl-3b", "smolvlm2-2.2b", "internvl3-2b"]
+RUNTIMES = ["openvino", "openvino-int8", "openvino-int4", "onnx-int8"]
 PICTURES = [(1024, 1024), (1448, 1448), (640, 480, 16)]
 
 
@@ -65,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=methods,
         help="beside LLaVA with all tokens: published (pruned by output_attentions), lightvlm, dynamic (K is the "
-        "mean), compiled; by default the first two, and dynamic if the checkpoint can",
+        "mean), compiled; on a CPU openvino, openvino-int8, openvino-int4 (at K and with all tokens) and onnx-int8 "
+        "(encoder alone); by default the first two, and dynamic if the checkpoint can",
     )
     parser.add_argument(
         "--compile-mode",
@@ -122,7 +126,7 @@ def size(text: str) -> tuple[int, int]:
 
 def methods(text: str) -> list[str]:
     """Parse "published,lightvlm"."""
-    known = ["published", "lightvlm", "dynamic", "compiled"]
+    known = ["published", "lightvlm", "dynamic", "compiled", *RUNTIMES]
     if unknown := [name for name in text.split(",") if name not in known]:
         raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}: choose from {', '.join(known)}")
     return text.split(",")
@@ -283,6 +287,9 @@ def choose_methods(args: argparse.Namespace, model) -> list[str]:
     compared = args.methods or ["published", "lightvlm", *(["dynamic"] if model.config.dynamic_budget else [])]
     if "dynamic" in compared and not model.config.dynamic_budget:
         raise ValueError(f"--methods dynamic: {args.model_path} has no dynamic budget; training/budget.py fits one.")
+    runtimes = [name for name in compared if name in RUNTIMES]
+    if runtimes and (args.views or model.device.type != "cpu"):
+        raise ValueError(f"--methods {runtimes[0]} is measured on --device cpu, and of images of one view.")
     return compared
 
 
@@ -306,12 +313,15 @@ def run(args: argparse.Namespace) -> None:
 
 def time_inference(args: argparse.Namespace, device: str) -> None:
     """Time all methods, print a table for each batch size, write the report and draw it."""
+    from lightvlm.benchmark.runtime_speed import check_runtimes, runtime_configurations
     from lightvlm.benchmark.speed import measure
     from lightvlm.benchmark.speed_report import describe, growth_plot, plot, table
     from lightvlm.data.files import write_json
 
     model, images = make_model(args, device)
     compared = choose_methods(args, model)
+    runtimes = [name for name in compared if name in RUNTIMES]
+    check_runtimes(runtimes)
     model.set_attn_implementation(args.attn_implementation)
     report = begin_report(args, device) | {
         "dtype": str(model.dtype).removeprefix("torch.") + (" and int8" if args.int8 else ""),
@@ -322,27 +332,31 @@ def time_inference(args: argparse.Namespace, device: str) -> None:
         "results": [],
     }
     print(f"{report['command']}\n{report['date']}: {describe(report)}", flush=True)
-    for result in measure(
-        model,
-        images,
-        args.batch_sizes,
-        args.num_image_tokens,
-        args.prompt_tokens,
-        args.new_tokens,
-        args.repetitions,
-        args.warmup,
-        args.images,
-        compared,
-        args.compile_mode,
-        args.views,
-        args.max_views,
-        args.encoder_keep,
-    ):
-        report["results"].append(result)
-        title = f"batch size {result['batch_size']}, images in a row: {result['images']}"
-        print(f"\n{title}, ms: median (95th percentile)\n\n{table(result)}", flush=True)
-        if args.output:  # after every batch size, so that a later failure loses nothing
-            write_json(args.output, report)
+    with tempfile.TemporaryDirectory() as folder:  # of graphs
+        runs = partial(runtime_configurations, model, args.num_image_tokens, runtimes, Path(folder))
+        more = runs if runtimes else None
+        for result in measure(
+            model,
+            images,
+            args.batch_sizes,
+            args.num_image_tokens,
+            args.prompt_tokens,
+            args.new_tokens,
+            args.repetitions,
+            args.warmup,
+            args.images,
+            compared,
+            args.compile_mode,
+            args.views,
+            args.max_views,
+            args.encoder_keep,
+            more,
+        ):
+            report["results"].append(result)
+            title = f"batch size {result['batch_size']}, images in a row: {result['images']}"
+            print(f"\n{title}, ms: median (95th percentile)\n\n{table(result)}", flush=True)
+            if args.output:  # after every batch size, so that a later failure loses nothing
+                write_json(args.output, report)
     if args.plot:
         plot(report["results"], describe(report), args.plot)
     if args.growth:

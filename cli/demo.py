@@ -9,11 +9,12 @@ examples:
 import argparse
 import importlib.util
 
-from lightvlm_cli.options import add_any_model, add_device, add_precision, loading
+from lightvlm_cli.options import add_any_model, add_device, add_encoder, add_precision, loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_any_model(parser)
+    add_encoder(parser)
     add_precision(parser)
     add_device(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (127.0.0.1)")

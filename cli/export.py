@@ -67,7 +67,7 @@ def write_graph(args: argparse.Namespace, model, processor, count: int | str) ->
 
     if isinstance(count, str):
         raise ValueError(f"a graph of fixed shapes has no K of {count}: give --num-image-tokens a number.")
-    export_image_tokens(model, args.output, count, args.batch_size, args.int8)
+    export_image_tokens(model, args.output, count, args.batch_size, args.int8, args.model_path)
     side = model.config.vision_config.image_size
     print(
         f"{args.output}: pixel_values ({args.batch_size}, 3, {side}, {side}) to image_tokens ({args.batch_size}, "

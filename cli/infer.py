@@ -38,7 +38,9 @@ from pathlib import Path
 from lightvlm_cli.options import (
     add_any_model,
     add_device,
+    add_encoder,
     add_precision,
+    add_runtime,
     budget_list,
     claim_device,
     loading,
@@ -48,6 +50,8 @@ from lightvlm_cli.options import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_any_model(parser)
+    add_encoder(parser)
+    add_runtime(parser)
     parser.add_argument("--image", nargs="+", help="files, folders, patterns, URLs; - for a list of them on stdin")
     parser.add_argument("--prompt", nargs="+", help="questions; each is asked about each image")
     parser.add_argument(

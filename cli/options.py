@@ -30,6 +30,21 @@ def add_any_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoder", help="graph of `lightvlm export`, .onnx or .xml, that encodes images at its K (PyTorch)"
+    )
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runtime",
+        choices=["auto", "pytorch", "openvino"],
+        default="auto",
+        help="openvino: --model-path is a folder of `lightvlm export --openvino` (auto: what the folder is for)",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--device", help="cpu, cuda, cuda:1, mps (the GPU, if there is one)")
@@ -39,7 +54,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def loading(args: argparse.Namespace) -> dict[str, str | bool | None]:
     """Return what `load` takes of the options that a verb has."""
-    names = ("pruner", "dtype", "int8", "device", "device_map", "attn_implementation")
+    names = ("pruner", "encoder", "runtime", "dtype", "int8", "device", "device_map", "attn_implementation")
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
@@ -54,7 +69,9 @@ def claim_device(args: argparse.Namespace) -> None:
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--int8", action="store_true", help="int8 weights in the language model's linear layers")
+    parser.add_argument(
+        "--int8", action="store_true", help="int8 weights in the language model's linear layers: less memory, slower"
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],

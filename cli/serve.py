@@ -15,7 +15,16 @@ import socket
 from dataclasses import fields
 from pathlib import Path
 
-from lightvlm_cli.options import add_any_model, add_device, add_precision, budget, loading, positive
+from lightvlm_cli.options import (
+    add_any_model,
+    add_device,
+    add_encoder,
+    add_precision,
+    add_runtime,
+    budget,
+    loading,
+    positive,
+)
 
 
 def origin(text: str) -> str:
@@ -27,9 +36,12 @@ def origin(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_any_model(parser)
+    add_encoder(parser)
+    add_runtime(parser)
     parser.add_argument(
         "--num-image-tokens", type=budget, help="K, or 25%%, of requests that give none (the checkpoint's)"
     )
+    parser.add_argument("--max-views", type=positive, help="of a large image, how many views are encoded (all)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="(8000); 0 takes a free one")
     add_precision(parser)
@@ -71,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
     with socket.create_server((args.host, args.port), family=family) as listener:  # taken ports fail before loading
         asked = load_any(args.model_path, **loading(args))
         model, default = asked.model, asked.resolve(args.num_image_tokens)
-        asked.check(Options(default))
+        asked.check(Options(default, args.max_views))
+        asked.max_views = args.max_views
         name = Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path
         limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in fields(Limits)})
         app = build_app(name, asked, limits, args.cors_origin, default)

@@ -82,6 +82,7 @@ class Controls:
         means: that dynamic budgets may have on average; none if there are none.
         is_dynamic: whether the budget is dynamic at the start.
         hears_questions: whether a question may choose the tokens.
+        is_fixed: whether there is no other budget than `number`.
         most_views: that an image may be cut into.
     """
 
@@ -91,6 +92,7 @@ class Controls:
     means: list[int] = field(default_factory=list)
     is_dynamic: bool = False
     hears_questions: bool = False
+    is_fixed: bool = False
     most_views: int = 1
 
 
@@ -111,12 +113,15 @@ class Answerer:
         processor: the checkpoint's.
     """
 
+    is_fixed = False
+
     def __init__(self, model: LightVLM, processor: LightVLMProcessor):
         self.model, self.processor, self.asked = model, processor, OwnModel(model, processor)
-        self.positions = self.asked.positions
+        self.positions, self.is_fixed = self.asked.positions, self.asked.image_graph is not None
         self.worker = ThreadPoolExecutor(max_workers=1)
         talk = Conversation(Image.new("RGB", (64, 64)), "?")
-        for budget in (processor.num_patches, processor.num_image_tokens):  # or the first visitor would wait for it
+        budgets = [*([] if self.is_fixed else [processor.num_patches]), processor.num_image_tokens]
+        for budget in budgets:  # or the first visitor would wait for it
             self.worker.submit(self.chat, self.streamer(), talk, [], Choice(budget), max_new_tokens=1).result()
 
     def controls(self) -> Controls:
@@ -124,11 +129,12 @@ class Answerer:
         config, grids = self.model.config, map(self.processor.grids.tiles, self.processor.grid_pinpoints)
         is_dynamic = config.num_image_tokens == "dynamic"
         return Controls(
-            self.processor.num_patches,
+            config.num_image_tokens if self.is_fixed else self.processor.num_patches,
             config.mean_image_tokens if is_dynamic else config.num_image_tokens,
-            means=(config.dynamic_budget or {}).get("means", []),
+            means=[] if self.is_fixed else (config.dynamic_budget or {}).get("means", []),
             is_dynamic=is_dynamic,
-            hears_questions=config.score == "question",
+            hears_questions=config.score == "question" and not self.is_fixed,
+            is_fixed=self.is_fixed,
             most_views=1 + max((rows * columns for rows, columns in grids), default=0),
         )
 
@@ -195,7 +201,7 @@ class Answerer:
 
         The same question is asked once more with all tokens, for the time to its first token alone; or, to compare,
         for answers with all tokens of a view and with a quarter of those kept. Each time is that of one call, and all
-        calls run in the same thread, one after the other.
+        calls run in the same thread, one after the other. A graph that encodes images has no other budget to ask with.
 
         Raises:
             ValueError: if there is no image or question, there are too many, or the processor refuses one of them.
@@ -233,7 +239,7 @@ class Answerer:
             for budget in {max(1, kept // 4), max(kept, self.compared(patches))} - {kept}:
                 answers[budget] = self.ask_again(talk, before, replace(choice, budget=budget))
             table = f"\n\n{tabulate_answers(answers)}"
-        elif kept < patches:
+        elif kept < patches and not self.is_fixed:
             whole = self.count_whole(talk, patches)
             excuse, time_of_all = self.ask_again(talk, before, Choice(whole), max_new_tokens=1)
             told = f"all tokens: {time_of_all:.0f} ms" if time_of_all else f"all {whole} are {excuse}"
@@ -274,7 +280,9 @@ class AnyAnswerer(Answerer):
             length = inputs["input_ids"].shape[1]
             new_tokens = max(1, min(default_new_tokens(self.model), left))
             options = {"max_new_tokens": new_tokens, "do_sample": False} | options
-            sequences = self.asked.generate(budget, lambda *counts: None, **inputs, streamer=streamer, **options)
+            sequences = self.asked.generate(
+                budget, lambda *counts: None, messages, **inputs, streamer=streamer, **options
+            )
             answer = self.processor.decode(sequences[0, length:], skip_special_tokens=True).strip()
             history[:] = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         finally:

@@ -185,10 +185,11 @@ def build(answerer: Answerer) -> gr.Blocks:
                         elem_id="kind",
                     )
                     number = slider(*default, patches, means, fixed)
+                    number.interactive = not controls.is_fixed
                     by_question = gr.Checkbox(label=BY_QUESTION, visible=controls.hears_questions)
                     views = gr.Slider(0, most_views, 0, step=1, label=VIEWS, visible=most_views > 1, elem_id="views")
                     follow_up = gr.Checkbox(label=FOLLOW_UP)
-                    compare = gr.Checkbox(label=COMPARE, elem_id="compare")
+                    compare = gr.Checkbox(label=COMPARE, visible=not controls.is_fixed, elem_id="compare")
         budget, alone = [kind, number, by_question, views], {"concurrency_id": "model", "concurrency_limit": 1}
         asking = {
             "fn": partial(ask, answerer),

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
-from lightvlm.inference.any_model import AnyModel, as_seen
-from lightvlm.inference.own_model import Options, OwnModel
+from lightvlm.inference.any_model import AnyModel
+from lightvlm.inference.own_model import Options, OwnModel, as_seen
 from lightvlm.views_lightvlm import image_tokens, joined_tiles
 from PIL import Image, ImageDraw, ImageFont
 

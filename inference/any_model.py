@@ -8,7 +8,6 @@ from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jinja2 import TemplateError
 from lightvlm.images_lightvlm import reading, to_rgb
@@ -21,7 +20,9 @@ from lightvlm.inference.answers import (
 )
 from lightvlm.inference.checkpoint import load, load_other, read_type
 from lightvlm.inference.fingerprint import fingerprint
-from lightvlm.inference.own_model import Answer, Options, OwnModel, images_of, read_share
+from lightvlm.inference.image_graph import ImageGraph, encode_by
+from lightvlm.inference.openvino_model import is_openvino, load_openvino
+from lightvlm.inference.own_model import Answer, Options, OwnModel, as_seen, images_of, read_share
 from lightvlm.pruning import TokenScorer, keep_distinct, prune
 from lightvlm.pruning.any_model import find_placeholders
 from lightvlm.pruning.choosing import Chooser
@@ -146,13 +147,16 @@ class AnyModel:
         """Return what `apply_chat_template` takes for K: nothing."""
         return {}
 
-    def generate(self, num_image_tokens: Any, note: Callable[[list[int], int], Any], /, **inputs: Any) -> torch.Tensor:
+    def generate(
+        self, num_image_tokens: Any, note: Callable[[list[int], int], Any], messages: list[dict], /, **inputs: Any
+    ) -> torch.Tensor:
         """Prune one prompt, run the model's own `generate`, and return sequences that begin with the prompt as given.
 
         Args:
             num_image_tokens: K.
             note: called before the first new token with the tokens of each image, or of all if a family writes text
                 between an image's tokens, and how many more placeholders the prompt has.
+            messages: that the inputs were made of.
             inputs: of `generate`.
         """
         names = ("streamer", "generation_config", "tokenizer", "stopping_criteria", "max_new_tokens", "do_sample")
@@ -298,13 +302,6 @@ def find_grid(config: Any, inputs: BatchFeature, total: int) -> tuple[int, int] 
     return next((grid for grid in grids if prod(grid) == total), None)
 
 
-def as_seen(pixel_values: torch.Tensor, processor: Any) -> np.ndarray:
-    """Return the image that the encoder sees, resized and cropped: 8-bit RGB (height, width, 3)."""
-    mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
-    pixels = pixel_values.float().cpu().permute(1, 2, 0) * std + mean
-    return (pixels * 255).round().clamp(0, 255).byte().numpy()
-
-
 def hash_chooser(pruner: Chooser) -> str:
     """Return the sha256 of a scorer's configuration and weights; of another function its name."""
     if not isinstance(pruner, TokenScorer):
@@ -333,21 +330,42 @@ def load_pruner(name_or_path: str, model: Any, model_path: str) -> TokenScorer:
     return scorer
 
 
-def load_any(model_path: str, pruner: str | Path | None = None, **options: Any) -> OwnModel | AnyModel:
+def load_any(
+    model_path: str,
+    pruner: str | Path | None = None,
+    encoder: str | Path | None = None,
+    runtime: str = "pytorch",
+    **options: Any,
+) -> OwnModel | AnyModel:
     """Return a checkpoint of any family, in evaluation mode.
 
     Args:
         model_path: folder or Hub name.
         pruner: folder or Hub name of a `TokenScorer` for a model of another family than LightVLM.
+        encoder: .onnx or .xml of `lightvlm export`, which encodes a LightVLM's images.
+        runtime: "pytorch"; "openvino" for a folder of `lightvlm export --openvino`; "auto" for what the folder is.
         options: of `lightvlm.inference.load`.
 
     Raises:
-        ValueError: as by `load`; or if the model sees no images, or cannot be pruned, or the pruner does not fit.
+        ValueError: as by `load`; or if the model sees no images, or cannot be pruned, or pruner or encoder don't fit.
     """
+    if is_openvino(model_path):
+        if runtime == "pytorch":
+            raise ValueError(f"{model_path} is for OpenVINO, which `lightvlm infer` and `lightvlm serve` run.")
+        return load_openvino(model_path, pruner=pruner, encoder=encoder, **options)
+    if runtime == "openvino":
+        raise ValueError(
+            f"{model_path} is no folder of `lightvlm export --openvino`: make one of it, or leave out --runtime."
+        )
     if read_type(model_path) == "lightvlm":
         if pruner is not None:
             raise ValueError(f"{model_path} is a LightVLM, which has its own pruner: leave out --pruner.")
-        return OwnModel(*load(model_path, **options), model_path)
+        model, processor = load(model_path, **options)
+        if encoder is not None:
+            encode_by(ImageGraph(encoder, model, model_path), model, processor)
+        return OwnModel(model, processor, model_path)
+    if encoder is not None:
+        raise ValueError(f"--encoder is of LightVLM checkpoints alone, and {model_path} is another: leave it out.")
     model, processor = load_other(model_path, **options)
     chooser = keep_distinct if pruner is None else load_pruner(str(pruner), model, model_path)
     return AnyModel(model, processor, model_path, chooser)

@@ -1,15 +1,18 @@
 """Encoder, pruner and projector at a fixed K as one graph, for runtimes without transformers, or without Python."""
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
 import torch
 from lightvlm import LightVLM
 from lightvlm.data.files import written_beside
+from lightvlm.inference.fingerprint import fingerprint
 from torch import nn
 
 PIXELS, TOKENS, KEPT = "pixel_values", "image_tokens", "kept_indices"
+ABOUT = "lightvlm"  # the name, in a graph's metadata, of what `describe_encoder` returns
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript"), ".xml": ("openvino",)}  # that each format needs
 
 
@@ -48,15 +51,32 @@ def check(model: LightVLM, path: Path, num_image_tokens: int, int8: bool) -> Non
         raise ValueError(f"{path}: int8 is for .onnx.")
     if int8 and model.dtype != torch.float32:
         raise ValueError(f"int8 is made of float32, and not of {model.dtype}.")
-    for package in (*PACKAGES[path.suffix], *(("onnxruntime",) if int8 else ())):
+    check_packages(path.suffix, *PACKAGES[path.suffix], *(("onnxruntime",) if int8 else ()))
+
+
+def check_packages(suffix: str, *packages: str) -> None:
+    """Raise ValueError if a package is missing that files of this kind need."""
+    for package in packages:
         try:
             __import__(package)
         except ImportError:
-            raise ValueError(f'{path.suffix} needs {package}: pip install "lightvlm[export]"') from None
+            raise ValueError(f'{suffix} needs {package}: pip install "lightvlm[export]"') from None
+
+
+def describe_encoder(model: LightVLM, model_path: str) -> dict:
+    """Return which weights, and which options of the configuration, make the tokens of an image, for JSON."""
+    names = ("vision_feature_layer", "prior", "prior_layer", "score", "select", "encoder_keep")
+    options = {name: getattr(model.config, name) for name in names}
+    return {"weights_sha256": fingerprint(model_path)["weights_sha256"], **options}
 
 
 def export_image_tokens(
-    model: LightVLM, path: str | Path, num_image_tokens: int, batch_size: int = 1, int8: bool = False
+    model: LightVLM,
+    path: str | Path,
+    num_image_tokens: int,
+    batch_size: int = 1,
+    int8: bool = False,
+    model_path: str | None = None,
 ) -> None:
     """Write encoder, pruner and projector as one graph from pixels to the K tokens that the language model reads.
 
@@ -69,12 +89,16 @@ def export_image_tokens(
         num_image_tokens: K.
         batch_size: images.
         int8: products with weights are of int8, of activations by the range that each has; .onnx only, of float32.
+        model_path: where the model was loaded from. An .onnx or .xml then says which weights it was made of, without
+            which `lightvlm infer --encoder` refuses it.
 
     Raises:
         ValueError: if the name ends otherwise, K is out of range, or the format's package is missing.
     """
     path = Path(path)
     check(model, path, num_image_tokens, int8)
+    origin = describe_encoder(model, model_path) if model_path else {}
+    about = json.dumps({"num_image_tokens": num_image_tokens, **origin})
     side = model.config.vision_config.image_size
     pixels = torch.zeros(batch_size, 3, side, side, dtype=model.dtype, device=model.device)
     with torch.no_grad(), warnings.catch_warnings():
@@ -84,15 +108,15 @@ def export_image_tokens(
             if path.suffix == ".pt2":
                 torch.export.save(program, file)
             elif path.suffix == ".onnx":
-                save_onnx(program, file)
+                save_onnx(program, file, about)
                 if int8:
                     quantize_onnx(file)
             else:
-                save_openvino(program, file)
+                save_openvino(program, file, about)
 
 
-def save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Save the program as ONNX, with all weights in one file."""
+def save_onnx(program: torch.export.ExportedProgram, path: Path, about: str = "") -> None:
+    """Save the program as ONNX, with all weights in one file, and what it was made of."""
     from onnxscript import opset18
 
     def stable_sort(values, stable: bool = True, dim: int = -1, descending: bool = False):
@@ -100,15 +124,15 @@ def save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         size = opset18.Constant(value_ints=[values.shape[dim]])
         return opset18.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
 
-    torch.onnx.export(
+    graph = torch.onnx.export(
         program,
-        f=path,
         input_names=[PIXELS],
         output_names=[TOKENS, KEPT],
         custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
-        external_data=False,
         verbose=False,
     )
+    graph.model.metadata_props[ABOUT] = about
+    graph.save(path, external_data=False)
 
 
 def quantize_onnx(path: Path) -> None:
@@ -127,12 +151,13 @@ def quantize_onnx(path: Path) -> None:
     )
 
 
-def save_openvino(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Save the program as OpenVINO's intermediate representation, its weights as they are and not halved."""
+def save_openvino(program: torch.export.ExportedProgram, path: Path, about: str = "") -> None:
+    """Save the program as OpenVINO's intermediate representation, its weights as they are, and what it was made of."""
     import openvino
 
     graph = openvino.convert_model(program)
     graph.inputs[0].set_names({PIXELS})
     for output, name in zip(graph.outputs, (TOKENS, KEPT), strict=True):
         output.set_names({name})
+    graph.set_rt_info(about, [ABOUT])
     openvino.save_model(graph, path, compress_to_fp16=False)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.inference.answers import (
@@ -62,17 +63,27 @@ def images_of(conversation: list[dict]) -> list[Image.Image]:
     return [part["image"] for message in conversation for part in message["content"] if "image" in part]
 
 
+def as_seen(pixel_values: torch.Tensor, processor: Any) -> np.ndarray:
+    """Return the image that the encoder sees, resized and cropped: 8-bit RGB (height, width, 3)."""
+    mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
+    pixels = pixel_values.float().cpu().permute(1, 2, 0) * std + mean
+    return (pixels * 255).round().clamp(0, 255).byte().numpy()
+
+
 class OwnModel:
     """A LightVLM checkpoint.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; a graph may encode its images (`image_graph.py`).
         processor: the checkpoint's.
         model_path: where it was loaded from.
     """
 
+    max_views: int | None = None  # of a large image of `generate`, how many views are encoded; all if None
+
     def __init__(self, model: LightVLM, processor: LightVLMProcessor, model_path: str = ""):
         self.model, self.processor, self.model_path = model, processor, model_path
+        self.image_graph = getattr(model.model, "image_graph", None)
 
     @property
     def default(self) -> int | str:
@@ -92,7 +103,9 @@ class OwnModel:
         """Raise ValueError, with the option's name, if the checkpoint cannot do what the options ask for."""
         if options.question_aware:
             check_question_aware(question_aware, self.model_path, self.model)
-        self.processor.resolve_budgets(options.num_image_tokens, 1)
+        self.check_images(options.num_image_tokens, 1)
+        if self.image_graph:
+            self.image_graph.check([], question_aware=options.question_aware)
 
     def check_question(self, option: str) -> None:
         """Raise ValueError, with the option's name, if the question has no say in which tokens are kept."""
@@ -100,7 +113,8 @@ class OwnModel:
 
     def check_largest(self, options: Options) -> None:
         """Raise ValueError if not even the largest image can have K."""
-        check_budget(self.model, self.processor, options.num_image_tokens, options.max_views)
+        if self.image_graph is None:  # which has one K
+            check_budget(self.model, self.processor, options.num_image_tokens, options.max_views)
 
     def size_class(self, size: tuple[int, int]) -> int:
         """Return what images (height, width) of a batch should have in common: the number of tiles."""
@@ -140,20 +154,33 @@ class OwnModel:
 
     def check_images(self, num_image_tokens: Any, images: int) -> None:
         """Raise ValueError if so many images cannot have K, or a list of K."""
-        self.processor.resolve_budgets(num_image_tokens, images)
+        budgets, means = self.processor.resolve_budgets(num_image_tokens, images)
+        if self.image_graph:
+            self.image_graph.check(budgets, is_dynamic=any(means))
 
     def prompt_length(self, messages: list[dict], num_image_tokens: Any) -> int:
-        """Return how many positions a prompt has at most, or takes up among the position ids."""
+        """Return how many positions a prompt has at most, or takes up among the position ids.
+
+        Raises:
+            ValueError: if an image has views that a graph in place of the encoder does not see.
+        """
         images = images_of(messages)
+        self.check_views(images, self.max_views)
         budgets, means = self.processor.resolve_budgets(num_image_tokens, len(images))
-        whole = [self.processor.count_tokens((image.height, image.width)) for image in images]
+        sizes = [(image.height, image.width) for image in images]
+        whole = [self.processor.largest_budget(size, self.max_views) for size in sizes]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         length = len(self.processor.tokenizer(prompt)["input_ids"]) - len(images)
         if self.model.config.position_ids == "original":
-            return length + sum(whole)
+            return length + sum(map(self.processor.count_tokens, sizes))
         return length + sum(
             min(mean or budget, most) for budget, mean, most in zip(budgets, means, whole, strict=True)
         )
+
+    def check_views(self, images: list[Image.Image], max_views: int | None = None) -> None:
+        """Raise ValueError if one of the images has views that a graph in place of the encoder does not see."""
+        if self.image_graph and max_views != 1:
+            self.image_graph.check_views([self.size_class((image.height, image.width)) for image in images])
 
     def check_positions(self, length: int, new_tokens: int) -> None:
         """Raise ValueError if so many prompt tokens and so many new ones are more than the language model reads."""
@@ -161,15 +188,19 @@ class OwnModel:
 
     def template_options(self, num_image_tokens: Any) -> dict[str, Any]:
         """Return what `apply_chat_template` takes for K."""
-        return {"processor_kwargs": {"num_image_tokens": num_image_tokens}}
+        limits = {} if self.max_views is None else {"max_views": self.max_views}
+        return {"processor_kwargs": {"num_image_tokens": num_image_tokens, **limits}}
 
-    def generate(self, num_image_tokens: Any, note: Callable[[list[int], int], Any], /, **inputs: Any) -> torch.Tensor:
+    def generate(
+        self, num_image_tokens: Any, note: Callable[[list[int], int], Any], messages: list[dict], /, **inputs: Any
+    ) -> torch.Tensor:
         """Run the model's own `generate` on one prompt, and return sequences that begin with it.
 
         Args:
             num_image_tokens: K, which the inputs have already.
             note: called before the first new token, if there are images, with the tokens of each, and how many more
                 placeholders the prompt has.
+            messages: that the inputs were made of.
             inputs: of `generate`.
         """
 
@@ -202,4 +233,5 @@ class OwnModel:
         """Return what answers depend on, besides the questions, K and generation."""
         defaults = {name: getattr(self.processor, name) for name in ("num_image_tokens", "mean_image_tokens")}
         views = {"max_views": options.max_views, "question_aware": options.question_aware}
-        return fingerprint(self.model_path) | views | defaults
+        encoder = {"encoder_sha256": self.image_graph.sha256} if self.image_graph else {}
+        return fingerprint(self.model_path) | views | defaults | encoder

@@ -24,13 +24,15 @@ class Call:
     Args:
         asked: the model.
         num_image_tokens: K of the call, as `resolve` returns it.
+        messages: of the request, with opened images.
     """
 
-    def __init__(self, asked: OwnModel | AnyModel, num_image_tokens: Any):
-        self.asked, self.num_image_tokens, self.kept, self.surplus = asked, num_image_tokens, [], 0
+    def __init__(self, asked: OwnModel | AnyModel, num_image_tokens: Any, messages: list[dict]):
+        self.asked, self.num_image_tokens, self.messages = asked, num_image_tokens, messages
+        self.kept, self.surplus = [], 0
 
     def generate(self, **inputs):
-        return self.asked.generate(self.num_image_tokens, self.note, **inputs)
+        return self.asked.generate(self.num_image_tokens, self.note, self.messages, **inputs)
 
     def note(self, kept: list[int], surplus: int) -> None:
         """Remember what is read, before the answer's first word is streamed."""

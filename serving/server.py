@@ -333,7 +333,7 @@ class ChatHandler(ChatCompletionHandler):
                     asked = self.model_manager.asked
                     reading = asyncio.to_thread(read_request, body, asked, self.limits, self.num_image_tokens)
                     request, num_image_tokens = await reading
-                call = calls[request_id] = Call(asked, num_image_tokens)
+                call = calls[request_id] = Call(asked, num_image_tokens, request["messages"])
                 response = await super().handle_request(request, request_id)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error

@@ -10,7 +10,6 @@ import threading
 
 import openai
 import pytest
-from lightvlm.inference.any_model import AnyModel
 from lightvlm.inference.own_model import OwnModel
 from lightvlm.serving.connections import Server
 from lightvlm.serving.server import Limits, build_app
@@ -52,7 +51,7 @@ def user(text: str, *images: Image.Image | str) -> dict:
 
 @contextlib.contextmanager
 def serving(model, limits=LIMITS, name="lightvlm-tiny", **options):
-    asked = model if isinstance(model, AnyModel) else OwnModel(model, model.processor_beside_weights())
+    asked = model if hasattr(model, "resolve") else OwnModel(model, model.processor_beside_weights())
     server = Server(build_app(name, asked, limits, **options), asked.model, limits.seconds)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

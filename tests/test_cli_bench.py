@@ -108,3 +108,42 @@ def test_bench_names_what_is_wrong(checkpoint, capsys):
     if not torch.cuda.is_available():
         assert main(["bench", "--preset", "tiny", "--device", "cuda"]) == 2
         assert "--device cuda: PyTorch finds none here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_compares_other_runtimes_on_the_same_pixels_and_prompts(tmp_path, capsys):
+    pytest.importorskip("nncf")
+    methods = ["lightvlm", "openvino", "openvino-int8", "openvino-int4", "onnx-int8"]
+    options = [
+        "--layers",
+        "1",
+        "--dtype",
+        "bfloat16",
+        "--batch-sizes",
+        "1",
+        "--images",
+        "2",
+        "--num-image-tokens",
+        "9",
+    ]
+    report = tmp_path / "out.json"
+    assert bench("--preset", "tiny", *options, "--methods", ",".join(methods), "--output", str(report)) == 0
+    assert "| OpenVINO, int8 | 9 |" in capsys.readouterr().out
+    rows = json.loads(report.read_text())["results"][0]["rows"]
+    names = ["OpenVINO", "OpenVINO, int8", "OpenVINO, int4"]
+    expected = [("Llava", 576), ("LightVLM", 576), ("LightVLM", 9), *((name, k) for name in names for k in (576, 9))]
+    assert [(row["method"], row["num_image_tokens"]) for row in rows] == [
+        *expected,
+        ("LightVLM, ONNX int8 encoder", 9),
+    ]
+    first = {(row["method"], row["num_image_tokens"]): row for row in rows}
+    for name in names:
+        for budget in (576, 9):
+            row, own = first[name, budget], first["LightVLM", budget]
+            assert (row["positions"], row["flops"]) == (own["positions"], own["flops"])
+            assert row["times_ms"]["vision encoder"]["median"] > 0 and "peak_memory_bytes" not in row
+
+
+def test_bench_refuses_other_runtimes_for_views(capsys):
+    assert bench("--preset", "tiny", "--layers", "1", "--views", "672x672", "--methods", "openvino") == 2
+    assert "of images of one view" in capsys.readouterr().err
