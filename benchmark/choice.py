@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightvlm import LightVLM
 from lightvlm.benchmark.any_speed import ALL, AnyTrial, describe_budget, describe_picture
@@ -36,7 +37,7 @@ from lightvlm.pruning.any_model import count_kept
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-MEMORY = "peak_memory_bytes"
+MEMORY, ABOUT = "peak_memory_bytes", "lightvlm.json"  # which folders of `lightvlm export --openvino` have
 IDENTITY = (
     *("model", "layers", "runtime", "dtype", "attention", "device", "prompt_tokens", "new_tokens"),
     *("picture", "kept"),
@@ -109,6 +110,54 @@ class LightVLMPass:
         return samples
 
 
+class OpenVINOPass:
+    """Passes of a folder of `lightvlm export --openvino` in OpenVINO GenAI's own pipeline, which times itself.
+
+    The pipeline makes the embeddings of a prompt in one go, from the picture on: the encoder's time has all of that.
+
+    Args:
+        folder: whose tokenizer has a token for " a".
+        side, prompt_tokens, new_tokens: as in `FamilyPass`.
+    """
+
+    def __init__(self, folder: Path, side: int, prompt_tokens: int, new_tokens: int):
+        import openvino
+        import openvino_genai
+
+        self.pipeline = openvino_genai.VLMPipeline(folder, "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads())
+        self.picture = openvino.Tensor(np.asarray(noise(side, side))[None])
+        self.prompt = " ".join("a" * (prompt_tokens - 1))  # and the line break that GenAI puts behind the picture
+        self.settings = self.pipeline.get_generation_config()
+        self.settings.apply_chat_template, self.settings.ignore_eos = False, True
+        self.settings.max_new_tokens = 1 + new_tokens
+        self.tokens = count_folder(folder)
+
+    def run(self) -> Samples:
+        """Return milliseconds and bytes of the only option, which the graph has."""
+        is_memory_known = reset_peak_memory(torch.device("cpu"))
+        answer = self.pipeline.generate(self.prompt, images=[self.picture], generation_config=self.settings)
+        metrics = answer.perf_metrics
+        first, encoder = metrics.get_ttft().mean, metrics.get_prepare_embeddings_duration().mean
+        sample = {ENCODER: encoder, PREFILL: first - encoder, TTFT: first, "decode step": metrics.get_tpot().mean}
+        sample["positions"] = metrics.get_num_input_tokens()
+        if is_memory_known:
+            sample[MEMORY] = peak_memory_bytes(torch.device("cpu"))
+        return dict.fromkeys(self.tokens, sample)
+
+
+def count_folder(folder: Path) -> dict[str, int]:
+    """Return how many tokens of a picture a folder of `lightvlm export --openvino` keeps, by the option's name.
+
+    Raises:
+        ValueError: if the graph decides it for each picture.
+    """
+    about = json.loads((folder / ABOUT).read_text())
+    count = about["num_image_tokens"]
+    if not isinstance(count, int):
+        raise ValueError(f"{folder} keeps {count} tokens: export another folder with a number of them.")
+    return {ALL if count == about["num_patches"] else describe_budget(count): count}
+
+
 def picture_side(megapixels: int) -> int:
     """Return the side in pixels of a square picture of so many times 2^20 pixels."""
     return round(1024 * math.sqrt(megapixels))
@@ -116,7 +165,7 @@ def picture_side(megapixels: int) -> int:
 
 @torch.no_grad()
 def measure_choice(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Path,
     side: int,
     budgets: list[int | float],
     prompt_tokens: int,
@@ -126,9 +175,10 @@ def measure_choice(
     """Return a row for all tokens and for each budget, which take turns within each repetition.
 
     Args:
-        model: LightVLM, or of a family that `prune` can prune, in evaluation mode, on its device.
+        model: LightVLM, or of a family that `prune` can prune, in evaluation mode, on its device; or a folder of
+            `lightvlm export --openvino`.
         side: of a square picture of noise, in pixels.
-        budgets: numbers of tokens; of another family also shares.
+        budgets: numbers of tokens; of another family also shares; none of a folder, which has its own.
         prompt_tokens: of text.
         new_tokens: to decode after the first.
         repetitions: all of them count.
@@ -137,13 +187,16 @@ def measure_choice(
         `picture`, `kept`, `num_image_tokens`, `repetitions` and the fields of `summarise`. TTFT counts from the
         picture; `peak_memory_bytes`, weights included, is not there if the system does not tell.
     """
-    passes = LightVLMPass if isinstance(model, LightVLM) else FamilyPass
-    running = passes(model, side, budgets, prompt_tokens, new_tokens)
-    counted = [running.run() for _ in tqdm(range(repetitions), desc=describe_picture((side, side)))]
+    numbers = prompt_tokens, new_tokens
+    if isinstance(model, Path):
+        passes = OpenVINOPass(model, side, *numbers)
+    else:
+        passes = (LightVLMPass if isinstance(model, LightVLM) else FamilyPass)(model, side, budgets, *numbers)
+    counted = [passes.run() for _ in tqdm(range(repetitions), desc=describe_picture((side, side)))]
     return [
         {"picture": [side, side], "kept": option, "num_image_tokens": tokens, "repetitions": repetitions}
         | summarise([samples[option] for samples in counted])
-        for option, tokens in running.tokens.items()
+        for option, tokens in passes.tokens.items()
     ]
 
 
@@ -168,20 +221,35 @@ def read_rows(path: Path | None) -> list[dict[str, Any]]:
     return rows
 
 
+def describe_row(row: dict[str, Any]) -> str:
+    """Return what rows are compared within: model, runtime and picture."""
+    layers = f", {row['layers']} layers" if row["layers"] else ""
+    return f"{row['model']}{layers}, {row['runtime']} {row['dtype']}: {describe_picture(row['picture'])}"
+
+
+def choice_cells(row: dict[str, Any], plain: float | None) -> list[str]:
+    """Return the cells of a row, if with all tokens the first comes after `plain` seconds."""
+    times = {name: time["median"] / 1000 for name, time in row["times_ms"].items()}
+    first, step = times[TTFT], times["decode step"]
+    cells = [row["kept"], f"{row['num_image_tokens']:,}"]
+    cells.append(f"{times[PREPROCESSING]:.2f}" if PREPROCESSING in times else "in the encoder's")
+    cells.append(f"{times[ENCODER] + times.get(PROJECTOR, 0):.2f}")
+    is_split = row["kept"] != ALL and SELECTION in times
+    cells += [f"{times[SCORING] + times[SELECTION]:.2f}" if is_split else "", f"{times[PREFILL]:.2f}"]
+    cells += [
+        f"**{first:.1f}**",
+        f"{plain / first:.2f}" if plain else "",
+        f"{1000 * step:.0f}",
+        f"{first + 15 * step:.1f}",
+    ]
+    return [*cells, f"{row[MEMORY] / 1e9:.1f}" if MEMORY in row else "not measured"]
+
+
 def choice_table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown: a line for each row; × is the speed-up over all tokens of the same picture and runtime."""
-    lines, label, plain = [], "", None
-    for row in rows:
-        times = {name: time["median"] / 1000 for name, time in row["times_ms"].items()}
-        layers = f", {row['layers']} layers" if row["layers"] else ""
-        title = f"{row['model']}{layers}, {row['runtime']} {row['dtype']}: {describe_picture(row['picture'])}"
-        plain = times[TTFT] if row["kept"] == ALL else plain
-        cells = [row["kept"], f"{row['num_image_tokens']:,}", f"{times[PREPROCESSING]:.2f}"]
-        cells.append(f"{times[ENCODER] + times.get(PROJECTOR, 0):.2f}")
-        cells.append("" if row["kept"] == ALL else f"{times[SCORING] + times[SELECTION]:.2f}")
-        cells += [f"{times[PREFILL]:.2f}", f"**{times[TTFT]:.1f}**", f"{plain / times[TTFT]:.2f}"]
-        cells += [f"{1000 * times['decode step']:.0f}", f"{times[TTFT] + 15 * times['decode step']:.1f}"]
-        cells.append(f"{row[MEMORY] / 1e9:.1f}" if MEMORY in row else "not measured")
-        lines.append(["" if title == label else title, *cells])
-        label = title
+    lines = []
+    for title in dict.fromkeys(map(describe_row, rows)):
+        group = [row for row in rows if describe_row(row) == title]
+        plain = next((row["times_ms"][TTFT]["median"] / 1000 for row in group if row["kept"] == ALL), None)
+        lines += [[title if row is group[0] else "", *choice_cells(row, plain)] for row in group]
     return markdown_table(HEADS, lines, 2)

@@ -13,15 +13,18 @@ examples:
 
 import argparse
 import importlib.util
+import json
 import platform
 import re
 import shlex
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 from lightvlm_cli.options import add_model_path, add_precision, layer_shares, positive, positive_list
 
 FAMILIES = ["qwen3-vl-2b", "qwen2.5-vl-3b", "smolvlm2-2.2b", "internvl3-2b", "smolvlm-500m", "fastvlm-0.5b"]
+OPENVINO = "lightvlm.json"  # which folders of `lightvlm export --openvino` have
 PICTURES = [(1024, 1024), (1448, 1448), (640, 480, 16)]
 
 
@@ -87,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--megapixels",
         type=positive_list,
-        help="of a preset: from square pictures of so many times 2^20 pixels to the last token, of all and fewer "
-        "tokens, a row each; rows that --output has are not measured again; without --warmup",
+        help="of a preset, or a folder of export --openvino: from square pictures of so many times 2^20 pixels to the "
+        "last token, of all and fewer tokens, a row each; rows that --output has are not measured again; no --warmup",
     )
     parser.add_argument("--prompt-tokens", type=positive, default=64, help="text tokens beside the image's (64)")
     parser.add_argument("--new-tokens", type=positive, default=16, help="tokens to decode (16)")
@@ -226,26 +229,37 @@ def time_family(args: argparse.Namespace, device: str) -> None:
             write_json(args.output, report)
 
 
-def time_choice(args: argparse.Namespace, device: str) -> None:
-    """Time a preset from picture to answer, plain and pruned, and add what --output does not have yet to it."""
+def describe_choice(args: argparse.Namespace, device: str) -> tuple[dict, list[str]]:
+    """Return what the rows of --megapixels are of, and the options of each picture."""
     from lightvlm.benchmark.any_speed import ALL, describe_budget
-    from lightvlm.benchmark.choice import choice_table, identify, measure_choice, picture_side, read_rows
-    from lightvlm.data.files import write_json
+    from lightvlm.benchmark.choice import count_folder
 
-    rows, model = read_rows(args.output), None
-    budgets = args.num_image_tokens or ([0.25, 0.1] if args.preset in FAMILIES else [64])
     about = begin_report(args, device) | {"runtime": "PyTorch", "dtype": args.dtype or "bfloat16"}
     about |= {"attention": args.attn_implementation, "new_tokens": args.new_tokens}
     del about["warmup"]
+    if args.preset:
+        return about, [ALL, *map(describe_budget, args.num_image_tokens)]
+    folder = Path(args.model_path)
+    weights = json.loads((folder / OPENVINO).read_text())["weights"]
+    about |= {"model": folder.name, "runtime": "OpenVINO", "dtype": weights or "float32", "attention": None}
+    return about | {"openvino": version("openvino")}, [*count_folder(folder)]
+
+
+def time_choice(args: argparse.Namespace, device: str) -> None:
+    """Time a model from picture to answer, plain and pruned, and add what --output does not have yet to it."""
+    from lightvlm.benchmark.choice import choice_table, identify, measure_choice, picture_side, read_rows
+    from lightvlm.data.files import write_json
+
+    args.num_image_tokens = args.num_image_tokens or ([0.25, 0.1] if args.preset in FAMILIES else [64])
+    rows, model, (about, options) = read_rows(args.output), None, describe_choice(args, device)
     for side in map(picture_side, args.megapixels):
-        options = [about | {"picture": [side, side], "kept": kept} for kept in (ALL, *map(describe_budget, budgets))]
-        wanted = {*map(identify, options)}
+        wanted = {identify(about | {"picture": [side, side], "kept": kept}) for kept in options}
         if wanted <= {*map(identify, rows)}:
-            print(f"{args.output} has {args.preset} at {side}x{side} already.")
+            print(f"{args.output} has {about['model']} at {side}x{side} already.")
             continue
-        model = model or make_preset(args, device)
-        numbers = budgets, args.prompt_tokens, args.new_tokens, args.repetitions
-        new = [about | {"parameters": model.num_parameters()} | row for row in measure_choice(model, side, *numbers)]
+        model = model or (make_preset(args, device) if args.preset else Path(args.model_path))
+        numbers = args.num_image_tokens, args.prompt_tokens, args.new_tokens, args.repetitions
+        new = [about | row for row in measure_choice(model, side, *numbers)]
         rows = [row for row in rows if identify(row) not in wanted] + new
         print(f"\n{choice_table(new)}", flush=True)
         if args.output:
@@ -254,11 +268,13 @@ def time_choice(args: argparse.Namespace, device: str) -> None:
 
 def check_choice(args: argparse.Namespace) -> None:
     """Raise ValueError if an option does not go with --megapixels."""
-    if not args.preset:
-        raise ValueError("--megapixels needs a --preset.")
+    if not args.preset and not (Path(args.model_path) / OPENVINO).is_file():
+        raise ValueError("--megapixels needs a --preset, or a --model-path of lightvlm export --openvino.")
     others = ["pictures", "views", "max_views", "encoder_keep", "train", "methods", "int8", "plot", "growth"]
-    if given := [name for name in [*others, "batch_sizes", "images"] if getattr(args, name)]:
-        raise ValueError(f"--{given[0].replace('_', '-')} does not go with --megapixels: one prompt with one picture.")
+    others += ["batch_sizes", "images"] + ([] if args.preset else ["num_image_tokens", "dtype"])
+    if given := [name for name in others if getattr(args, name)]:
+        what = "one prompt with one picture" if args.preset else "the folder has its own"
+        raise ValueError(f"--{given[0].replace('_', '-')} does not go with --megapixels: {what}.")
 
 
 def check_family(args: argparse.Namespace) -> None:

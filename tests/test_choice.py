@@ -15,6 +15,7 @@ from lightvlm.benchmark.families import FAMILIES, family_config
 from lightvlm.benchmark.presets import preset_config, random_model
 from lightvlm.benchmark.speed import ENCODER, PREFILL, PREPROCESSING, SCORING, SELECTION, TTFT
 from lightvlm.benchmark.tables import TABLES
+from lightvlm.inference.checkpoint import SHIPPED, load
 from lightvlm_cli.main import main
 from tiny_presets import tiny_family
 from transformers.utils import is_timm_available
@@ -56,7 +57,7 @@ def test_a_command_writes_a_row_for_each_picture_and_number_of_tokens(tmp_path, 
         assert row["positions"] == WORDS + row["num_image_tokens"] + (row["kept"] != ALL)  # a column of padding
         assert (row["model"], row["runtime"], row["dtype"]) == ("smolvlm-500m", "PyTorch", "float32")
         if sys.platform == "linux":
-            assert row["peak_memory_bytes"] > 4 * row["parameters"]
+            assert row["peak_memory_bytes"] > row["kv_cache_bytes"]
     assert capsys.readouterr().out.count("| 25 % | 17 |") == 2
 
 
@@ -116,10 +117,35 @@ def test_other_results_are_not_overwritten(tmp_path, capsys):
         assert report.read_text() == text
 
 
+@pytest.mark.slow
+def test_a_folder_for_openvino_answers_in_genais_own_pipeline(tmp_path, capsys):
+    pytest.importorskip("openvino_genai")
+    export_openvino = pytest.importorskip("lightvlm.inference.openvino_export").export_openvino
+    report, folder = tmp_path / "choice.json", tmp_path / "tiny"
+    export_openvino(*load(str(SHIPPED), "float32", device="cpu"), folder, 64)
+    options = ["--prompt-tokens", str(WORDS), "--new-tokens", "1", "--repetitions", "2", "--output", str(report)]
+    folder_of = ["bench", "--model-path", str(folder), "--megapixels", "1"]
+    assert main([*folder_of, *options]) == main([*folder_of, *options]) == 0
+    assert "has tiny at 1024x1024 already" in capsys.readouterr().out
+    (row,) = json.loads(report.read_text())
+    assert (row["runtime"], row["dtype"], row["kept"], row["num_image_tokens"]) == ("OpenVINO", "float32", "64", 64)
+    assert row["positions"] == WORDS + 64
+    times = {name: time["median"] for name, time in row["times_ms"].items()}
+    assert times[TTFT] > times[ENCODER] > 0 and times[PREFILL] > 0 and times["decode step"] > 0
+    assert main([*folder_of, "--num-image-tokens", "16"]) == 2
+    assert "--num-image-tokens does not go with --megapixels: the folder has its own" in capsys.readouterr().err
+
+
+def test_a_folder_whose_graph_decides_the_number_of_tokens_is_refused(tmp_path, capsys):
+    (tmp_path / "lightvlm.json").write_text('{"num_image_tokens": "dynamic:64", "num_patches": 576, "weights": null}')
+    assert main(["bench", "--model-path", str(tmp_path), "--megapixels", "1"]) == 2
+    assert "keeps dynamic:64 tokens: export another folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "cure"),
     [
-        (["--megapixels", "1"], "--megapixels needs a --preset"),
+        (["--megapixels", "1"], "--megapixels needs a --preset, or a --model-path of lightvlm export --openvino"),
         ([*SMOL, "--megapixels", "1", "--pictures", "9x9"], "--pictures does not go with --megapixels"),
         (["--preset", "tiny", "--megapixels", "1", "--batch-sizes", "4"], "--batch-sizes does not go"),
         (["--preset", "tiny", "--megapixels", "1", "--views", "672x672"], "--views does not go"),
@@ -165,3 +191,4 @@ def test_the_table_sets_pruning_against_all_tokens_of_the_same_picture(tmp_path)
     (tmp_path / "once").mkdir()
     (tmp_path / "once" / "choice.json").write_text(json.dumps(rows))
     assert TABLES["choice"](tmp_path) == choice_table(rows)
+    assert "| 64 | 9 | 0.10 | 0.10 | 0.20 | 0.10 | **3.0** |  | 100 |" in choice_table(rows[1:2])  # against nothing
