@@ -236,12 +236,8 @@ def choice_cells(row: dict[str, Any], plain: float | None) -> list[str]:
     cells.append(f"{times[ENCODER] + times.get(PROJECTOR, 0):.2f}")
     is_split = row["kept"] != ALL and SELECTION in times
     cells += [f"{times[SCORING] + times[SELECTION]:.2f}" if is_split else "", f"{times[PREFILL]:.2f}"]
-    cells += [
-        f"**{first:.1f}**",
-        f"{plain / first:.2f}" if plain else "",
-        f"{1000 * step:.0f}",
-        f"{first + 15 * step:.1f}",
-    ]
+    cells += [f"**{first:.1f}**", f"{plain / first:.2f}" if plain else ""]
+    cells += [f"{1000 * step:.0f}", f"{first + 15 * step:.1f}"]
     return [*cells, f"{row[MEMORY] / 1e9:.1f}" if MEMORY in row else "not measured"]
 
 
