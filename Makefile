@@ -9,7 +9,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
 .PHONY: run test test-fast sync test-install test-lowest test-newest test-lmms test-vllm test-zero3 lint checkpoint
-.PHONY: notebooks eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu tables
+.PHONY: notebooks eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu bench-choice tables
 
 run: $(DATA)/test.json
 	$(BIN)/lightvlm infer --image $(TEST_IMAGES) --num-image-tokens 576,144,64 \
@@ -114,6 +114,17 @@ bench-gpu: .venv/ready
 		--methods lightvlm,compiled --compile-mode reduce-overhead --repetitions 15 --warmup 4 --new-tokens 8 \
 		--output $(SPEED_RESULTS)_next.json --plot $(SPEED_RESULTS)_next.png
 	$(SPEED_PAGE)
+
+# What whole models cost (docs/research/choice.md), each in a process of its own: half an hour on two cores, 13 GB at
+# most. Rows that are there are not measured again. FastVLM's needs timm and the torchvision that fits PyTorch.
+CHOICE := $(BIN)/lightvlm bench --dtype float32 --device cpu --new-tokens 8 --output evaluation/results/once/choice.json
+
+bench-choice: .venv/ready
+	$(CHOICE) --preset smolvlm-500m --megapixels 1,4 --repetitions 2
+	$(CHOICE) --preset phi2-clip-l-336 --num-image-tokens 64 --megapixels 1,4 --repetitions 2
+	$(CHOICE) --preset qwen3-vl-2b --megapixels 1 --repetitions 2
+	$(CHOICE) --preset qwen3-vl-2b --megapixels 4 --repetitions 1
+	$(CHOICE) --preset fastvlm-0.5b --megapixels 1,4 --repetitions 3
 
 # The lmms-eval adapter, in an environment of its own; the same questions must have the same answers in both.
 # Only what lmms-eval imports for it is installed, not all that it requires; its errors about the rest are expected.

@@ -1,18 +1,24 @@
 """Other families of models at their published sizes, and prompts for them with a picture or a video."""
 
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
+import numpy as np
 import torch
 from lightvlm.benchmark.presets import SIGLIP_SO400M_384
 from lightvlm.processing_lightvlm import expand_placeholders
+from PIL import Image
 from transformers import (
     AutoConfig,
+    CLIPImageProcessorPil,
     GotOcr2ImageProcessorPil,
+    Idefics3ImageProcessorPil,
     PreTrainedConfig,
+    Qwen2VLImageProcessorPil,
     SmolVLMImageProcessorPil,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils import is_timm_available
 
 # Sizes are those of the checkpoints' config.json, and of their preprocessor_config.json below.
 QWEN3_VL_2B = {  # Qwen/Qwen3-VL-2B-Instruct
@@ -94,12 +100,58 @@ INTERNVL3_2B = {  # OpenGVLab/InternVL3-2B-hf
         "num_key_value_heads": 2,
     },
 }
+SMOLVLM_500M = {  # HuggingFaceTB/SmolVLM-500M-Instruct: SigLIP of google/siglip-base-patch16-512, SmolLM2-360M
+    "model_type": "idefics3",
+    "scale_factor": 4,
+    "image_token_id": 49190,
+    "vision_config": {
+        "model_type": "idefics3_vision",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 49280,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+    },
+}
+FASTVLM_0_5B = {  # apple/FastVLM-0.5B, as transformers' conversion writes it: FastViTHD of timm, Qwen2-0.5B
+    "model_type": "fast_vlm",
+    "image_token_index": 151646,
+    "image_seq_length": 256,  # of 1024 x 1024 pixels, 64 x 64 each
+    "vision_config": {
+        "model_type": "timm_wrapper",
+        "architecture": "fastvit_mci3",
+        "hidden_size": 3072,
+        "model_args": {"inference_mode": True},
+    },
+    "text_config": {
+        "model_type": "qwen2",
+        "vocab_size": 152000,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+}
 FAMILIES = {
     "qwen3-vl-2b": QWEN3_VL_2B,
     "qwen2.5-vl-3b": QWEN2_5_VL_3B,
     "smolvlm2-2.2b": SMOLVLM2_2_2B,
     "internvl3-2b": INTERNVL3_2B,
+    "smolvlm-500m": SMOLVLM_500M,
+    "fastvlm-0.5b": FASTVLM_0_5B,
 }
+TILED = {"smolvlm": SmolVLMImageProcessorPil, "idefics3": Idefics3ImageProcessorPil}  # into one entry for each tile
 PIXEL_LIMITS = {"qwen3_vl": (65536, 16777216), "qwen2_5_vl": (3136, 12845056)}  # of one picture
 Picture = tuple[int, ...]  # width, height, and the number of frames of a video
 
@@ -110,63 +162,80 @@ def family_config(preset: str, layers: int | None = None) -> PreTrainedConfig:
     Args:
         preset: a key of `FAMILIES`.
         layers: of the language model; the vision encoder keeps the same share of its own, so that what each takes of
-            the wait stays nearly as it is.
+            the wait stays nearly as it is. FastVLM's keeps all: they are of many kinds.
 
     Raises:
-        ValueError: if the language model has fewer layers.
+        ValueError: if the language model has fewer layers, or timm, which has FastVLM's encoder, is not installed.
     """
     sizes = FAMILIES[preset]
+    if sizes["vision_config"].get("model_type") == "timm_wrapper" and not is_timm_available():
+        raise ValueError(f"--preset {preset} needs timm, and the torchvision that fits PyTorch: pip install timm")
     vision, text = dict(sizes["vision_config"]), dict(sizes["text_config"])
     every = text["num_hidden_layers"]
     if layers is not None and layers > every:
         raise ValueError(f"--layers {layers}: the language model of {preset} has {every}.")
-    depth = "depth" if "depth" in vision else "num_hidden_layers"
-    vision[depth] = max(1, round(vision[depth] * (layers or every) / every))
-    for name in {"deepstack_visual_indexes", "fullatt_block_indexes"} & vision.keys():
-        vision[name] = [index for index in vision[name] if index < vision[depth]]
+    for depth in {"depth", "num_hidden_layers"} & vision.keys():
+        vision[depth] = max(1, round(vision[depth] * (layers or every) / every))
+        for name in {"deepstack_visual_indexes", "fullatt_block_indexes"} & vision.keys():
+            vision[name] = [index for index in vision[name] if index < vision[depth]]
     text["num_hidden_layers"] = layers or every
     others = {name: value for name, value in sizes.items() if name not in ("vision_config", "text_config")}
     return AutoConfig.for_model(**others, vision_config=vision, text_config=text)
 
 
-def native_pixels(config: PreTrainedConfig, picture: Picture) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Return the pixels of Qwen-VL, which sees each picture at its own size, and the lengths of runs of tokens."""
-    vision, (width, height, *frames) = config.vision_config, picture
-    sides = smart_resize(
-        height, width, vision.patch_size * vision.spatial_merge_size, *PIXEL_LIMITS[config.model_type]
-    )
-    times = -(-frames[0] // vision.temporal_patch_size) if frames else 1
-    grid = [times, *(side // vision.patch_size for side in sides)]
-    channels = 3 * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.randn(prod(grid), channels)
-    lengths = [prod(grid[1:]) // vision.spatial_merge_size**2] * times
-    if config.model_type == "qwen2_5_vl":  # without timestamps between frames
-        lengths = [sum(lengths)]
-    names = ("pixel_values_videos", "video_grid_thw") if frames else ("pixel_values", "image_grid_thw")
-    return {names[0]: pixels, names[1]: torch.tensor([grid])}, lengths
+def noise(width: int, height: int) -> Image.Image:
+    """Return a picture of random pixels."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def tiled_pixels(config: PreTrainedConfig, picture: Picture) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Return the pixels of tiles of a picture, or of frames, and the lengths of runs of tokens.
+def family_processor(config: PreTrainedConfig) -> Any:
+    """Return the image processor of a family's checkpoints, as their preprocessor_config.json has it."""
+    kind, vision = config.model_type, config.vision_config
+    if kind in PIXEL_LIMITS:  # Qwen-VL sees each picture at its own size
+        least, most = PIXEL_LIMITS[kind]
+        patches = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+        return Qwen2VLImageProcessorPil(size={"shortest_edge": least, "longest_edge": most}, **patches)
+    if kind in TILED:  # the longer side is scaled to four tiles
+        side = vision.image_size
+        return TILED[kind](size={"longest_edge": 4 * side}, max_image_size={"longest_edge": side})
+    if kind == "fast_vlm":
+        side = 64 * isqrt(config.image_seq_length)
+        square, as_it_is = {"height": side, "width": side}, {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square, **as_it_is)
+    square = dict(zip(("height", "width"), vision.image_size, strict=True))
+    return GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=12)
 
-    SmolVLM scales the longer side to four tiles; InternVL has 12 tiles at most; a frame is one tile of either.
-    """
-    (width, height, *frames), vision = picture, config.vision_config
-    if config.model_type == "smolvlm":
-        side, tile = vision.image_size, (vision.image_size // vision.patch_size // config.scale_factor) ** 2
-        longest = {"longest_edge": 4 * side}, {"longest_edge": side}
-        processor = SmolVLMImageProcessorPil(size=longest[0], max_image_size=longest[1])
-        tiles = frames[0] if frames else processor.get_number_of_image_patches(height, width)[0]
-        return {"pixel_values": torch.randn(1, tiles, 3, side, side)}, [tile] * tiles
-    side, tile = vision.image_size[0], config.image_seq_length
-    cut = {"crop_to_patches": True, "max_patches": 12}
-    processor = GotOcr2ImageProcessorPil(size={"height": side, "width": side})
-    tiles = frames[0] if frames else processor.get_number_of_image_patches(height, width, cut)
-    return {"pixel_values": torch.randn(tiles, 3, side, side)}, [tile] * tiles if frames else [tile * tiles]
+
+def video_pixels(config: PreTrainedConfig, width: int, height: int, frames: int) -> dict[str, torch.Tensor]:
+    """Return the pixels of a video of noise: one grid for Qwen-VL, one tile a frame for the others."""
+    vision = config.vision_config
+    if config.model_type not in PIXEL_LIMITS:
+        side = vision.image_size if config.model_type in TILED else vision.image_size[0]
+        pixels = torch.randn(frames, 3, side, side)
+        return {"pixel_values": pixels[None] if config.model_type in TILED else pixels}
+    factor, limits = vision.patch_size * vision.spatial_merge_size, PIXEL_LIMITS[config.model_type]
+    sides = smart_resize(height, width, factor, *limits)
+    grid = [-(-frames // vision.temporal_patch_size), *(side // vision.patch_size for side in sides)]
+    pixels = torch.randn(prod(grid), 3 * vision.temporal_patch_size * vision.patch_size**2)
+    return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid])}
+
+
+def run_lengths(config: PreTrainedConfig, pixels: dict[str, torch.Tensor], is_video: bool) -> list[int]:
+    """Return the lengths of the runs of tokens that a processor writes for these pixels, with words in between."""
+    vision, kind = config.vision_config, config.model_type
+    if kind in PIXEL_LIMITS:
+        ((times, *sides),) = pixels["video_grid_thw" if is_video else "image_grid_thw"].tolist()
+        tile = prod(sides) // vision.spatial_merge_size**2
+        return [tile * times] if kind == "qwen2_5_vl" else [tile] * times  # Qwen3-VL: timestamps between frames
+    if kind in TILED:
+        tile = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+        return [tile] * pixels["pixel_values"].shape[1]
+    tile, tiles = config.image_seq_length, len(pixels["pixel_values"])
+    return [tile] * tiles if is_video else [tile * tiles]
 
 
 def make_prompt(config: PreTrainedConfig, picture: Picture, prompt_tokens: int) -> dict[str, Any]:
-    """Return the inputs of one prompt, as from the family's processor, of noise and random words.
+    """Return the inputs of one prompt, of noise as the family's processor sees it and random words.
 
     Args:
         config: of `family_config`, or of its families.
@@ -176,8 +245,13 @@ def make_prompt(config: PreTrainedConfig, picture: Picture, prompt_tokens: int) 
     Raises:
         ValueError: if the tiles or frames need more words.
     """
-    is_native = hasattr(config.vision_config, "spatial_merge_size")
-    pixels, lengths = (native_pixels if is_native else tiled_pixels)(config, picture)
+    is_native, (width, height, *frames) = config.model_type in PIXEL_LIMITS, picture
+    if frames:
+        pixels = video_pixels(config, width, height, *frames)
+    else:
+        seen = family_processor(config)(noise(width, height), return_tensors="pt")
+        pixels = {name: seen[name] for name in ("pixel_values", "image_grid_thw") if name in seen}
+    lengths = run_lengths(config, pixels, bool(frames))
     if prompt_tokens <= len(lengths):
         raise ValueError(f"--prompt-tokens {prompt_tokens}: give more than {len(lengths)}, the tiles or frames.")
     is_video = "pixel_values_videos" in pixels

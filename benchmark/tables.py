@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from lightvlm.benchmark.any_speed import ANY_HEADS, any_cells, describe_picture
+from lightvlm.benchmark.choice import choice_table
 from lightvlm.benchmark.speed import ENCODER, LIGHTVLM, PREFILL, TTFT
 from lightvlm.benchmark.speed_report import describe_model, headline
 from lightvlm.benchmark.speed_report import gains as gains_over_llava
@@ -348,6 +349,11 @@ def any_speed(folder: Path) -> str:
     return markdown_table(["model and picture", "kept", *ANY_HEADS], once_each(lines), 2)
 
 
+def choice(folder: Path) -> str:
+    """Return what whole models cost a user, plain and pruned."""
+    return choice_table(read(folder, "once/choice"))
+
+
 WRITERS: Iterable[Callable[[Path], str]] = (
     *(readme, accuracy, selectors, easy_vqa, budgets, speed_short, speed_cpu, speed_gpu, encoder_keep, first_token),
     *(
@@ -362,6 +368,7 @@ WRITERS: Iterable[Callable[[Path], str]] = (
         second_family,
         training,
         any_speed,
+        choice,
     ),
 )
 TABLES = {writer.__name__.replace("_", "-"): writer for writer in WRITERS}

@@ -8,22 +8,26 @@ examples:
   lightvlm bench --preset phi2-clip-l-336 --layers 4 --train --batch-sizes 4 --repetitions 3
   lightvlm bench --model-path phi2-clip --num-image-tokens 144,64
   lightvlm bench --preset qwen3-vl-2b --layers 7 --num-image-tokens 25%,10% --pictures 1024x1024,640x480x16
+  lightvlm bench --preset smolvlm-500m --dtype float32 --megapixels 1,4 --repetitions 3 --output choice.json
 """
 
 import argparse
 import importlib.util
+import json
 import platform
 import re
 import shlex
 import tempfile
 from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 from lightvlm_cli.options import add_model_path, add_precision, layer_shares, positive, positive_list
 
-FAMILIES = ["qwen3-vl-2b", "qwen2.5-vl-3b", "smolvlm2-2.2b", "internvl3-2b"]
+FAMILIES = ["qwen3-vl-2b", "qwen2.5-vl-3b", "smolvlm2-2.2b", "internvl3-2b", "smolvlm-500m", "fastvlm-0.5b"]
 RUNTIMES = ["openvino", "openvino-int8", "openvino-int4", "onnx-int8"]
+OPENVINO = "lightvlm.json"  # which folders of `lightvlm export --openvino` have
 PICTURES = [(1024, 1024), (1448, 1448), (640, 480, 16)]
 
 
@@ -86,6 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pictures",
         type=picture_list,
         help="of another family: sizes, with frames of a video: 1024x1024,1448x1448,640x480x16 (default)",
+    )
+    parser.add_argument(
+        "--megapixels",
+        type=positive_list,
+        help="of a preset, or a folder of export --openvino: from square pictures of so many times 2^20 pixels to the "
+        "last token, of all and fewer tokens, a row each; rows that --output has are not measured again; no --warmup",
     )
     parser.add_argument("--prompt-tokens", type=positive, default=64, help="text tokens beside the image's (64)")
     parser.add_argument("--new-tokens", type=positive, default=16, help="tokens to decode (16)")
@@ -191,20 +201,28 @@ def time_training(args: argparse.Namespace, device: str) -> None:
             write_json(args.output, report)
 
 
+def make_preset(args: argparse.Namespace, device: str):
+    """Return a preset with random weights, LightVLM's or another family's."""
+    import torch
+    from lightvlm.benchmark.families import family_config
+    from lightvlm.benchmark.presets import preset_config, random_model
+
+    make_config = family_config if args.preset in FAMILIES else preset_config
+    model = random_model(make_config(args.preset, args.layers), device, getattr(torch, args.dtype or "bfloat16"))
+    model.set_attn_implementation(args.attn_implementation)
+    return model
+
+
 def time_family(args: argparse.Namespace, device: str) -> None:
     """Time a model of another family, print a table for each picture, and write the report."""
-    import torch
     from lightvlm.benchmark.any_speed import describe_picture, measure_any, table
-    from lightvlm.benchmark.families import family_config
-    from lightvlm.benchmark.presets import random_model
     from lightvlm.benchmark.speed_report import describe
     from lightvlm.data.files import write_json
 
-    dtype = args.dtype or "bfloat16"
-    model = random_model(family_config(args.preset, args.layers), device, getattr(torch, dtype))
-    model.set_attn_implementation(args.attn_implementation)
-    about = {"dtype": dtype, "attention": args.attn_implementation, "parameters": model.num_parameters()}
-    report = begin_report(args, device) | about | {"new_tokens": args.new_tokens, "results": []}
+    model = make_preset(args, device)
+    about = {"dtype": args.dtype or "bfloat16", "attention": args.attn_implementation}
+    about |= {"parameters": model.num_parameters(), "new_tokens": args.new_tokens, "results": []}
+    report = begin_report(args, device) | about
     print(f"{report['command']}\n{report['date']}: {describe(report)}", flush=True)
     pictures, budgets = args.pictures or PICTURES, args.num_image_tokens or [0.25, 0.1]
     counts = args.prompt_tokens, args.new_tokens, args.repetitions, args.warmup
@@ -213,6 +231,54 @@ def time_family(args: argparse.Namespace, device: str) -> None:
         print(f"\n{describe_picture(result['picture'])}\n\n{table(result)}", flush=True)
         if args.output:
             write_json(args.output, report)
+
+
+def describe_choice(args: argparse.Namespace, device: str) -> tuple[dict, list[str]]:
+    """Return what the rows of --megapixels are of, and the options of each picture."""
+    from lightvlm.benchmark.any_speed import ALL, describe_budget
+    from lightvlm.benchmark.choice import count_folder
+
+    about = begin_report(args, device) | {"runtime": "PyTorch", "dtype": args.dtype or "bfloat16"}
+    about |= {"attention": args.attn_implementation, "new_tokens": args.new_tokens}
+    del about["warmup"]
+    if args.preset:
+        return about, [ALL, *map(describe_budget, args.num_image_tokens)]
+    folder = Path(args.model_path)
+    weights = json.loads((folder / OPENVINO).read_text())["weights"]
+    about |= {"model": folder.name, "runtime": "OpenVINO", "dtype": weights or "float32", "attention": None}
+    return about | {"openvino": version("openvino")}, [*count_folder(folder)]
+
+
+def time_choice(args: argparse.Namespace, device: str) -> None:
+    """Time a model from picture to answer, plain and pruned, and add what --output does not have yet to it."""
+    from lightvlm.benchmark.choice import choice_table, identify, measure_choice, picture_side, read_rows
+    from lightvlm.data.files import write_json
+
+    args.num_image_tokens = args.num_image_tokens or ([0.25, 0.1] if args.preset in FAMILIES else [64])
+    rows, model, (about, options) = read_rows(args.output), None, describe_choice(args, device)
+    for side in map(picture_side, args.megapixels):
+        wanted = {identify(about | {"picture": [side, side], "kept": kept}) for kept in options}
+        if wanted <= {*map(identify, rows)}:
+            print(f"{args.output} has {about['model']} at {side}x{side} already.")
+            continue
+        model = model or (make_preset(args, device) if args.preset else Path(args.model_path))
+        numbers = args.num_image_tokens, args.prompt_tokens, args.new_tokens, args.repetitions
+        new = [about | row for row in measure_choice(model, side, *numbers)]
+        rows = [row for row in rows if identify(row) not in wanted] + new
+        print(f"\n{choice_table(new)}", flush=True)
+        if args.output:
+            write_json(args.output, rows)
+
+
+def check_choice(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option does not go with --megapixels."""
+    if not args.preset and not (Path(args.model_path) / OPENVINO).is_file():
+        raise ValueError("--megapixels needs a --preset, or a --model-path of lightvlm export --openvino.")
+    others = ["pictures", "views", "max_views", "encoder_keep", "train", "methods", "int8", "plot", "growth"]
+    others += ["batch_sizes", "images"] + ([] if args.preset else ["num_image_tokens", "dtype"])
+    if given := [name for name in others if getattr(args, name)]:
+        what = "one prompt with one picture" if args.preset else "the folder has its own"
+        raise ValueError(f"--{given[0].replace('_', '-')} does not go with --megapixels: {what}.")
 
 
 def check_family(args: argparse.Namespace) -> None:
@@ -235,6 +301,8 @@ def check_family(args: argparse.Namespace) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Raise ValueError if options do not fit each other, or what they need is not installed."""
     check_family(args)
+    if args.megapixels:
+        check_choice(args)
     args.batch_sizes, args.images = args.batch_sizes or [1, 4, 16], args.images or [1]
     if args.layers and not args.preset:
         raise ValueError("--layers slices a --preset: a checkpoint is measured as it is.")
@@ -301,6 +369,9 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     for path in filter(None, (args.output, args.plot, args.growth)):
         path.parent.mkdir(parents=True, exist_ok=True)
+    if args.megapixels:
+        time_choice(args, device)
+        return
     if args.preset in FAMILIES:
         time_family(args, device)
         return

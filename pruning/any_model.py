@@ -359,8 +359,10 @@ def take_kept(encoded: Encoded, kept: dict[int, Tensor]) -> Any:
         return rows
 
     output = encoded.output
-    names = [name for name in output if name == name_tokens(output) or name not in UNUSED]
-    short = type(output)(**{name: take(output[name]) if name in FIELDS else output[name] for name in names})
+    unused = {*UNUSED} - {name_tokens(output)}  # as None: timm's last_hidden_state has no default
+    used = {name: value for name, value in output.items() if name not in unused}
+    used = {name: take(value) if name in FIELDS else value for name, value in used.items()}
+    short = type(output)(**used, **dict.fromkeys(unused & output.keys()))
     short.kept_indices = [*kept.values()]
     return short
 

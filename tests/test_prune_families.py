@@ -8,7 +8,9 @@ import torch
 from by_hand import NO_BEAMS, by_hand, error, placeholders, stays, take, whole_positions
 from families import FAMILIES, IMAGE, WITH_VIDEO
 from lightvlm import prune
+from lightvlm.pruning import any_model
 from torch.nn.functional import pad
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModelOutput
 
 STEPS = 3
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
@@ -189,3 +191,11 @@ def test_text_positions_would_not_do():
     short = dict(prune(family.model, inputs, 1.0))
     short["position_ids"] = short["position_ids"][:1].expand(4, -1, -1)
     assert error(family.model(**short).logits[:, -1], family.model(**inputs).logits[:, -1]) > 0.1
+
+
+def test_an_encoders_output_may_have_fields_without_default():
+    tokens = torch.randn(1, 4, 8)
+    output = TimmWrapperModelOutput(last_hidden_state=tokens + 1, pooler_output=tokens)  # FastVLM's
+    encoded = any_model.Encoded(output, [*tokens], skipped=[0], entries=[0], prompts=[0], budgets=[0])
+    short = any_model.take_kept(encoded, {0: torch.tensor([1, 3])})
+    assert torch.equal(short.pooler_output[:, 0], tokens[0, [1, 3]]) and short.last_hidden_state is None
