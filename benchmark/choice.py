@@ -33,11 +33,12 @@ from lightvlm.benchmark.speed import (
     watched,
 )
 from lightvlm.evaluation.markdown import markdown_table
+from lightvlm.inference.openvino_model import ABOUT
 from lightvlm.pruning.any_model import count_kept
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-MEMORY, ABOUT = "peak_memory_bytes", "lightvlm.json"  # which folders of `lightvlm export --openvino` have
+MEMORY = "peak_memory_bytes"
 IDENTITY = (
     *("model", "layers", "runtime", "dtype", "attention", "device", "prompt_tokens", "new_tokens"),
     *("picture", "kept"),

@@ -27,7 +27,6 @@ from lightvlm_cli.options import add_model_path, add_precision, layer_shares, po
 
 FAMILIES = ["qwen3-vl-2b", "qwen2.5-vl-3b", "smolvlm2-2.2b", "internvl3-2b", "smolvlm-500m", "fastvlm-0.5b"]
 RUNTIMES = ["openvino", "openvino-int8", "openvino-int4", "onnx-int8"]
-OPENVINO = "lightvlm.json"  # which folders of `lightvlm export --openvino` have
 PICTURES = [(1024, 1024), (1448, 1448), (640, 480, 16)]
 
 
@@ -237,6 +236,7 @@ def describe_choice(args: argparse.Namespace, device: str) -> tuple[dict, list[s
     """Return what the rows of --megapixels are of, and the options of each picture."""
     from lightvlm.benchmark.any_speed import ALL, describe_budget
     from lightvlm.benchmark.choice import count_folder
+    from lightvlm.inference.openvino_model import ABOUT
 
     about = begin_report(args, device) | {"runtime": "PyTorch", "dtype": args.dtype or "bfloat16"}
     about |= {"attention": args.attn_implementation, "new_tokens": args.new_tokens}
@@ -244,7 +244,7 @@ def describe_choice(args: argparse.Namespace, device: str) -> tuple[dict, list[s
     if args.preset:
         return about, [ALL, *map(describe_budget, args.num_image_tokens)]
     folder = Path(args.model_path)
-    weights = json.loads((folder / OPENVINO).read_text())["weights"]
+    weights = json.loads((folder / ABOUT).read_text())["weights"]
     about |= {"model": folder.name, "runtime": "OpenVINO", "dtype": weights or "float32", "attention": None}
     return about | {"openvino": version("openvino")}, [*count_folder(folder)]
 
@@ -272,7 +272,9 @@ def time_choice(args: argparse.Namespace, device: str) -> None:
 
 def check_choice(args: argparse.Namespace) -> None:
     """Raise ValueError if an option does not go with --megapixels."""
-    if not args.preset and not (Path(args.model_path) / OPENVINO).is_file():
+    from lightvlm.inference.openvino_model import ABOUT
+
+    if not args.preset and not (Path(args.model_path) / ABOUT).is_file():
         raise ValueError("--megapixels needs a --preset, or a --model-path of lightvlm export --openvino.")
     others = ["pictures", "views", "max_views", "encoder_keep", "train", "methods", "int8", "plot", "growth"]
     others += ["batch_sizes", "images"] + ([] if args.preset else ["num_image_tokens", "dtype"])
