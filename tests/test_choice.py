@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightvlm.benchmark import choice
 from lightvlm.benchmark.any_speed import ALL
-from lightvlm.benchmark.choice import FamilyPass, choice_table, measure_choice, picture_side
+from lightvlm.benchmark.choice import FamilyPass, OpenVINOPass, choice_table, measure_choice, picture_side
 from lightvlm.benchmark.families import FAMILIES, family_config
 from lightvlm.benchmark.presets import preset_config, random_model
 from lightvlm.benchmark.speed import ENCODER, PREFILL, PREPROCESSING, SCORING, SELECTION, TTFT
@@ -134,6 +134,22 @@ def test_a_folder_for_openvino_answers_in_genais_own_pipeline(tmp_path, capsys):
     assert times[TTFT] > times[ENCODER] > 0 and times[PREFILL] > 0 and times["decode step"] > 0
     assert main([*folder_of, "--num-image-tokens", "16"]) == 2
     assert "--num-image-tokens does not go with --megapixels: the folder has its own" in capsys.readouterr().err
+
+
+def test_each_pass_in_openvino_has_a_picture_of_its_own(tmp_path, monkeypatch):
+    genai = pytest.importorskip("openvino_genai")
+    export_openvino = pytest.importorskip("lightvlm.inference.openvino_export").export_openvino
+    folder, pictures, generate = tmp_path / "folder", [], genai.VLMPipeline.generate
+    export_openvino(*load(str(SHIPPED), "float32", device="cpu"), folder, 64)
+
+    def spy(pipeline, prompt, images, **options):
+        pictures.append(images[0].data.tobytes())
+        return generate(pipeline, prompt, images=images, **options)
+
+    monkeypatch.setattr(genai.VLMPipeline, "generate", spy)
+    measured = OpenVINOPass(folder, 64, 4, 1)
+    measured.run(), measured.run()
+    assert pictures[0] != pictures[1]  # or the prompt's KV cache is that of the pass before, and nothing is prefilled
 
 
 def test_a_folder_whose_graph_decides_the_number_of_tokens_is_refused(tmp_path, capsys):
