@@ -21,8 +21,6 @@ from lightvlm.benchmark.speed import (
     PREFILL,
     PREPROCESSING,
     PROJECTOR,
-    SCORING,
-    SELECTION,
     TTFT,
     Stopwatch,
     Trial,
@@ -44,7 +42,7 @@ IDENTITY = (
     *("picture", "kept"),
 )
 HEADS = [
-    *("model", "kept", "tokens", "picture, s", "encoder, s", "choice, s", "prefill, s", "first token, s", "×"),
+    *("model", "kept", "tokens", "encoder, s", "prefill, s", "first token, s", "×"),
     *("a token, ms", "16 tokens, s", "memory, GB"),
 ]
 Samples = dict[str, dict[str, float]]  # of each option in one pass
@@ -235,10 +233,7 @@ def choice_cells(row: dict[str, Any], plain: float | None) -> list[str]:
     times = {name: time["median"] / 1000 for name, time in row["times_ms"].items()}
     first, step = times[TTFT], times["decode step"]
     cells = [row["kept"], f"{row['num_image_tokens']:,}"]
-    cells.append(f"{times[PREPROCESSING]:.2f}" if PREPROCESSING in times else "in the encoder's")
-    cells.append(f"{times[ENCODER] + times.get(PROJECTOR, 0):.2f}")
-    is_split = row["kept"] != ALL and SELECTION in times
-    cells += [f"{times[SCORING] + times[SELECTION]:.2f}" if is_split else "", f"{times[PREFILL]:.2f}"]
+    cells += [f"{times[ENCODER] + times.get(PROJECTOR, 0):.2f}", f"{times[PREFILL]:.2f}"]
     cells += [f"**{first:.1f}**", f"{plain / first:.2f}" if plain else ""]
     cells += [f"{1000 * step:.0f}", f"{first + 15 * step:.1f}"]
     return [*cells, f"{row[MEMORY] / 1e9:.1f}" if MEMORY in row else "not measured"]
@@ -248,7 +243,7 @@ def choice_table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown: a line for each row; × is the speed-up over all tokens of the same picture and runtime."""
     lines = []
     for title in dict.fromkeys(map(describe_row, rows)):
-        group = [row for row in rows if describe_row(row) == title]
+        group = sorted((row for row in rows if describe_row(row) == title), key=lambda row: row["kept"] != ALL)
         plain = next((row["times_ms"][TTFT]["median"] / 1000 for row in group if row["kept"] == ALL), None)
         lines += [[title if row is group[0] else "", *choice_cells(row, plain)] for row in group]
     return markdown_table(HEADS, lines, 2)

@@ -200,11 +200,11 @@ def test_the_table_sets_pruning_against_all_tokens_of_the_same_picture(tmp_path)
     ]
     lines = choice_table(rows).splitlines()[2:]
     assert lines == [
-        "| a, PyTorch float32: 1024x1024 | all | 9 | 0.10 | 0.10 |  | 0.10 | **9.0** | 1.00 | 100 | 10.5 | 5.4 |",
-        "|  | 64 | 9 | 0.10 | 0.10 | 0.20 | 0.10 | **3.0** | 3.00 | 100 | 4.5 | 5.4 |",
-        "| b, PyTorch float32: 1024x1024 | all | 9 | 0.10 | 0.10 |  | 0.10 | **2.0** | 1.00 | 100 | 3.5 | 5.4 |",
+        "| a, PyTorch float32: 1024x1024 | all | 9 | 0.10 | 0.10 | **9.0** | 1.00 | 100 | 10.5 | 5.4 |",
+        "|  | 64 | 9 | 0.10 | 0.10 | **3.0** | 3.00 | 100 | 4.5 | 5.4 |",
+        "| b, PyTorch float32: 1024x1024 | all | 9 | 0.10 | 0.10 | **2.0** | 1.00 | 100 | 3.5 | 5.4 |",
     ]
     (tmp_path / "once").mkdir()
     (tmp_path / "once" / "choice.json").write_text(json.dumps(rows))
     assert TABLES["choice"](tmp_path) == choice_table(rows)
-    assert "| 64 | 9 | 0.10 | 0.10 | 0.20 | 0.10 | **3.0** |  | 100 |" in choice_table(rows[1:2])  # against nothing
+    assert "| 64 | 9 | 0.10 | 0.10 | **3.0** |  | 100 |" in choice_table(rows[1:2])  # against nothing
