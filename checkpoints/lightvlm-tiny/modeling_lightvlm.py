@@ -322,11 +322,11 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
             projected: of `project_all`.
         """
         source, counts = features if projected is None else projected, [len(each) for each in kept]
-        places = torch.cat(kept)
-        tokens = source[image_of_each(counts, features.device), places]  # [sum of K, dim or hidden]
+        chosen = torch.cat(kept)
+        tokens = source[image_of_each(counts, features.device), chosen]  # [sum of K, dim or hidden]
         tokens = self.multi_modal_projector(tokens) if projected is None else tokens
         if self.pruner.row_score is not None or self.image_newline is not None:
-            places = layout.at(places, counts)
+            places = layout.at(chosen, counts)
             tokens = self.pruner.add_places(tokens, places)
             tokens = tokens if self.image_newline is None else places.put_newlines(tokens, self.image_newline)
         return LightVLMImageFeatures(
