@@ -83,7 +83,11 @@ class OwnModel:
 
     def __init__(self, model: LightVLM, processor: LightVLMProcessor, model_path: str = ""):
         self.model, self.processor, self.model_path = model, processor, model_path
-        self.image_graph = getattr(model.model, "image_graph", None)
+
+    @property
+    def image_graph(self) -> Any:
+        """Return the graph that encodes the model's images; None if PyTorch does."""
+        return getattr(self.model.model, "image_graph", None)
 
     @property
     def default(self) -> int | str:

@@ -286,16 +286,14 @@ class TokenPruner(nn.Module):
         return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
 
     def add_distance(self, scores: Tensor, tokens: Tensor | None, layout: Layout) -> Tensor:
-        """Return half of scores of `score` and `log_distance` of `tokens`, if such is the prior; else the scores."""
-        if not self.has_distance:
-            return scores
+        """Return half of scores of `score` and `log_distance` of `tokens`: the score, if `has_distance`."""
         if tokens is None:
             raise ValueError('prior="attention+distance" chooses among projected tokens: pass those of `project_all`.')
         return scores / 2 + log_distance(tokens, layout.is_patch)
 
     def choose(self, scores: Tensor, features: Tensor, tokens: Tensor | None, layout: Layout, count: int) -> Tensor:
         """Return what `rank` does, by scores of `score`."""
-        scores = self.add_distance(scores, tokens, layout)
+        scores = self.add_distance(scores, tokens, layout) if self.has_distance else scores
         return self.select(scores, features if tokens is None else tokens, count)
 
     @torch.no_grad()  # indices have no gradient

@@ -171,7 +171,9 @@ class PolicyGradient(nn.Module):
         features, prior, layout = lay_out_batch(features, prior, sizes, self.model.config, places)
         questions = backbone.embed_questions(question_ids) if self.question_aware else None
         scores = backbone.pruner.score(features, prior, questions, layout)
-        scores = backbone.pruner.add_distance(scores, backbone.project_all(features), layout).clamp_min(NEVER)
+        if backbone.pruner.has_distance:
+            scores = backbone.pruner.add_distance(scores, backbone.project_all(features), layout)
+        scores = scores.clamp_min(NEVER)
         orders = sample_orders(scores.detach(), self.num_samples)
         rewards = self.reward(features, orders[..., :num_image_tokens].sort(dim=-1).values, inputs, layout)
         log_probability = order_log_probability(scores, orders, num_image_tokens)
