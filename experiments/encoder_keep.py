@@ -54,10 +54,11 @@ def right_answers(model, processor, images, budgets) -> dict[int, list[list[floa
         opened = processor(images=[image["path"]], return_tensors="pt")
         pixels, sizes = opened["pixel_values"], opened.get("image_sizes")
         layout = backbone.lay_out(pixels, sizes)
-        features, prior = backbone.encode(pixels if layout is None else layout.cut(pixels))
+        views, in_picture = layout.cut(pixels)
+        features, prior, left = backbone.encode(views, in_picture=in_picture)
         side = model.config.vision_config.image_size
         sizes = torch.tensor([[side, side]]) if sizes is None else sizes
-        features, prior, layout = lay_out_batch(features, prior, sizes, model.config)
+        features, prior, layout = lay_out_batch(features, prior, sizes, model.config, left)
         tokens = backbone.project_all(features)
         order = backbone.pruner.rank(features, prior, None, layout, max(budgets), tokens)
         for budget in budgets:
