@@ -82,7 +82,7 @@ def write_folder(args: argparse.Namespace, model, processor, count: int | str) -
 
     checkpoint, pictures = fingerprint(args.model_path), expand_images(args.calibration_images)
     export_openvino(model, processor, args.output_dir, count, args.weights, checkpoint, pictures)
-    views = ", of which each is one view" if model.config.image_grid_pinpoints else ""
+    views = "; large images are one view too" if model.config.image_grid_pinpoints else ""
     print(
         f"{args.output_dir}: for OpenVINO GenAI's VLMPipeline, K = {count}, weights {args.weights or 'float32'}{views}"
     )
