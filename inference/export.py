@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -151,10 +152,19 @@ def quantize_onnx(path: Path) -> None:
     )
 
 
+def decline_reports() -> None:
+    """Decline, for this process alone, what OpenVINO's tools report to their makers: each report forks the process."""
+    with suppress(ImportError):
+        from openvino_telemetry.utils.opt_in_checker import ConsentCheckResult, OptInChecker
+
+        OptInChecker.check = lambda *_: ConsentCheckResult.DECLINED  # its other ways are a user's file, or "CI"
+
+
 def save_openvino(program: torch.export.ExportedProgram, path: Path, about: str = "") -> None:
     """Save the program as OpenVINO's intermediate representation, its weights as they are, and what it was made of."""
     import openvino
 
+    decline_reports()
     graph = openvino.convert_model(program)
     graph.inputs[0].set_names({PIXELS})
     for output, name in zip(graph.outputs, (TOKENS, KEPT), strict=True):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightvlm import LightVLM
-from lightvlm.inference.export import ImageTokens
+from lightvlm.inference.export import ImageTokens, decline_reports
 from lightvlm.pruning_lightvlm import allot_budgets
 from lightvlm.views_lightvlm import one_view
 from torch import nn
@@ -92,6 +92,7 @@ def convert(module: nn.Module, inputs: Any, shapes: dict[str, list[int]], output
     """Return a module as a graph, with names and shapes (-1 if any) of its inputs, and names of its outputs."""
     import openvino
 
+    decline_reports()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch about tracing
         graph = openvino.convert_model(module.eval(), example_input=inputs)

@@ -91,6 +91,16 @@ def test_it_says_that_large_images_are_one_view(make_checkpoint, tmp_path, capsy
     assert f"K = {NUM_PATCHES}, " in (output := capsys.readouterr().out) and "one view" in output
 
 
+def test_nothing_is_reported_to_the_makers_of_the_tools(checkpoint, tmp_path, monkeypatch):
+    sender, reports = pytest.importorskip("openvino_telemetry.utils.sender"), []
+    monkeypatch.setattr(sender.TelemetrySender, "send", lambda *report: reports.append(report))
+    monkeypatch.setenv("CI", "false")  # there they are quiet by themselves
+    assert export(checkpoint, tmp_path / "folder", "--num-image-tokens", "9", "--weights", "int8") == 0
+    graph = ["--num-image-tokens", "9", "--output", str(tmp_path / "graph.xml")]
+    assert main(["export", "--model-path", checkpoint, *graph]) == 0
+    assert not reports
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_with_pictures_the_encoder_is_of_int8_too(checkpoint, tmp_path, weights):
     (tmp_path / "pictures").mkdir()

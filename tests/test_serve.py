@@ -3,17 +3,16 @@
 import http.client
 import io
 import json
-import os
+import re
 import signal
-import socket
-import time
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 import torch
 from lightvlm.inference.checkpoint import SHIPPED, load
-from lightvlm_cli.main import main
 from PIL import Image
 from served import QUESTIONS, ask, complete, data_uri, draw, post, post_fields, refusal, serving, stream, user
 from tiny import make_model, make_processor
@@ -186,30 +185,23 @@ def test_32_requests_at_once_are_answered_as_one_by_one(client, model):
     assert [answer.result() for answer in answers] == [each for each in expected for _ in range(2)]
 
 
-def test_the_command_says_where_it_answers_and_ends_at_ctrl_c_in_the_midst_of_an_answer(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)  # other tests want to hear
+def test_the_command_says_where_it_answers_and_ends_at_ctrl_c_in_the_midst_of_an_answer(tmp_path):
     make_model().save_pretrained(tmp_path / "lightvlm-tiny")
     make_processor().save_pretrained(tmp_path / "lightvlm-tiny")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-
-    def use():
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-            try:
-                while socket.socket().connect_ex(("127.0.0.1", port)):
-                    time.sleep(0.05)
+    command = [sys.executable, "-m", "lightvlm_cli.main", "serve", "--model-path", str(tmp_path / "lightvlm-tiny")]
+    command += ["--port", "0", "--dtype", "bfloat16", "--device", "cpu", "--max-images", "1"]
+    # A process of its own: a Ctrl-C that came too early or too late would end the tests.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            said = r"lightvlm-tiny \(cpu, bfloat16\) answers at (http://127.0.0.1:\d+/v1); Ctrl-C ends it\n"
+            found = re.fullmatch(said, server.stdout.readline())
+            with openai.OpenAI(base_url=found[1], api_key="none", max_retries=0) as client:
                 assert refusal(client, [user("what?", draw(1), draw(2))])[0] == 413
                 growing = complete(client, [user("what?", draw(1))], stream=True, max_tokens=400)
                 next(growing)
-            finally:
-                os.kill(os.getpid(), signal.SIGINT)
-            with pytest.raises(openai.APIError):  # cut short, not waited for
-                list(growing)
-
-    command = ["serve", "--port", str(port), "--dtype", "bfloat16", "--device", "cpu", "--max-images", "1"]
-    with ThreadPoolExecutor(1) as threads:
-        used = threads.submit(use)
-        assert main([*command, "--model-path", str(tmp_path / "lightvlm-tiny")]) == 0
-        used.result()
-    line = f"lightvlm-tiny (cpu, bfloat16) answers at http://127.0.0.1:{port}/v1; Ctrl-C ends it\n"
-    assert capsys.readouterr().out == line
+                server.send_signal(signal.SIGINT)
+                with pytest.raises(openai.APIError):  # cut short, not waited for
+                    list(growing)
+            assert server.wait(60) == 0 and "Traceback" not in server.stderr.read()
+        finally:
+            server.kill()
