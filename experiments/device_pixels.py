@@ -47,7 +47,9 @@ def compare(model, questions: Questions, side: int | None, **options) -> dict:
         both.append(len(kept[0] & kept[1]) / len(kept[0]))
         for way, texts in enumerate(found):
             expected = (questions.references[row] for row in rows)
-            right[way] += sum(normalise(text) == normalise(answer) for text, answer in zip(texts, expected, strict=True))
+            right[way] += sum(
+                normalise(text) == normalise(answer) for text, answer in zip(texts, expected, strict=True)
+            )
     total = len(questions.paths)
     accuracy = {name: 100 * count / total for name, count in zip(("pillow", "device"), right, strict=True)}
     return {"questions": total, "different": different, "kept_both": fmean(both)} | accuracy
