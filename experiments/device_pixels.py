@@ -1,11 +1,11 @@
-"""Ask the shipped checkpoint with pixels made by Pillow and by the `device` option, here a CPU, and compare the answers.
+"""Ask the shipped checkpoint with pixels made by Pillow and by the option `device`, here of a CPU; compare answers.
 
     make data/easy-vqa/mosaics_test_photo_3x3.json
     python experiments/device_pixels.py --data-path data/easy-vqa/mosaics_test_photo_3x3.json --side 600 --max-views 1
 
-`--side` makes pictures squares of so many pixels before either reads them: mosaics have the 336 of a view, and would not
-be resized at all. `different` counts the answers that are not the same, `kept_both` is the share of tokens that both
-keep, and accuracies are in percent.
+`--side` makes pictures squares of so many pixels before either reads them: mosaics have the 336 of a view, and would
+not be resized at all. `different` counts the answers that are not the same, `kept_both` is the share of tokens that
+both keep, and accuracies are in percent.
 """
 
 import argparse

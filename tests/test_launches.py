@@ -44,8 +44,8 @@ def no_autocast(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # the meta device has none
 
 
-def on_meta(**overrides):
-    return make_model(**overrides).to(META)
+def on_meta(*args, dtype=torch.float32, **overrides):
+    return make_model(*args, **overrides).to(META, dtype)
 
 
 def prompt_of(images=1, num_image_tokens=9, **options):
@@ -70,17 +70,16 @@ def launches_beside_the_encoder(model, pixels, monkeypatch, **options) -> Counte
     return every.counts - of_encoder.counts
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("overrides", [{}, {"select": "topk"}, {"score": "cls"}], ids=str)
-def test_from_pixels_to_tokens_are_few_launches_and_none_is_for_one_image(overrides, monkeypatch):
-    model, found = on_meta(**overrides), {}
+def test_from_pixels_to_tokens_are_few_launches_and_none_is_for_one_image(overrides, dtype, monkeypatch):
+    model, found = on_meta(dtype=dtype, **overrides), set()
     model.get_image_features(torch.randn(1, 3, 84, 84, device=META))  # makes the layout, which is kept
     for images, budget in ((1, 9), (2, 9), (2, 16), (7, 9)):
-        pixels = torch.randn(images, 3, 84, 84, device=META)
+        pixels = torch.randn(images, 3, 84, 84, device=META)  # in float32, as a processor returns them
         counts = launches_beside_the_encoder(model, pixels, monkeypatch, num_image_tokens=[budget] * images)
-        found[images, budget] = counts.total()
-    assert found[1, 9] <= 45
-    assert found[2, 9] == found[2, 16] == found[7, 9]
-    assert found[2, 9] <= found[1, 9] + 1  # [CLS]'s keys are copied if there are several images
+        found.add(counts.total())
+    assert len(found) == 1 and max(found) <= 45, found
 
 
 def test_budgets_of_their_own_are_launches_of_the_batch_and_not_of_an_image(monkeypatch):
