@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightvlm import encoding_lightvlm
 from lightvlm.budgets_lightvlm import to_device
+from lightvlm.compaction_lightvlm import Record
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,6 +101,23 @@ def test_from_pixels_to_logits_the_host_waits_for_nothing(score, budget):
     assert isinstance(inputs["num_image_tokens"], list)
     with torch.no_grad():
         assert model(**inputs, use_cache=True).logits.shape[1] == inputs["input_ids"].shape[1]  # read no value
+
+
+@torch.no_grad()
+def test_original_position_ids_are_counted_without_a_wait_and_without_a_launch_for_an_image():
+    model, found = on_meta(position_ids="original"), set()
+    for images in (2, 7):
+        inputs = prompt_of(images, [9, 4] + [9] * (images - 2))
+        features = model.get_image_features(inputs["pixel_values"], num_image_tokens=inputs["num_image_tokens"])
+        with Launches() as launches:
+            kwargs = {"attention_mask": inputs["attention_mask"]}
+            model.place_prompt(inputs["input_ids"], Record(), model.generation_config, features, [], kwargs)
+        found.add(launches.counts.total())
+        assert kwargs["position_ids"].shape == inputs["input_ids"].shape
+        length = inputs["input_ids"].shape[1]
+        inputs["attention_mask"] = torch.ones(images, 1, length, length, dtype=torch.bool, device=META)  # as it is
+        assert model(**inputs, use_cache=True).logits.shape[1] == length
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(("select", "budget"), [("topk", 9), ("diverse", 9), ("diverse", NUM_PATCHES)])
