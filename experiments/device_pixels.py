@@ -77,7 +77,7 @@ def main() -> None:
             results.append(about | found)
             print(results[-1], flush=True)
     if args.output:
-        write_json(args.output, {**fingerprint(str(SHIPPED)), "results": results})
+        write_json(args.output, {"checkpoint": fingerprint(str(SHIPPED)), "results": results})
 
 
 if __name__ == "__main__":
