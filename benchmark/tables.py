@@ -164,6 +164,26 @@ def speed_short(folder: Path) -> str:
     return markdown_table(heads, [[*line[1:6], line[9]] for line in cells], text_columns=0)
 
 
+def device_pixels(folder: Path) -> str:
+    """Return how the answers with pixels of the option `device` agree with those with Pillow's."""
+    lines = []
+    for row in read(folder, "once/device_pixels")["results"]:
+        picture = row["data"].replace("_test", "").replace("_", " ")
+        picture += f", {row['side']} px in one view" if row["side"] else ", 1008 px in ten views"
+        cells = [row["num_image_tokens"], row["questions"], row["different"], f"{100 * row['kept_both']:.2f}"]
+        lines.append([picture, *map(str, cells), f"{row['pillow']:.2f}", f"{row['device']:.2f}"])
+    heads = [
+        "pictures",
+        "K",
+        "questions",
+        "other answers",
+        "tokens that both keep, %",
+        "accuracy, Pillow, %",
+        "device, %",
+    ]
+    return markdown_table(heads, once_each(lines))
+
+
 def encoder_keep(folder: Path) -> str:
     """Return the points of accuracy that dropping patches in the encoder costs."""
     found = {
@@ -375,6 +395,7 @@ WRITERS: Iterable[Callable[[Path], str]] = (
         training,
         any_speed,
         choice,
+        device_pixels,
     ),
 )
 TABLES = {writer.__name__.replace("_", "-"): writer for writer in WRITERS}

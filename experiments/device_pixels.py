@@ -9,6 +9,7 @@ both keep, and accuracies are in percent.
 """
 
 import argparse
+import json
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -55,6 +56,16 @@ def compare(model, questions: Questions, side: int | None, **options) -> dict:
     return {"questions": total, "different": different, "kept_both": fmean(both)} | accuracy
 
 
+def read_earlier(path: Path | None, about: dict) -> list[dict]:
+    """Return what earlier runs wrote to a file, of the same checkpoint."""
+    if path is None or not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    if earlier["checkpoint"] != about:
+        raise ValueError(f"{path} is of another checkpoint: give another --output.")
+    return earlier["results"]
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -64,20 +75,22 @@ def main() -> None:
     parser.add_argument("--side", type=int, help="in pixels, of the pictures (as they are)")
     parser.add_argument("--max-views", type=int, help="of a picture (all)")
     parser.add_argument("--limit", type=int, default=600, help="questions of each file (600)")
-    parser.add_argument("--output", type=Path, help="also add the results to this JSON file")
+    parser.add_argument("--output", type=Path, help="also add the results to those in this JSON file")
     args = parser.parse_args()
+    about = fingerprint(str(SHIPPED))
+    results = read_earlier(args.output, about)
     model, processor = load(str(SHIPPED), "float32", device="cpu")
-    results = []
     for path in args.data_path:
         rows = load_llava(path, args.image_folder)
         questions = Questions(rows.select(range(min(args.limit, len(rows)))), processor)
         for count in args.num_image_tokens:
             found = compare(model, questions, args.side, num_image_tokens=count, max_views=args.max_views)
-            about = {"data": path.stem, "side": args.side, "max_views": args.max_views, "num_image_tokens": count}
-            results.append(about | found)
+            asked = {"data": path.stem, "side": args.side, "max_views": args.max_views, "num_image_tokens": count}
+            results = [row for row in results if any(row[name] != value for name, value in asked.items())]
+            results.append(asked | found)
             print(results[-1], flush=True)
-    if args.output:
-        write_json(args.output, {"checkpoint": fingerprint(str(SHIPPED)), "results": results})
+            if args.output:
+                write_json(args.output, {"checkpoint": about, "results": results})
 
 
 if __name__ == "__main__":

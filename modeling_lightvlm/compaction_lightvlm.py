@@ -111,7 +111,7 @@ def mark_surplus(is_placeholder: Tensor, written: list[int], kept: list[int]) ->
 
 
 def check_count(is_placeholder: Tensor, count: int) -> None:
-    """Raise ValueError unless a prompt has as many placeholders, True in (batch, length), as its images have tokens.
+    """Raise ValueError, on a CPU, unless as many placeholders, True in (batch, length), as image tokens are there.
 
     The host waits for nothing: if the numbers differ, a GPU's program stops where it finds out, and a compiled graph
     does not ask.
@@ -126,12 +126,15 @@ def check_count(is_placeholder: Tensor, count: int) -> None:
 
 
 def put_tokens(embeddings: Tensor, is_placeholder: Tensor, tokens: Tensor) -> Tensor:
-    """Return embeddings of a prompt with image tokens at its placeholders, of which `check_count` sees the number.
+    """Return embeddings of a prompt with image tokens at its placeholders.
 
     Args:
         embeddings: (batch, length, hidden).
         is_placeholder: (batch, length).
         tokens: (placeholders, hidden), those of all rows in order.
+
+    Raises:
+        ValueError: as `check_count`.
     """
     check_count(is_placeholder, len(tokens))
     places = is_placeholder.flatten().int().argsort(descending=True, stable=True)[: len(tokens)]
@@ -156,6 +159,9 @@ def count_dropped(is_placeholder: Tensor, kept: list[Tensor], lengths: list[int]
 
     Returns:
         (batch, length + 1), the last for what follows the prompt.
+
+    Raises:
+        ValueError: as `check_count`.
     """
     joined = torch.cat(kept)
     check_count(is_placeholder, len(joined))

@@ -149,10 +149,10 @@ class Layout:
         """Return the layout of the tokens that `take` returns; images of many views have a list."""
         if kept is None:
             return self
-        tokens = kept if isinstance(kept, Tensor) else torch.cat(kept)
         if self.source is None:
+            tokens = kept if isinstance(kept, Tensor) else torch.cat(kept)
             return replace(self, rows=self.rows[tokens], columns=self.columns[tokens])
-        image = image_of_each(kept)
+        image, tokens = image_of_each(list(kept)), torch.cat(list(kept))
         return self.map(lambda tensor: tensor[image, tokens])
 
     def put_newlines(self, tokens: Tensor, newline: Tensor) -> Tensor:
