@@ -46,17 +46,6 @@ def test_bench_knows_every_preset(preset, capsys):
 
 
 @pytest.mark.slow
-def test_bench_compiles_images_of_many_views(tmp_path, capsys):
-    options = ["--views", "672x336", "--num-image-tokens", "64", "--methods", "compiled", "--batch-sizes", "1"]
-    files = ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
-    assert bench("--preset", "tiny", "--layers", "1", "--dtype", "float32", *options, *files) == 0
-    rows = json.loads((tmp_path / "out.json").read_text())["results"][0]["rows"]
-    found = {(row["method"], row["num_image_tokens"]): row["positions"] for row in rows}
-    assert found["all views, compiled", 64] == 128 and found["all views, compiled", 1728] == 1792
-    assert (tmp_path / "out.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
 def test_bench_times_steps_of_training(tmp_path, capsys):
     options = ["--layers", "1", "--batch-sizes", "1", "--num-image-tokens", "9", "--prompt-tokens", "8"]
     report = tmp_path / "train.json"
