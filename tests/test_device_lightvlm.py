@@ -76,7 +76,7 @@ def test_the_shipped_checkpoint_keeps_the_same_patches_and_gives_the_same_answer
         both = (model.get_image_features(inputs["pixel_values"], num_image_tokens=16) for inputs in ways)
         pairs = zip(*(images.kept_indices for images in both), strict=True)
         kept += [len({*one.tolist()} & {*other.tolist()}) / 16 for one, other in pairs]
-    assert sum(kept) / len(kept) > 0.998  # of bilinear pixels less than 0.98 are the same
+    assert sum(kept) / len(kept) > 0.998  # with bilinear pixels 0.93
 
 
 def test_a_tensor_of_bytes_stays_on_its_device_and_its_pixels_are_a_files():
