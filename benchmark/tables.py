@@ -11,14 +11,14 @@ from statistics import fmean
 
 from lightvlm.benchmark.any_speed import ANY_HEADS, any_cells, describe_picture
 from lightvlm.benchmark.choice import choice_table
-from lightvlm.benchmark.speed import ENCODER, LIGHTVLM, PREFILL, TTFT
+from lightvlm.benchmark.speed import ALL_VIEWS, ENCODER, LIGHTVLM, PREFILL, TTFT
 from lightvlm.benchmark.speed_report import describe_model, headline
 from lightvlm.benchmark.speed_report import gains as gains_over_llava
 from lightvlm.data.files import written_beside
 from lightvlm.evaluation.markdown import markdown_table
 
 BLOCK = re.compile(r"^(<!-- table: ([\w-]+) -->)$.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
-EPYC = "speed_epyc-zen4_2026-11-25"
+EPYC, H200 = "speed_epyc-zen4_2026-11-25", "speed_h200_2026-11-26"
 FILES = ("flat_2x2", "photo_2x2", "flat_3x3", "photo_3x3")
 SELECTORS = {
     "diverse+question": "learned score with the question, density peaks",
@@ -63,9 +63,10 @@ def encoder_results(folder: Path) -> list[dict]:
     return [row for row in read(folder, "once/encoder_keep") if row["data"] == "mosaics_test_photo_3x3"]
 
 
-def speed_rows(folder: Path, name: str) -> list[dict]:
-    """Return the rows of a report of `lightvlm bench`, with the medians of times in ms."""
-    rows = [row for result in read(folder, name)["results"] for row in result["rows"]]
+def speed_rows(folder: Path, name: str, batch_size: int | None = None) -> list[dict]:
+    """Return the rows of a report of `lightvlm bench`, of one batch size or all, with the medians of times in ms."""
+    results = [each for each in read(folder, name)["results"] if batch_size in (None, each["batch_size"])]
+    rows = [row for result in results for row in result["rows"]]
     return [row | {stage: time["median"] for stage, time in row["times_ms"].items()} for row in rows]
 
 
@@ -77,17 +78,22 @@ def once_each(lines: list[list[str]]) -> list[list[str]]:
 
 def readme(folder: Path) -> str:
     """Return README.md's table: speed at Phi-2's size, and the accuracy of the weights that ship."""
-    found = {(row["method"], row["num_image_tokens"]): row for row in speed_rows(folder, f"{EPYC}_bf16")}
+    found, views, gpu = (
+        {(row["method"], row["num_image_tokens"]): row for row in speed_rows(folder, name, batch_size)}
+        for name, batch_size in ((f"{EPYC}_bf16", 1), ("once/first_token_views_wide", 1), (f"{H200}_bf16", 16))
+    )
     shipped = {row["num_image_tokens"]: row["accuracy"] for row in read(folder, "once/shipped_accuracy")["rows"]}
     lines = []
     for tokens in (576, 144, 64, 16):
-        is_all = tokens == 576
-        row = found.get(("Llava" if is_all else LIGHTVLM, tokens))
-        cells = [f"{row['speedup'][stage]:.1f} ×" for stage in (PREFILL, TTFT)] if row else ["", ""]
+        key = ("Llava" if tokens == 576 else LIGHTVLM, tokens)
+        row, of_views = found.get(key), views.get((ALL_VIEWS, 2880 if tokens == 576 else tokens))
+        timed = [(row, PREFILL), (row, TTFT), (of_views, TTFT), (gpu.get(key), TTFT)]
+        cells = [f"{each['speedup'][stage]:.1f} ×" if each else "" for each, stage in timed]
         cells.append(f"{row['kv_cache_bytes'] / 1e6:.0f} MB" if row else "")
         cells.append(f"{100 * shipped[tokens]:.1f} %")
-        lines.append(["all 576" if is_all else str(tokens), *cells])
-    return markdown_table(["image tokens", "prefill", "first token", "KV cache", "accuracy"], lines, text_columns=0)
+        lines.append(["all" if tokens == 576 else str(tokens), *cells])
+    heads = ["image tokens", "prefill", "first token", "of 2,880", "on an H200", "KV cache", "accuracy"]
+    return markdown_table(heads, lines, text_columns=0)
 
 
 def accuracy(folder: Path) -> str:
@@ -156,6 +162,18 @@ def speed_short(folder: Path) -> str:
     cells = [line for result in read(folder, f"{EPYC}_bf16")["results"] for line in gains_over_llava(result)]
     heads = ["tokens", "prefill ×", "ceiling", "TTFT ×", "TTFT ×, as published", "KV cache, MB"]
     return markdown_table(heads, [[*line[1:6], line[9]] for line in cells], text_columns=0)
+
+
+def device_pixels(folder: Path) -> str:
+    """Return how the answers with pixels of the option `device` agree with those with Pillow's."""
+    lines = []
+    for row in read(folder, "once/device_pixels")["results"]:
+        picture = row["data"].replace("_test", "").replace("_", " ")
+        picture += f", {row['side']} px in one view" if row["side"] else ", 1008 px in ten views"
+        cells = [row["num_image_tokens"], row["questions"], row["different"], f"{100 * row['kept_both']:.2f}"]
+        lines.append([picture, *map(str, cells), f"{row['pillow']:.2f}", f"{row['device']:.2f}"])
+    heads = ["pictures", "K", "questions", "other answers", "tokens that both keep, %"]
+    return markdown_table([*heads, "accuracy, Pillow, %", "device, %"], once_each(lines))
 
 
 def encoder_keep(folder: Path) -> str:
@@ -369,6 +387,7 @@ WRITERS: Iterable[Callable[[Path], str]] = (
         training,
         any_speed,
         choice,
+        device_pixels,
     ),
 )
 TABLES = {writer.__name__.replace("_", "-"): writer for writer in WRITERS}

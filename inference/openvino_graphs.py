@@ -39,11 +39,7 @@ class PrunedImage(ImageTokens):
         complexity = pruner.estimate_complexity(features, scores)
         budgets = allot_budgets(complexity, torch.tensor([self.mean]), pruner.dynamic_budget)
         order = pruner.choose(scores, features, projected, layout, most)[:, : budgets[0].clamp(max=most)]
-        kept = order.sort(dim=1).values
-        source = features if projected is None else projected
-        tokens = source.gather(1, kept[..., None].expand(-1, -1, source.shape[-1]))
-        tokens = self.model.multi_modal_projector(tokens) if projected is None else tokens
-        return pruner.add_places(tokens, self.whole.at(kept, []))
+        return self.model.read(features, order.sort(dim=1).values, self.whole, projected)
 
 
 class Past(DynamicLayer):

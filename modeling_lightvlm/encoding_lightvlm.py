@@ -11,6 +11,8 @@ from transformers.models.siglip.modeling_siglip import (
     SiglipMultiheadAttentionPoolingHead,
 )
 
+from .views_lightvlm import take
+
 ENCODERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # and how each selects its features
 
 
@@ -28,11 +30,11 @@ def cls_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
     """
     attention = layer.self_attn
     states = layer.layer_norm1(hidden_states)
-    query = attention.q_proj(states[:, 0]).unflatten(-1, (attention.num_heads, -1))  # [B, H, d]
-    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + N, d]
-    # Keys times query, because query times keys, a product with one row, is several times slower on CPUs.
-    similarity = (keys @ query[..., None]).squeeze(-1)  # [B, H, 1 + N]
-    return (similarity * attention.scale).float().softmax(dim=-1).mean(dim=1)[:, 1:]
+    query = attention.q_proj(states[:, 0]).unflatten(-1, (attention.num_heads, -1))[:, None]  # [B, 1, H, d]
+    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1))  # [B, 1 + N, H, d]
+    # A matrix product with one row is several times slower on CPUs, and copies the keys of several images.
+    similarity = (keys * query).sum(dim=-1, dtype=torch.float32)  # [B, 1 + N, H]
+    return (similarity * attention.scale).softmax(dim=1).mean(dim=2)[:, 1:]
 
 
 def probe_attention(head: SiglipMultiheadAttentionPoolingHead, hidden_states: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ def take_patches(values: Tensor, places: Tensor, left: Tensor) -> Tensor:
     if places.shape == left.shape:
         return values
     at = torch.searchsorted(places.contiguous(), left)
-    return values.gather(1, at if values.dim() == 2 else at[..., None].expand(-1, -1, values.shape[-1]))
+    return values.gather(1, at) if values.dim() == 2 else take(values, at)
 
 
 def attention_to_patches(tower: Any, index: int, state: Tensor) -> Tensor:
@@ -159,8 +161,8 @@ def hidden_states_at(
             if in_picture is not None:
                 attention = attention.masked_fill(~in_picture.to(at.device).gather(1, at), -1.0)
             left = attention.topk(min(keep[index], at.shape[1])).indices.sort().values
-            patches = state[:, others:].gather(1, left[..., None].expand(-1, -1, state.shape[-1]))
-            state, at = torch.cat([state[:, :others], patches], dim=1), at.gather(1, left)
+            state = torch.cat([state[:, :others], take(state[:, others:], left)], dim=1)
+            at = at.gather(1, left)
         if index in indices:
             states[index], places[index] = state, at  # the input of this layer
         if index < max(indices):

@@ -29,7 +29,7 @@ from .configuration_lightvlm import LightVLMConfig
 from .encoding_lightvlm import ENCODERS, WholeCLIPAttention, WholeSiglipAttention, encode_patches
 from .generation_lightvlm import NEEDS_IDS, PrunedGeneration, refuse_cached_images
 from .pruning_lightvlm import ZERO_MODULES, LightVLMImageFeatures, TokenPruner, in_raster_order
-from .views_lightvlm import Layout, image_of_each, lay_out, one_view
+from .views_lightvlm import Kept, Layout, lay_out, one_view, take
 
 logger = logging.get_logger(__name__)
 
@@ -215,19 +215,14 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         # Images of one view are laid out alike; a list as long as there are images would fix their number in a graph.
         whole = one_view(self.config.patches_per_side, 1, features.device)
         features, prior, layout = whole.place(places, features, prior)
-        projected = self.project_all(features)
         if most is None:
-            kept = torch.arange(whole.patches, device=features.device).expand(len(features), -1)
-            tokens = features if projected is None else projected
-        else:
-            questions = None if question_ids is None else self.embed_questions(question_ids)
-            order = self.pruner.rank(features, prior, questions, layout, most, projected)
-            kept = in_raster_order(order, counts, whole.patches)
-            source = features if projected is None else projected
-            # take_along_dim broadcasts, and so fixes the number of images in a graph.
-            tokens = source.gather(1, kept[..., None].expand(-1, -1, source.shape[-1]))
-        tokens = self.multi_modal_projector(tokens) if projected is None else tokens
-        return features, self.pruner.add_places(tokens, whole.at(kept, [])), kept
+            every = torch.arange(whole.patches, device=features.device).expand(len(features), -1)
+            return features, self.read(features, None, whole), every
+        questions = None if question_ids is None else self.embed_questions(question_ids)
+        projected = self.project_all(features)
+        order = self.pruner.rank(features, prior, questions, layout, most, projected)
+        kept = in_raster_order(order, counts, whole.patches)
+        return features, self.read(features, kept, whole, projected), kept
 
     def encode(
         self,
@@ -238,8 +233,8 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
         """Return what `encode_patches` does, by default at the configuration's layers."""
         config, tower = self.config, self.vision_tower
         layers = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        place = {} if tower.device.type == "meta" else {"device": tower.device}  # offloaded modules move their inputs
-        pixel_values = pixel_values.to(dtype=tower.dtype, **place)
+        if tower.device.type != "meta":  # offloaded modules move their inputs
+            pixel_values = pixel_values.to(tower.device)
         keep = config.encoder_counts if config.encoder_keep else None
         return encode_patches(tower, pixel_values, layers, config.prior_layer, keep, in_picture)
 
@@ -314,27 +309,30 @@ class LightVLMModel(LightVLMPreTrainedModel, LlavaModel):
     def keep(
         self, features: Tensor, kept: list[Tensor], layout: Layout, projected: Tensor | None = None
     ) -> LightVLMImageFeatures:
-        """Project each image's kept tokens, unless they are already, and add the embeddings of their places.
-
-        Args:
-            features, layout: as `encode_views` returns them.
-            kept: (K,) indices of each image, in raster order.
-            projected: of `project_all`.
-        """
-        source, counts = features if projected is None else projected, [len(each) for each in kept]
-        chosen = torch.cat(kept)
-        tokens = source[image_of_each(counts, features.device), chosen]  # [sum of K, dim or hidden]
-        tokens = self.multi_modal_projector(tokens) if projected is None else tokens
-        if self.pruner.row_score is not None or self.image_newline is not None:
-            places = layout.at(chosen, counts)
-            tokens = self.pruner.add_places(tokens, places)
-            tokens = tokens if self.image_newline is None else places.put_newlines(tokens, self.image_newline)
+        """Return what is kept, (K,) indices of each image in raster order; other arguments as in `read`."""
+        tokens = self.read(features, kept, layout, projected)
         return LightVLMImageFeatures(
             last_hidden_state=features,
-            pooler_output=list(tokens.split(counts)),
+            pooler_output=list(tokens.split([len(each) for each in kept])),
             kept_indices=kept,
             lengths=layout.lengths,
         )
+
+    def read(self, features: Tensor, kept: Kept, layout: Layout, projected: Tensor | None = None) -> Tensor:
+        """Return kept tokens as the language model reads them: projected, with the embeddings of their places.
+
+        Args:
+            features, layout: as `encode_views` returns them.
+            kept: as in `take`, in raster order; a list, if images have many views.
+            projected: of `project_all`.
+        """
+        tokens = take(features if projected is None else projected, kept)
+        tokens = self.multi_modal_projector(tokens) if projected is None else tokens
+        if self.pruner.row_score is None and self.image_newline is None:
+            return tokens
+        places = layout.at(kept)
+        tokens = self.pruner.add_places(tokens, places)
+        return tokens if self.image_newline is None else places.put_newlines(tokens, self.image_newline)
 
     @can_return_tuple
     def forward(

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .budgets_lightvlm import Budgets
 from .configuration_lightvlm import LightVLMConfig
-from .views_lightvlm import Layout
+from .views_lightvlm import Layout, take
 
 NOTHING_NEW = 1e-6  # a distance within float32's rounding error; such patches are ordered by their scores alone
 CANDIDATES = 2048  # all patches of a view; of nine views, the first 64 patches chosen are the same as from all
@@ -76,16 +76,14 @@ def select_density_peaks(scores: Tensor, features: Tensor, count: int, alpha: fl
     """
     ranked = scores.sort(dim=-1, descending=True, stable=True)  # as in `select_topk`
     best, order = (each[:, : max(CANDIDATES, count)] for each in ranked)  # [B, M], the most important first
-    directions = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1])).float()
-    directions = nn.functional.normalize(directions, dim=-1)
-    rank = torch.arange(order.shape[1], device=order.device)
-    nearest = []
-    for some, ranks in zip(directions.split(BLOCK, dim=1), rank.split(BLOCK), strict=True):
-        is_lower = rank[:, None] >= ranks  # [other, patch]: the other has no higher score
-        distances = (1 - similarity(directions, some)).masked_fill(is_lower, 2.0)  # 2 is the largest there is
-        nearest.append(distances.amin(dim=1))
-    novelty = (torch.cat(nearest, dim=1) if len(nearest) > 1 else nearest[0]).clamp_min(NOTHING_NEW).log()
-    peaks = torch.add(novelty, best.float(), alpha=alpha)  # [B, M]
+    directions = take(features, order)
+    exact = torch.promote_types(directions.dtype, torch.float32)  # of the norm alone: a quotient takes its type
+    directions = directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True, dtype=exact).clamp_min(1e-12)
+    blocks = zip(range(0, order.shape[1], BLOCK), directions.split(BLOCK, dim=1), strict=True)
+    # [B, other, patch], from 0 to 2, and 0 if the other has no higher score.
+    nearest = [(1 + similarity(directions, some)).triu(1 - start).amax(dim=1) for start, some in blocks]
+    novelty = 2 - (torch.cat(nearest, dim=1) if len(nearest) > 1 else nearest[0])
+    peaks = torch.add(novelty.clamp_min(NOTHING_NEW).log(), best.float(), alpha=alpha)  # [B, M]
     return order.gather(1, select_topk(peaks, features, count))
 
 
@@ -263,11 +261,11 @@ class TokenPruner(nn.Module):
         """
         scores = log_prior(prior)
         if self.scorer is not None:
-            scores = scores + self.scorer(features).squeeze(-1).float()
+            scores = scores + self.scorer(features).squeeze(-1)
         if self.row_score is not None:
-            scores = scores + embed_grid(self.row_score, self.column_score, layout).squeeze(-1).float()
+            scores = scores + embed_grid(self.row_score, self.column_score, layout).squeeze(-1)
         if self.tile_score is not None:
-            scores = scores + layout.is_tile * only_row(self.tile_score, features.device).float()
+            scores = scores + layout.is_tile * only_row(self.tile_score, features.device)
         scores = layout.hide(scores)
         return scores if questions is None else self.add_question(scores, features, questions, layout)
 
@@ -283,7 +281,7 @@ class TokenPruner(nn.Module):
         asked = self.question_projection(asked)  # [B, rank]
         patches = self.patch_projection(nn.functional.layer_norm(features, features.shape[-1:]))  # [B, N, rank]
         places = embed_grid(self.row_key, self.column_key, layout) * QUESTION_RANK**0.5
-        return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1).float()
+        return scores + ((patches + places) @ asked[:, :, None]).squeeze(-1)
 
     def add_distance(self, scores: Tensor, tokens: Tensor | None, layout: Layout) -> Tensor:
         """Return half of scores of `score` and `log_distance` of `tokens`: the score, if `has_distance`."""

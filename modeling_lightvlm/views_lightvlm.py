@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .configuration_lightvlm import LightVLMConfig
 
+Kept = Tensor | list[Tensor] | None  # as in `take`
+
 
 @dataclass
 class Layout:
@@ -143,14 +145,14 @@ class Layout:
         fields = {name: getattr(self, name).expand_as(source) for name in ("is_tile", "rows", "columns")}
         return replace(self, source=source, is_patch=is_left, patches=left, **fields)
 
-    def at(self, tokens: Tensor, counts: list[int]) -> "Layout":
-        """Return the layout of chosen tokens, (sum of counts,), as many of each image as its count.
-
-        The tokens may have any shape, and the counts be empty, if each image is one view.
-        """
+    def at(self, kept: Kept) -> "Layout":
+        """Return the layout of the tokens that `take` returns; images of many views have a list."""
+        if kept is None:
+            return self
         if self.source is None:
+            tokens = kept if isinstance(kept, Tensor) else torch.cat(kept)
             return replace(self, rows=self.rows[tokens], columns=self.columns[tokens])
-        image = image_of_each(counts, tokens.device)
+        image, tokens = image_of_each(list(kept)), torch.cat(list(kept))
         return self.map(lambda tensor: tensor[image, tokens])
 
     def put_newlines(self, tokens: Tensor, newline: Tensor) -> Tensor:
@@ -158,10 +160,25 @@ class Layout:
         return tokens if self.source is None else tokens.where(self.is_patch[:, None], newline)
 
 
-def image_of_each(counts: list[int], device: torch.device) -> Tensor:
-    """Return the image that each token belongs to, (sum of counts,), counted on the host: the device need not wait."""
-    images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    return images.to(device, non_blocking=True)
+def image_of_each(kept: list[Tensor]) -> Tensor:
+    """Return the image of each of all kept tokens, (sum of K,), counted on the host: the device need not wait."""
+    counts = torch.tensor([len(each) for each in kept])
+    return torch.arange(len(kept)).repeat_interleave(counts).to(kept[0].device, non_blocking=True)
+
+
+def take(values: Tensor, kept: Kept) -> Tensor:
+    """Return kept tokens of values (images, tokens, dim).
+
+    Args:
+        values: of all tokens.
+        kept: (images, K), for tokens of the same shape; or (K,) of each image, for those of all images, (sum of K,);
+            or None for all as they are.
+    """
+    if kept is None:
+        return values
+    if isinstance(kept, Tensor):  # `take_along_dim` broadcasts, and so fixes the number of images in a graph
+        return values.gather(1, kept[..., None].expand(-1, -1, values.shape[-1]))
+    return values[image_of_each(kept), torch.cat(kept)]
 
 
 def place_patches(side: int, device: torch.device) -> dict[str, Any]:

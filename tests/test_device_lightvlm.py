@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from lightvlm.data.llava import load_llava
+from lightvlm.evaluation.accuracy import Questions
+from lightvlm.inference.checkpoint import SHIPPED, load
 from PIL import Image
 from tiny import GRIDS, NEXT_GRIDS, make_image, make_model, make_processor
 
@@ -57,6 +60,23 @@ def test_the_same_patches_are_kept_of_many_views(options):
     kept, same = (model.get_image_features(**each).kept_indices for each in (pillow, torchs))
     for one, other in zip(kept, same, strict=True):
         assert len({*one.tolist()} & {*other.tolist()}) >= 8  # of 9
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_shipped_checkpoint_keeps_the_same_patches_and_gives_the_same_answers(easy_vqa_folder):
+    model, processor = load(str(SHIPPED), "float32", device="cpu")
+    rows = load_llava(easy_vqa_folder / "test.json", easy_vqa_folder / "images").select(range(0, 1200, 6))
+    questions, kept = Questions(rows, processor), []  # of 200 pictures of 64 px, which are enlarged
+    for batch in questions.batches(20):
+        pictures, prompts = [questions.paths[row] for row in batch], [questions.prompts[row] for row in batch]
+        ways = both_ways(processor, pictures, text=prompts, num_image_tokens=16, padding=True)
+        answers = [model.generate(**inputs, max_new_tokens=4, do_sample=False) for inputs in ways]
+        assert torch.equal(*answers)
+        both = (model.get_image_features(inputs["pixel_values"], num_image_tokens=16) for inputs in ways)
+        pairs = zip(*(images.kept_indices for images in both), strict=True)
+        kept += [len({*one.tolist()} & {*other.tolist()}) / 16 for one, other in pairs]
+    assert sum(kept) / len(kept) > 0.998  # with bilinear pixels 0.93
 
 
 def test_a_tensor_of_bytes_stays_on_its_device_and_its_pixels_are_a_files():

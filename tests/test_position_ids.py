@@ -111,6 +111,24 @@ def test_dropped_patches_are_counted_before_each_position():
     assert count_dropped(is_image, kept, [6, 4, 6]).tolist() == expected
 
 
+def test_a_prompt_that_ends_in_an_image_is_refused_if_tokens_of_it_are_dropped():
+    model, processor = make_original(), make_processor()
+    for budget in (9, NUM_PATCHES):
+        inputs = processor(images=make_image(), text="what? <image>", num_image_tokens=budget, return_tensors="pt")
+        if budget == NUM_PATCHES:
+            assert len(generate(model, inputs)[0]) == inputs["input_ids"].shape[1] + NEW
+            continue
+        with pytest.raises(ValueError, match="put a word behind its last image"):
+            generate(model, inputs)
+
+
+def test_placeholders_that_do_not_fit_are_refused():
+    inputs = make_processor()(images=make_image(), text="<image> a", num_image_tokens=9, return_tensors="pt")
+    inputs["num_image_tokens"] += 1
+    with pytest.raises(ValueError, match="do not match: the prompt has 9 placeholders for 10 features"):
+        generate(make_original(), inputs)
+
+
 @pytest.mark.parametrize("budget", [9, "dynamic:8"])
 @pytest.mark.parametrize(
     "options",
@@ -244,7 +262,7 @@ def count_helpers(run) -> int:
 
 @pytest.mark.parametrize(
     ("position_ids", "budget", "most"),
-    [("consecutive", 9, 43), ("original", 9, 51), ("original", NUM_PATCHES, 34), ("consecutive", NUM_PATCHES, 34)],
+    [("consecutive", 9, 47), ("original", 9, 55), ("original", NUM_PATCHES, 35), ("consecutive", NUM_PATCHES, 35)],
 )
 def test_at_a_fixed_k_the_way_through_our_own_functions_is_short(position_ids, budget, most):
     model, processor = make_model(position_ids=position_ids), make_processor()
@@ -263,10 +281,3 @@ def test_generate_with_a_cache_asks_for_the_whole_sequence():
     with pytest.raises(ValueError, match="give `generate` the whole sequence"):
         cache = output.past_key_values
         model.generate(output.sequences[:, -1:], attention_mask=mask, past_key_values=cache, max_new_tokens=1)
-
-
-def test_a_prompt_that_ends_in_an_image_is_not_continued_at_a_wrong_position():
-    model, processor = make_original(), make_processor()
-    inputs = processor(images=[make_image(0)], text=["what? <image>"], num_image_tokens=9, return_tensors="pt")
-    with pytest.raises(ValueError, match="put a word behind its last image"):
-        generate(model, inputs)

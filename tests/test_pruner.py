@@ -235,7 +235,7 @@ def test_the_reward_is_the_mean_log_probability_of_the_answers_with_the_kept_tok
     for sample, image in itertools.product(range(2), range(2)):
         chosen = kept[sample, image]
         tokens = model.model.multi_modal_projector(features[image, chosen])
-        tokens = model.model.pruner.add_places(tokens, LAYOUT.at(chosen, []))
+        tokens = model.model.pruner.add_places(tokens, LAYOUT.at(chosen))
         inputs = mask_blocks(pack_turns(conversations[image : image + 1], processor, 2))
         labels = inputs.pop("labels")[0, 1:]
         images = {"image": LightVLMImageFeatures(pooler_output=[tokens])}

@@ -201,7 +201,7 @@ def test_an_untrained_pruner_is_the_prior(score):
         scores = model.pruner.score(torch.randn(2, 36, 32), prior, questions, one_view(6, 2, CPU))
         torch.testing.assert_close(scores, prior.log())
     tokens = torch.randn(5, 32)
-    assert torch.equal(model.pruner.add_places(tokens, one_view(6, 1, CPU).at(torch.arange(5), [])), tokens)
+    assert torch.equal(model.pruner.add_places(tokens, one_view(6, 1, CPU).at(torch.arange(5))), tokens)
 
 
 def test_positional_terms_know_row_and_column():
@@ -215,7 +215,7 @@ def test_positional_terms_know_row_and_column():
         pruner.column_embedding.weight[3] = 10.0
     scores = pruner.score(torch.randn(1, 36, 32), torch.ones(1, 36), None, one_view(6, 1, CPU))
     assert scores.argmax() == 2 * 6 + 3
-    chosen = one_view(6, 1, CPU).at(torch.tensor([2 * 6 + 3, 2 * 6, 3]), [3])
+    chosen = one_view(6, 1, CPU).at([torch.tensor([2 * 6 + 3, 2 * 6, 3])])
     tokens = pruner.add_places(torch.zeros(3, 32), chosen)
     torch.testing.assert_close(tokens[:, 0], 32**0.5 * torch.tensor([11.0, 1.0, 10.0]))  # times sqrt(hidden)
 

@@ -57,7 +57,8 @@ def test_each_table_has_one_name():
 
 
 @pytest.mark.parametrize(
-    "name", ["shipped_accuracy", "merged_tokens", "attention_and_distance", "attention_and_distance_other"]
+    "name",
+    ["shipped_accuracy", "merged_tokens", "attention_and_distance", "attention_and_distance_other", "device_pixels"],
 )
 def test_what_is_told_of_the_shipped_checkpoint_was_measured_with_its_weights(name):
     report = json.loads((ROOT / "evaluation" / "results" / "once" / f"{name}.json").read_text())

@@ -110,11 +110,23 @@ def mark_surplus(is_placeholder: Tensor, written: list[int], kept: list[int]) ->
     return torch.zeros_like(is_placeholder).masked_scatter(is_placeholder, is_surplus)
 
 
-def put_tokens(embeddings: Tensor, is_placeholder: Tensor, tokens: Tensor) -> Tensor:
-    """Return embeddings of a prompt with image tokens at its placeholders.
+def check_count(is_placeholder: Tensor, count: int) -> None:
+    """Raise ValueError, on a CPU, unless as many placeholders, True in (batch, length), as image tokens are there.
 
     The host waits for nothing: if the numbers differ, a GPU's program stops where it finds out, and a compiled graph
     does not ask.
+    """
+    if torch.compiler.is_compiling():
+        return
+    written, reason = is_placeholder.sum(), "Image features and image tokens do not match"
+    if written.device.type != "cpu":
+        torch._assert_async(written == count, reason)
+    elif written != count:
+        raise ValueError(f"{reason}: the prompt has {written} placeholders for {count} features.")
+
+
+def put_tokens(embeddings: Tensor, is_placeholder: Tensor, tokens: Tensor) -> Tensor:
+    """Return embeddings of a prompt with image tokens at its placeholders.
 
     Args:
         embeddings: (batch, length, hidden).
@@ -122,14 +134,9 @@ def put_tokens(embeddings: Tensor, is_placeholder: Tensor, tokens: Tensor) -> Te
         tokens: (placeholders, hidden), those of all rows in order.
 
     Raises:
-        ValueError: if there are more or fewer placeholders than tokens, on a CPU.
+        ValueError: as `check_count`.
     """
-    if not torch.compiler.is_compiling():
-        count, reason = is_placeholder.sum(), "Image features and image tokens do not match"
-        if count.device.type != "cpu":
-            torch._assert_async(count == len(tokens), reason)
-        elif count != len(tokens):
-            raise ValueError(f"{reason}: the prompt has {count} placeholders for {len(tokens)} features.")
+    check_count(is_placeholder, len(tokens))
     places = is_placeholder.flatten().int().argsort(descending=True, stable=True)[: len(tokens)]
     return embeddings.flatten(0, 1).index_copy(0, places, tokens).view_as(embeddings)
 
@@ -154,15 +161,16 @@ def count_dropped(is_placeholder: Tensor, kept: list[Tensor], lengths: list[int]
         (batch, length + 1), the last for what follows the prompt.
 
     Raises:
-        ValueError: if there are more or fewer placeholders than kept tokens.
+        ValueError: as `check_count`.
     """
-    mark_surplus(is_placeholder, sizes := [len(each) for each in kept], sizes)
-    skipped = torch.cat([torch.diff(indices, prepend=indices.new_tensor([-1])) - 1 for indices in kept])
-    after_last = [length - 1 - each[-1:] for each, length in zip(kept, lengths, strict=True)]
-    behind = torch.cat([pad(n, (size - 1, 0)) for n, size in zip(after_last, sizes, strict=True)])
+    joined = torch.cat(kept)
+    check_count(is_placeholder, len(joined))
+    ends = torch.tensor(lengths).to(joined.device, non_blocking=True).split(1)
+    following = torch.cat([part for each, end in zip(kept, ends, strict=True) for part in (each[1:], end)])
     zeros = torch.zeros_like(is_placeholder, dtype=torch.long)
-    before = pad(zeros.masked_scatter(is_placeholder, skipped), (0, 1))
-    after = pad(zeros.masked_scatter(is_placeholder, behind), (1, 0))
+    first = torch.cat([part for each in kept for part in (each[:1], zeros[0, :1].expand(len(each) - 1))])
+    before = pad(zeros.masked_scatter(is_placeholder, first), (0, 1))  # an image's first token
+    after = pad(zeros.masked_scatter(is_placeholder, following - joined - 1), (1, 0))  # and behind each
     return (before + after).cumsum(dim=1)
 
 

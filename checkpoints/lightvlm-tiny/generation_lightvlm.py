@@ -107,6 +107,8 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
 
         Left in the arguments are the tokens alone: their positions are known then.
         """
+        is_original = self.config.position_ids == "original"  # read before the encoder runs, for which it would wait
+        ends_in_image = is_original and bool((prompt[:, -1] == self.config.image_token_id).any())
         images: Any = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         written: list[int] = []
         if kwargs.get("pixel_values") is None:
@@ -120,6 +122,8 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
                 refuse_cached_images(new_ids, self.config.image_token_id, sum(written))
         if images is None:
             return None, []
+        if ends_in_image and self.model.moves_positions(images):
+            raise ValueError("With original position ids, a prompt ends in text: put a word behind its last image.")
         kwargs["mm_encoder_outputs"] = {"image": LightVLMImageFeatures(pooler_output=images.pooler_output)}
         return images, written if written != [len(tokens) for tokens in images.pooler_output] else []
 
@@ -162,10 +166,6 @@ class PrunedGeneration(PreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = positions if record.shift is None else positions + record.shift
         if is_moved:
             dropped = self.model.count_dropped(input_ids[:, cached:], images)
-            if not torch.equal(dropped[:, -1], dropped[:, -2]):
-                raise ValueError(
-                    "With original position ids, a prompt ends in text: put a word behind its last image."
-                )
             kwargs["position_ids"] = kwargs["position_ids"] + pad(dropped[:, :-1], (cached, 0))
             record = record.moved_by(dropped[:, -1:])
         return input_ids, record
