@@ -19,7 +19,8 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils.versions import require_version
 
-REQUIRED = "openvino-genai>=2026.1"  # since then it resizes pictures as Pillow does
+# The extra `edge`: what is tested. Before 2026.1 GenAI resizes pictures otherwise than Pillow.
+VERSIONS = {"nncf": "3.4", "openvino": "2026.4.1", "openvino-genai": "2026.4.1", "openvino-tokenizers": "2026.4.1"}
 ABOUT = "lightvlm.json"  # which folders of `lightvlm export --openvino` have
 PARTS = ("vision_embeddings_model", "text_embeddings_model", "language_model", "tokenizer", "detokenizer")
 READ = (".xml", ".bin", ".json", ".jinja")
@@ -51,13 +52,20 @@ class Stand(nn.Module):
         """Do nothing."""
 
 
+def check_versions(what: object, *packages: str) -> None:
+    """Raise ValueError if one of the packages of `VERSIONS`, which `what` needs, is missing or too old."""
+    for needed in (f"{package}>={VERSIONS[package]}" for package in packages):
+        try:
+            require_version(needed)
+        except ImportError:
+            raise ValueError(f'{what} needs {needed}: pip install --upgrade "lightvlm[edge]"') from None
+
+
 def open_pipeline(folder: Path, device: str, dtype: str):
     """Return GenAI's pipeline; ValueError if a package is missing or too old, or the folder is broken."""
-    try:
-        require_version(REQUIRED)
-        import openvino_genai
-    except ImportError:
-        raise ValueError(f'{folder} needs {REQUIRED}: pip install --upgrade "lightvlm[edge]"') from None
+    check_versions(folder, "openvino-genai")
+    import openvino_genai
+
     files = [folder / f"openvino_{part}.{suffix}" for part in PARTS for suffix in ("xml", "bin")]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}: export it again.")

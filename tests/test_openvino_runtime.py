@@ -9,7 +9,7 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.inference.any_model import load_any
 from lightvlm.inference.own_model import Options
 from lightvlm_cli.main import main
-from saved import edit_json
+from saved import edit_json, pretend_installed
 from served import ask, complete, draw, post_fields, refusal, serving, stream, user
 from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor, say
 from tokenizers.processors import TemplateProcessing
@@ -186,10 +186,11 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(folder, capsys, monkeypa
         file.unlink()
 
 
-def test_an_openvino_that_is_too_old_is_named(folder, capsys, monkeypatch):
-    monkeypatch.setattr("lightvlm.inference.openvino_model.REQUIRED", "openvino-genai>=2999")
+@pytest.mark.parametrize("found", ["2026.1.0.0", None])
+def test_an_openvino_that_is_missing_or_too_old_is_named(folder, capsys, monkeypatch, found):
+    pretend_installed(monkeypatch, "openvino-genai", found)
     assert infer(folder / "k9", "--image", folder / "pictures/0.png", "--prompt", "what?") == 2
-    assert 'needs openvino-genai>=2999: pip install --upgrade "lightvlm[edge]"' in capsys.readouterr().err
+    assert 'needs openvino-genai>=2026.4.1: pip install --upgrade "lightvlm[edge]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["demo", "show"])
