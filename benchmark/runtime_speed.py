@@ -17,21 +17,23 @@ from lightvlm.inference.export import check_packages, export_image_tokens
 from lightvlm.inference.image_graph import Run, open_onnx
 from lightvlm.inference.openvino_export import compress
 from lightvlm.inference.openvino_graphs import convert_embeddings, convert_language_model, convert_vision
+from lightvlm.inference.openvino_model import check_versions
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 
 ONNX = "onnx-int8"
 WEIGHTS = {"openvino": None, "openvino-int8": "int8", "openvino-int4": "int4"}  # of the language model
 NAMES = {"openvino": "OpenVINO", "openvino-int8": "OpenVINO, int8", "openvino-int4": "OpenVINO, int4"}
 NAMES[ONNX] = f"{LIGHTVLM}, ONNX int8 encoder"
-
 VISION = ("model.vision_tower", "model.pruner", "model.multi_modal_projector")
 
 
 def check_runtimes(methods: list[str]) -> None:
-    """Raise ValueError if a package is missing that one of these methods needs."""
+    """Raise ValueError if a package is missing or too old that one of these methods needs."""
     for method in methods:
-        needed = ("onnx", "onnxscript", "onnxruntime") if method == ONNX else ("openvino",)
-        check_packages(f"--methods {method}", *needed, *(("nncf",) if WEIGHTS.get(method) else ()))
+        if method == ONNX:
+            check_packages(f"--methods {method}", "onnx", "onnxscript", "onnxruntime")
+        else:
+            check_versions(f"--methods {method}", "openvino", *(["nncf"] if WEIGHTS[method] else []))
 
 
 def in_float32(model: LightVLM, *parts: str) -> LightVLM:

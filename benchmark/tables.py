@@ -11,7 +11,7 @@ from statistics import fmean
 
 from lightvlm.benchmark.any_speed import ANY_HEADS, any_cells, describe_picture
 from lightvlm.benchmark.choice import choice_table
-from lightvlm.benchmark.speed import ENCODER, LIGHTVLM, PREFILL, TTFT
+from lightvlm.benchmark.speed import ENCODER, LIGHTVLM, PREFILL, PROJECTOR, SCORING, SELECTION, TTFT
 from lightvlm.benchmark.speed_report import describe_model, headline
 from lightvlm.benchmark.speed_report import gains as gains_over_llava
 from lightvlm.data.files import written_beside
@@ -218,6 +218,32 @@ def runtimes(folder: Path) -> str:
     return markdown_table(["", "whole", "8:0.5"], lines)
 
 
+def openvino_accuracy(folder: Path) -> str:
+    """Return what folders for OpenVINO, and graphs of the encoder, answer right."""
+    lines, results = {}, read(folder, "once/openvino_accuracy")["results"]
+    for row in results:
+        cells = lines.setdefault((row["runtime"], row["weights"] or "float32", row["encoder"]), [])
+        cells += [f"{100 * row['accuracy']:.1f} %", f"{100 * row['same']:.1f} %"]
+    kinds = [kind.replace("_", " ") for kind in dict.fromkeys(row["data"][15:] for row in results)]
+    heads = [head for kind in kinds for head in (kind, "answers as the first line's")]
+    return markdown_table(
+        ["runtime", "language model", "encoder", *heads], once_each([[*k, *v] for k, v in lines.items()]), 3
+    )
+
+
+def openvino_speed(folder: Path) -> str:
+    """Return how soon tokens come by OpenVINO, and by ONNX Runtime's encoder, beside PyTorch in the same run."""
+    lines = []
+    for name in ("openvino_speed_8", "openvino_speed_32"):
+        for row in speed_rows(folder, f"once/{name}"):
+            seen = sum(row[stage] for stage in (ENCODER, SCORING, SELECTION, PROJECTOR))
+            cells = [f"{time:,.0f}" for time in (seen, row[PREFILL], row[TTFT])] + [f"{row['speedup'][TTFT]:.2f}"]
+            label = f"{name.rpartition('_')[2]} layers"
+            lines.append([label, row["method"], str(row["num_image_tokens"]), *cells, f"{row['decode step']:,.0f}"])
+    heads = ["language model", "method", "tokens", "picture, ms", "prefill", "first token", "×", "a token"]
+    return markdown_table(heads, once_each(lines), 2)
+
+
 def view_cells(row: dict) -> list[str]:
     """Return the cells of a row on many views: times in ms, and the gain in time to first token."""
     return [*(f"{row[stage]:,.0f}" for stage in (ENCODER, PREFILL, TTFT)), f"{row['speedup'][TTFT]:.1f}"]
@@ -359,6 +385,8 @@ WRITERS: Iterable[Callable[[Path], str]] = (
     *(
         ceilings,
         runtimes,
+        openvino_accuracy,
+        openvino_speed,
         views_slice,
         views_full,
         picture_shapes,
