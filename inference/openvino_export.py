@@ -12,7 +12,7 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.data.files import check_output, new_folder, write_json
 from lightvlm.images_lightvlm import open_images
 from lightvlm.inference.openvino_graphs import convert_embeddings, convert_language_model, convert_vision
-from lightvlm.inference.openvino_model import ABOUT, check_versions
+from lightvlm.inference.openvino_model import ABOUT, FORMAT, check_versions
 from lightvlm.pruning_lightvlm import allot_budgets
 from PIL import Image
 
@@ -154,7 +154,7 @@ def export_openvino(
         write_json(work / "preprocessor_config.json", pixels)
         budget = {"num_image_tokens": f"dynamic:{mean}" if mean else most, "max_image_tokens": most}
         bits = {"weights": weights, "encoder": "int8" if pictures else "float32", "dtype": "float32"}
-        about = {"format": 1, **budget, **bits, "calibration_images": len(pictures), "checkpoint": checkpoint}
+        about = {"format": FORMAT, **budget, **bits, "calibration_images": len(pictures), "checkpoint": checkpoint}
         write_json(work / ABOUT, about | describe(model, weights))
 
 
