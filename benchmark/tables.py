@@ -234,14 +234,12 @@ def openvino_accuracy(folder: Path) -> str:
 def openvino_speed(folder: Path) -> str:
     """Return how soon tokens come by OpenVINO, and by ONNX Runtime's encoder, beside PyTorch in the same run."""
     lines = []
-    for name in ("openvino_speed_8", "openvino_speed_32"):
-        for row in speed_rows(folder, f"once/{name}"):
-            seen = sum(row[stage] for stage in (ENCODER, SCORING, SELECTION, PROJECTOR))
-            cells = [f"{time:,.0f}" for time in (seen, row[PREFILL], row[TTFT])] + [f"{row['speedup'][TTFT]:.2f}"]
-            label = f"{name.rpartition('_')[2]} layers"
-            lines.append([label, row["method"], str(row["num_image_tokens"]), *cells, f"{row['decode step']:,.0f}"])
-    heads = ["language model", "method", "tokens", "picture, ms", "prefill", "first token", "×", "a token"]
-    return markdown_table(heads, once_each(lines), 2)
+    for row in speed_rows(folder, "once/openvino_speed"):
+        seen = sum(row[stage] for stage in (ENCODER, SCORING, SELECTION, PROJECTOR))
+        cells = [f"{time:,.0f}" for time in (seen, row[PREFILL], row[TTFT])] + [f"{row['speedup'][TTFT]:.2f}"]
+        lines.append([row["method"], str(row["num_image_tokens"]), *cells, f"{row['decode step']:.0f}"])
+    heads = ["", "tokens", "pixels to tokens, ms", "prefill, ms", "TTFT, ms", "TTFT ×", "a token, ms"]
+    return markdown_table(heads, once_each(lines))
 
 
 def view_cells(row: dict) -> list[str]:
