@@ -219,16 +219,15 @@ def runtimes(folder: Path) -> str:
 
 
 def openvino_accuracy(folder: Path) -> str:
-    """Return what folders for OpenVINO, and graphs of the encoder, answer right."""
+    """Return how many questions folders for OpenVINO, and graphs of the encoder, answer right."""
     lines, results = {}, read(folder, "once/openvino_accuracy")["results"]
     for row in results:
-        cells = lines.setdefault((row["runtime"], row["weights"] or "float32", row["encoder"]), [])
-        cells += [f"{100 * row['accuracy']:.1f} %", f"{100 * row['same']:.1f} %"]
-    kinds = [kind.replace("_", " ") for kind in dict.fromkeys(row["data"][15:] for row in results)]
-    heads = [head for kind in kinds for head in (kind, "answers as the first line's")]
-    return markdown_table(
-        ["runtime", "language model", "encoder", *heads], once_each([[*k, *v] for k, v in lines.items()]), 3
-    )
+        key = (str(row["total"]), row["runtime"], row["weights"] or "float32", row["encoder"])
+        lines.setdefault(key, {})[row["data"]] = f"{row['correct']} ({100 * row['accuracy']:.1f} %)"
+    kinds = [*dict.fromkeys(row["data"] for row in results)]
+    heads = ["questions", "runtime", "language model", "encoder", *(kind[15:].replace("_", " ") for kind in kinds)]
+    cells = [[*key, *(line.get(kind, "not measured") for kind in kinds)] for key, line in lines.items()]
+    return markdown_table(heads, once_each(cells), 4)
 
 
 def openvino_speed(folder: Path) -> str:

@@ -166,6 +166,7 @@ def test_pixels_that_the_pipeline_would_not_make_are_refused(change, tmp_path):
     ("options", "message"),
     [
         (["--num-image-tokens", "37"], "from 1 to 36"),
+        (["--num-image-tokens", "0"], "from 1 to 36"),
         (["--num-image-tokens", "dynamic:8"], "cannot tell"),
         (["--int8"], "--weights in place of --int8"),
         (["--dtype", "bfloat16"], "in place of --int8 and --dtype"),
@@ -203,6 +204,11 @@ def test_openvino_and_its_options_go_together(checkpoint, capsys, options, monke
     monkeypatch.chdir(tmp_path)
     assert main(["export", "--model-path", checkpoint, *options]) == 2
     assert "--openvino" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_a_folder_is_not_exported_again(checkpoint, tmp_path, capsys):
+    assert export(checkpoint, tmp_path / "folder") == 0
+    assert "folder was exported for OpenVINO already" in refusal(capsys, str(tmp_path / "folder"), tmp_path / "other")
 
 
 def test_files_in_the_folder_are_not_lost(checkpoint, tmp_path, capsys):
