@@ -225,7 +225,13 @@ def openvino_accuracy(folder: Path) -> str:
         key = (str(row["total"]), row["runtime"], row["weights"] or "float32", row["encoder"])
         lines.setdefault(key, {})[row["data"]] = f"{row['correct']} ({100 * row['accuracy']:.1f} %)"
     kinds = [*dict.fromkeys(row["data"] for row in results)]
-    heads = ["questions", "runtime", "language model", "encoder", *(kind[15:].replace("_", " ") for kind in kinds)]
+    heads = [
+        "questions",
+        "runtime",
+        "language model",
+        "encoder",
+        *(kind.removeprefix("mosaics_test_").replace("_", " ") for kind in kinds),
+    ]
     cells = [[*key, *(line.get(kind, "not measured") for kind in kinds)] for key, line in lines.items()]
     return markdown_table(heads, once_each(cells), 4)
 
