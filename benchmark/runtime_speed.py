@@ -17,26 +17,30 @@ from lightvlm.inference.export import check_packages, export_image_tokens
 from lightvlm.inference.image_graph import Run, open_onnx
 from lightvlm.inference.openvino_export import compress
 from lightvlm.inference.openvino_graphs import convert_embeddings, convert_language_model, convert_vision
+from lightvlm.inference.openvino_model import check_versions
 from lightvlm.pruning_lightvlm import LightVLMImageFeatures
 
 ONNX = "onnx-int8"
 WEIGHTS = {"openvino": None, "openvino-int8": "int8", "openvino-int4": "int4"}  # of the language model
 NAMES = {"openvino": "OpenVINO", "openvino-int8": "OpenVINO, int8", "openvino-int4": "OpenVINO, int4"}
 NAMES[ONNX] = f"{LIGHTVLM}, ONNX int8 encoder"
+VISION = ("model.vision_tower", "model.pruner", "model.multi_modal_projector")
 
 
 def check_runtimes(methods: list[str]) -> None:
-    """Raise ValueError if a package is missing that one of these methods needs."""
+    """Raise ValueError if a package is missing or too old that one of these methods needs."""
     for method in methods:
-        needed = ("onnx", "onnxscript", "onnxruntime") if method == ONNX else ("openvino",)
-        check_packages(f"--methods {method}", *needed, *(("nncf",) if WEIGHTS.get(method) else ()))
+        if method == ONNX:
+            check_packages(f"--methods {method}", "onnx", "onnxscript", "onnxruntime")
+        else:
+            check_versions(f"--methods {method}", "openvino", *(["nncf"] if WEIGHTS[method] else []))
 
 
 def in_float32(model: LightVLM, *parts: str) -> LightVLM:
-    """Return a twin on the same weights, but for these parts of it, which are copies of float32."""
+    """Return a twin on the same weights, but for these parts of it, which are copies of float32 if they are not."""
     twin = another(model, LightVLM, copy.deepcopy(model.config))
-    for part in parts:
-        setattr(twin.model, part, copy.deepcopy(getattr(model.model, part)).float())
+    for part in parts if model.dtype != torch.float32 else ():
+        twin.set_submodule(part, copy.deepcopy(model.get_submodule(part)).float())
     return twin
 
 
@@ -73,8 +77,7 @@ class Graphs:
         self.options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
         if model.dtype == torch.float32:
             self.options["INFERENCE_PRECISION_HINT"] = "f32"
-        twin = in_float32(model, "language_model")
-        twin.lm_head = copy.deepcopy(model.lm_head).float()
+        twin = in_float32(model, "model.language_model", "lm_head")
         self.embeddings = self.open("text_embeddings", convert_embeddings(twin))
         self.language_model = self.open("language", convert_language_model(twin)).create_infer_request()
 
@@ -91,7 +94,7 @@ class Graphs:
 
     def open_vision(self, model: LightVLM, budget: int) -> Run:
         """Return the vision graph of K tokens; with int8 or int4, of int8 throughout, its ranges those of noise."""
-        twin, side = in_float32(model, "vision_tower", "pruner", "multi_modal_projector"), model.config.vision_config
+        twin, side = in_float32(model, *VISION), model.config.vision_config
         noise = np.random.default_rng(0).normal(size=(1, 3, side.image_size, side.image_size)).astype(np.float32)
         graph = convert_vision(twin, budget, None)
         compiled = self.open(f"vision_embeddings-{budget}", graph, (noise,) if self.weights else ())
@@ -165,7 +168,7 @@ def runtime_configurations(
         graphs = None if method == ONNX else Graphs(model, WEIGHTS[method], place)
         for budget in sorted({*budgets, *([] if graphs is None else [model.config.num_patches])}, reverse=True):
             if graphs is None:
-                twin = in_float32(model, "vision_tower", "pruner", "multi_modal_projector")
+                twin = in_float32(model, *VISION)
                 export_image_tokens(twin, place / f"{budget}.onnx", budget, int8=True)
                 encode, *_ = open_onnx(place / f"{budget}.onnx", False)
                 prefill = partial(run_encoded, model, encode, stopwatch)

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from lightvlm.benchmark.any_speed import ANY_HEADS, any_cells, describe_picture
 from lightvlm.benchmark.choice import choice_table
-from lightvlm.benchmark.speed import ALL_VIEWS, ENCODER, LIGHTVLM, PREFILL, TTFT
+from lightvlm.benchmark.speed import ALL_VIEWS, ENCODER, LIGHTVLM, PREFILL, PROJECTOR, SCORING, SELECTION, TTFT
 from lightvlm.benchmark.speed_report import describe_model, headline
 from lightvlm.benchmark.speed_report import gains as gains_over_llava
 from lightvlm.data.files import written_beside
@@ -236,6 +236,35 @@ def runtimes(folder: Path) -> str:
     return markdown_table(["", "whole", "8:0.5"], lines)
 
 
+def openvino_accuracy(folder: Path) -> str:
+    """Return how many questions folders for OpenVINO, and graphs of the encoder, answer right."""
+    lines, results = {}, read(folder, "once/openvino_accuracy")["results"]
+    for row in results:
+        key = (str(row["total"]), row["runtime"], row["weights"] or "float32", row["encoder"])
+        lines.setdefault(key, {})[row["data"]] = f"{row['correct']} ({100 * row['accuracy']:.1f} %)"
+    kinds = [*dict.fromkeys(row["data"] for row in results)]
+    heads = [
+        "questions",
+        "runtime",
+        "language model",
+        "encoder",
+        *(kind.removeprefix("mosaics_test_").replace("_", " ") for kind in kinds),
+    ]
+    cells = [[*key, *(line.get(kind, "not measured") for kind in kinds)] for key, line in lines.items()]
+    return markdown_table(heads, once_each(cells), 4)
+
+
+def openvino_speed(folder: Path) -> str:
+    """Return how soon tokens come by OpenVINO, and by ONNX Runtime's encoder, beside PyTorch in the same run."""
+    lines = []
+    for row in speed_rows(folder, "once/openvino_speed"):
+        seen = sum(row[stage] for stage in (ENCODER, SCORING, SELECTION, PROJECTOR))
+        cells = [f"{time:,.0f}" for time in (seen, row[PREFILL], row[TTFT])] + [f"{row['speedup'][TTFT]:.2f}"]
+        lines.append([row["method"], str(row["num_image_tokens"]), *cells, f"{row['decode step']:.0f}"])
+    heads = ["", "tokens", "pixels to tokens, ms", "prefill, ms", "TTFT, ms", "TTFT ×", "a token, ms"]
+    return markdown_table(heads, once_each(lines))
+
+
 def view_cells(row: dict) -> list[str]:
     """Return the cells of a row on many views: times in ms, and the gain in time to first token."""
     return [*(f"{row[stage]:,.0f}" for stage in (ENCODER, PREFILL, TTFT)), f"{row['speedup'][TTFT]:.1f}"]
@@ -377,6 +406,8 @@ WRITERS: Iterable[Callable[[Path], str]] = (
     *(
         ceilings,
         runtimes,
+        openvino_accuracy,
+        openvino_speed,
         views_slice,
         views_full,
         picture_shapes,

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lightvlm.inference.checkpoint import load
+    from lightvlm.inference.openvino_model import is_openvino
     from lightvlm.inference.own_model import OwnModel
 
     if args.openvino != bool(args.output_dir):
@@ -56,8 +57,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--weights and --calibration-images are for --openvino; --int8 makes a graph of .onnx int8.")
     if args.openvino and (args.int8 or args.batch_size > 1 or args.dtype != "float32"):
         raise ValueError("--openvino takes --weights in place of --int8 and --dtype, and no --batch-size.")
+    if is_openvino(args.model_path):
+        raise ValueError(f"{args.model_path} was exported for OpenVINO already: give the checkpoint that it is of.")
     model, processor = load(args.model_path, args.dtype, device="cpu")
-    asked = args.num_image_tokens or model.config.num_image_tokens
+    asked = model.config.num_image_tokens if args.num_image_tokens is None else args.num_image_tokens
     count = model.config.encoded_patches if asked == "all" else OwnModel(model, processor).resolve(asked)
     (write_folder if args.openvino else write_graph)(args, model, processor, count)
 

@@ -12,13 +12,10 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.data.files import check_output, new_folder, write_json
 from lightvlm.images_lightvlm import open_images
 from lightvlm.inference.openvino_graphs import convert_embeddings, convert_language_model, convert_vision
-from lightvlm.inference.openvino_model import ABOUT
+from lightvlm.inference.openvino_model import ABOUT, FORMAT, check_versions
 from lightvlm.pruning_lightvlm import allot_budgets
 from PIL import Image
-from transformers.utils.versions import require_version
 
-# What is tested. Before 2026.1 GenAI resizes pictures otherwise than Pillow, before 2026.0 to less than encoders read.
-REQUIRED = ("openvino>=2026.4.1", "openvino-tokenizers>=2026.4.1")
 WEIGHTS = ("int8", "int4")
 GROUP = 128  # weights that share a scale in int4
 PICTURES = 128  # of those to calibrate with
@@ -27,13 +24,7 @@ PICTURES = 128  # of those to calibrate with
 def check(model: LightVLM, processor: LightVLMProcessor, weights: str | None) -> None:
     """Raise ValueError if OpenVINO GenAI would run this checkpoint otherwise than it runs here, or is missing."""
     config = model.config
-    for package in (*REQUIRED, *(("nncf",) if weights else ())):
-        try:
-            require_version(package)
-        except ImportError:
-            raise ValueError(
-                f'OpenVINO GenAI\'s folder needs {package}: pip install --upgrade "lightvlm[edge]"'
-            ) from None
+    check_versions("OpenVINO GenAI's folder", "openvino", "openvino-tokenizers", *(["nncf"] if weights else []))
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights must be None, {' or '.join(WEIGHTS)}, got {weights!r}.")
     if config.position_ids == "original":
@@ -163,7 +154,7 @@ def export_openvino(
         write_json(work / "preprocessor_config.json", pixels)
         budget = {"num_image_tokens": f"dynamic:{mean}" if mean else most, "max_image_tokens": most}
         bits = {"weights": weights, "encoder": "int8" if pictures else "float32", "dtype": "float32"}
-        about = {"format": 1, **budget, **bits, "calibration_images": len(pictures), "checkpoint": checkpoint}
+        about = {"format": FORMAT, **budget, **bits, "calibration_images": len(pictures), "checkpoint": checkpoint}
         write_json(work / ABOUT, about | describe(model, weights))
 
 

@@ -10,8 +10,11 @@ from lightvlm.inference.export import ImageTokens, decline_reports
 from lightvlm.pruning_lightvlm import allot_budgets
 from lightvlm.views_lightvlm import one_view
 from torch import nn
+from torch.nn.functional import linear
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+LOWEST = torch.finfo(torch.float16).min  # in place of -inf: a number in all types, and in any product
 
 
 class PrunedImage(ImageTokens):
@@ -52,11 +55,18 @@ class Past(DynamicLayer):
 
 
 class Decoder(nn.Module):
-    """The language model and its head, from embeddings, with keys and values as arguments."""
+    """The language model and its head, from embeddings, with keys and values as arguments.
+
+    The head's bias lets no token be chosen that `generate` suppresses, `<image>` first of all. It is a bias, and no
+    other operation, because GenAI looks for the head at the end of the graph, to run it on the last position alone.
+    """
 
     def __init__(self, model: LightVLM):
         super().__init__()
         self.body, self.head = model.model.language_model, model.lm_head
+        suppressed = [model.config.image_token_id, *(model.generation_config.suppress_tokens or [])]
+        bias = torch.zeros(len(self.head.weight)) if self.head.bias is None else self.head.bias.detach().clone()
+        self.register_buffer("bias", bias.index_fill(0, torch.tensor(suppressed), LOWEST), persistent=False)
 
     def forward(self, inputs_embeds, attention_mask, position_ids, beam_idx, past) -> tuple[torch.Tensor, ...]:
         """Return logits (rows, length, vocabulary), and keys and values of each layer.
@@ -75,13 +85,13 @@ class Decoder(nn.Module):
         is_read = (places <= places[total - length :, None]) & attention_mask[:, None, None].bool()
         output = self.body(
             inputs_embeds=inputs_embeds,
-            attention_mask=torch.where(is_read, 0.0, torch.finfo(torch.float16).min),  # of 4D, and used as it is
+            attention_mask=torch.where(is_read, 0.0, LOWEST),  # of 4D, and used as it is
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
         )
         present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        return self.head(output.last_hidden_state), *present
+        return linear(output.last_hidden_state, self.head.weight, self.bias), *present
 
 
 def convert(module: nn.Module, inputs: Any, shapes: dict[str, list[int]], outputs: list[str]):

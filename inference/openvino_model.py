@@ -19,9 +19,17 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils.versions import require_version
 
-REQUIRED = "openvino-genai>=2026.1"  # since then it resizes pictures as Pillow does
+# The extra `edge`: what is tested. Before 2026.1 GenAI resizes pictures otherwise than Pillow.
+VERSIONS = {"nncf": "3.4", "openvino": "2026.4.1", "openvino-genai": "2026.4.1", "openvino-tokenizers": "2026.4.1"}
 ABOUT = "lightvlm.json"  # which folders of `lightvlm export --openvino` have
+FORMAT = 1  # of that file and its folder
 PARTS = ("vision_embeddings_model", "text_embeddings_model", "language_model", "tokenizer", "detokenizer")
+OWN = ("config", "generation_config", "processor_config", "tokenizer", "tokenizer_config")  # of the checkpoint
+FILES = (
+    *(f"openvino_{part}.{suffix}" for part in PARTS for suffix in ("xml", "bin")),
+    *("config.json", "generation_config.json", "preprocessor_config.json"),
+    *(f"checkpoint/{name}" for name in (*(f"{name}.json" for name in OWN), "chat_template.jinja")),
+)
 READ = (".xml", ".bin", ".json", ".jinja")
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 TAG = "<ov_genai_"  # how GenAI's own tags of images and videos begin
@@ -30,6 +38,20 @@ TAG = "<ov_genai_"  # how GenAI's own tags of images and videos begin
 def is_openvino(model_path: str) -> bool:
     """Return whether this is a folder of `lightvlm export --openvino`."""
     return (Path(model_path) / ABOUT).is_file()
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Return what a folder says of itself; ValueError if it lacks a file, or another version wrote it."""
+    try:
+        about = json.loads((folder / ABOUT).read_bytes())
+        found = about["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / ABOUT} is damaged: export the folder again.") from None
+    if found != FORMAT:
+        raise ValueError(f"{folder} is of format {found}, and this version reads {FORMAT}: export it again.")
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: export it again.")
+    return about
 
 
 class Stand(nn.Module):
@@ -51,16 +73,20 @@ class Stand(nn.Module):
         """Do nothing."""
 
 
+def check_versions(what: object, *packages: str) -> None:
+    """Raise ValueError if one of the packages of `VERSIONS`, which `what` needs, is missing or too old."""
+    for needed in (f"{package}>={VERSIONS[package]}" for package in packages):
+        try:
+            require_version(needed)
+        except ImportError:
+            raise ValueError(f'{what} needs {needed}: pip install --upgrade "lightvlm[edge]"') from None
+
+
 def open_pipeline(folder: Path, device: str, dtype: str):
     """Return GenAI's pipeline; ValueError if a package is missing or too old, or the folder is broken."""
-    try:
-        require_version(REQUIRED)
-        import openvino_genai
-    except ImportError:
-        raise ValueError(f'{folder} needs {REQUIRED}: pip install --upgrade "lightvlm[edge]"') from None
-    files = [folder / f"openvino_{part}.{suffix}" for part in PARTS for suffix in ("xml", "bin")]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}: export it again.")
+    check_versions(folder, "openvino-genai")
+    import openvino_genai
+
     options = {"INFERENCE_PRECISION_HINT": HINTS[dtype]}
     if device == "CPU":
         options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
@@ -139,7 +165,7 @@ class OpenVINOModel(OwnModel):
 
     def __init__(self, folder: str | Path, dtype: str | None = None, device: str | None = None):
         self.folder, self.model_path = Path(folder), str(folder)
-        self.about, dtype = json.loads((self.folder / ABOUT).read_bytes()), choose_dtype(dtype)
+        self.about, dtype = read_about(self.folder), choose_dtype(dtype)
         self.pipeline = open_pipeline(self.folder, (device or "cpu").upper(), dtype)
         checkpoint = self.folder / "checkpoint"
         config = LightVLMConfig.from_pretrained(checkpoint)

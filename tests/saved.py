@@ -1,5 +1,6 @@
 """What tests save: parts of a model, images that cannot be read, a card and results for it."""
 
+import importlib.metadata
 import json
 
 import torch
@@ -152,3 +153,15 @@ def refusal_of_build(capsys, folder, *options) -> str:
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error
+
+
+def pretend_installed(monkeypatch, package, found):
+    """Let a package be there in this version, or, if it is None, be missing."""
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == package and found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found if name == package else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)

@@ -17,7 +17,7 @@ genai = pytest.importorskip("openvino_genai")
 
 import openvino  # noqa: E402
 from lightvlm.inference.openvino_export import export_openvino  # noqa: E402
-from lightvlm.inference.openvino_graphs import convert_language_model, convert_vision  # noqa: E402
+from lightvlm.inference.openvino_graphs import LOWEST, convert_language_model, convert_vision  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}  # on CPUs with units for bf16 too
@@ -30,8 +30,8 @@ QUESTIONS = [
 class Pipeline:
     """A folder as GenAI's users ask it."""
 
-    def __init__(self, folder):
-        self.pipeline = genai.VLMPipeline(str(folder), "CPU", **EXACT)
+    def __init__(self, folder, **options):
+        self.pipeline = genai.VLMPipeline(str(folder), "CPU", **EXACT, **options)
 
     def ask(self, question, *images, max_new_tokens=8):
         config = genai.GenerationConfig(max_new_tokens=max_new_tokens)
@@ -140,6 +140,7 @@ def test_logits_are_pytorchs_of_padded_rows_with_a_past(kind):
     inputs = {"inputs_embeds": embeddings, "position_ids": positions}
     hidden = model.model.language_model(**inputs, attention_mask=mask).last_hidden_state
     expected = model.lm_head(hidden)
+    expected[..., model.config.image_token_id] += LOWEST  # never chosen
     found = []
     for part in (slice(0, 7), slice(7, 10), slice(10, 11)):
         step = {name: values[:, part].numpy() for name, values in inputs.items()}
@@ -183,6 +184,21 @@ def test_with_fewer_bits_it_is_smaller_and_answers(shipped, folder, tmp_path, we
     options = {"num_image_tokens": "dynamic:64", "processor": shipped[1]}
     same = [answer == model.chat(image, question, **options) for answer, image, question in pairs]
     assert sum(same) >= len(same) - 2
+
+
+@pytest.mark.parametrize("kind", ["phi", "llama"])  # with a bias in the head, and without
+@torch.no_grad()
+def test_no_token_is_answered_that_generate_suppresses(tmp_path, kind):
+    model, processor, image = make_model("clip", kind), make_processor(), make_image()
+    inputs = processor(images=image, text="USER: <image>\nwhat? ASSISTANT:", return_tensors="pt")
+    placeholder, likeliest = model.config.image_token_id, int(model(**inputs).logits[0, -1].argmax())
+    model.lm_head.weight[placeholder] = 3 * model.lm_head.weight[likeliest]
+    assert model(**inputs).logits[0, -1].argmax() == placeholder
+    model.generation_config.suppress_tokens = [likeliest]
+    export_openvino(model, processor, tmp_path / "folder", 9)
+    expected = model.chat(image, "what?", processor=processor, max_new_tokens=8)
+    for backend in ("SDPA", "PA"):
+        assert Pipeline(tmp_path / "folder", ATTENTION_BACKEND=backend).ask("what?", image) == expected
 
 
 def test_a_prompt_begins_with_the_token_that_the_tokenizer_adds(tmp_path):

@@ -1,14 +1,17 @@
 """What `lightvlm export --openvino` writes, and what it refuses in one sentence."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from lightvlm import LightVLMConfig, LightVLMProcessor
-from lightvlm.inference import openvino_export
 from lightvlm.inference.fingerprint import fingerprint
+from lightvlm.inference.openvino_model import VERSIONS
 from lightvlm_cli.main import main
 from PIL import Image
+from saved import pretend_installed
 from tiny import GRIDS, NUM_PATCHES, make_dynamic, make_image, make_model, make_processor, text_config
 from transformers import MistralConfig
 
@@ -18,7 +21,7 @@ import openvino  # noqa: E402
 import openvino_genai  # noqa: E402
 from lightvlm.inference.openvino_export import export_openvino  # noqa: E402
 
-GRAPHS = ("vision_embeddings", "text_embeddings", "language")
+PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def export(checkpoint, folder, *options):
@@ -173,6 +176,7 @@ def test_pixels_that_the_pipeline_would_not_make_are_refused(change, tmp_path):
     ("options", "message"),
     [
         (["--num-image-tokens", "37"], "from 1 to 36"),
+        (["--num-image-tokens", "0"], "from 1 to 36"),
         (["--num-image-tokens", "dynamic:8"], "cannot tell"),
         (["--int8"], "--weights in place of --int8"),
         (["--dtype", "bfloat16"], "in place of --int8 and --dtype"),
@@ -212,6 +216,11 @@ def test_openvino_and_its_options_go_together(checkpoint, capsys, options, monke
     assert "--openvino" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
+def test_a_folder_is_not_exported_again(checkpoint, tmp_path, capsys):
+    assert export(checkpoint, tmp_path / "folder") == 0
+    assert "folder was exported for OpenVINO already" in refusal(capsys, str(tmp_path / "folder"), tmp_path / "other")
+
+
 def test_files_in_the_folder_are_not_lost(checkpoint, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine.txt").write_text("mine")
@@ -229,9 +238,14 @@ def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("package", ["openvino>=2100", "openvino-of-tomorrow"])
-def test_a_package_that_is_missing_or_too_old_is_named(checkpoint, tmp_path, capsys, monkeypatch, package):
-    monkeypatch.setattr(openvino_export, "REQUIRED", (package,))
-    assert f'needs {package}: pip install --upgrade "lightvlm[edge]"' in refusal(
-        capsys, checkpoint, tmp_path / "folder"
-    )
+@pytest.mark.parametrize("package", ["nncf", "openvino", "openvino-tokenizers"])
+@pytest.mark.parametrize("found", ["2.9.0", None])
+def test_a_package_that_is_missing_or_too_old_is_named(checkpoint, tmp_path, capsys, monkeypatch, package, found):
+    pretend_installed(monkeypatch, package, found)
+    message = f'needs {package}>={VERSIONS[package]}: pip install --upgrade "lightvlm[edge]"'
+    assert message in refusal(capsys, checkpoint, tmp_path / "folder", "--weights", "int8")
+
+
+def test_what_is_needed_is_the_extra_of_the_package():
+    (extra,) = re.findall(r"^edge = (.+)$", PYPROJECT.read_text(), flags=re.MULTILINE)
+    assert json.loads(extra) == [f"{package}>={oldest}" for package, oldest in VERSIONS.items()]

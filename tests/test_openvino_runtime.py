@@ -9,7 +9,7 @@ from lightvlm import LightVLM, LightVLMProcessor
 from lightvlm.inference.any_model import load_any
 from lightvlm.inference.own_model import Options
 from lightvlm_cli.main import main
-from saved import edit_json
+from saved import edit_json, pretend_installed
 from served import ask, complete, draw, post_fields, refusal, serving, stream, user
 from tiny import GRIDS, make_dynamic, make_image, make_model, make_processor, say
 from tokenizers.processors import TemplateProcessing
@@ -168,6 +168,9 @@ def test_answers_of_another_folder_or_runtime_do_not_join_a_file(folder, tmp_pat
         (["--runtime", "openvino", "--model-path", "model"], "model is no folder of `lightvlm export --openvino`"),
         (["--model-path", "torn"], "torn lacks openvino_vision_embeddings_model.bin: export it again"),
         (["--model-path", "broken"], "OpenVINO cannot run broken on CPU"),
+        (["--model-path", "bare"], "bare lacks checkpoint/config.json, checkpoint/generation_config.json"),
+        (["--model-path", "half"], "half/lightvlm.json is damaged: export the folder again"),
+        (["--model-path", "newer"], "newer is of format 2, and this version reads 1: export it again"),
         (["--prompt", "what is <ov_genai_image_0>?"], "has <ov_genai_ in its text"),
     ],
 )
@@ -175,10 +178,13 @@ def test_answers_of_another_folder_or_runtime_do_not_join_a_file(folder, tmp_pat
 def test_what_cannot_be_done_is_refused_in_one_sentence(folder, capsys, monkeypatch, options, message, output):
     monkeypatch.chdir(folder)
     if not (folder / "torn").exists():
-        for name in ("torn", "broken"):
+        for name in ("torn", "broken", "bare", "half", "newer"):
             shutil.copytree(folder / "k9", folder / name)
         (folder / "torn/openvino_vision_embeddings_model.bin").unlink()
         (folder / "broken/openvino_language_model.xml").write_text("<net>")
+        shutil.rmtree(folder / "bare/checkpoint")
+        (folder / "half/lightvlm.json").write_text('{"format": 1, "num_image')
+        edit_json(folder / "newer/lightvlm.json", format=2)
     assert infer("k9", "--image", "pictures/2.png", "--prompt", "what?", *output, *options) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and error.count("\n") <= 2
@@ -186,10 +192,11 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(folder, capsys, monkeypa
         file.unlink()
 
 
-def test_an_openvino_that_is_too_old_is_named(folder, capsys, monkeypatch):
-    monkeypatch.setattr("lightvlm.inference.openvino_model.REQUIRED", "openvino-genai>=2999")
+@pytest.mark.parametrize("found", ["2026.1.0.0", None])
+def test_an_openvino_that_is_missing_or_too_old_is_named(folder, capsys, monkeypatch, found):
+    pretend_installed(monkeypatch, "openvino-genai", found)
     assert infer(folder / "k9", "--image", folder / "pictures/0.png", "--prompt", "what?") == 2
-    assert 'needs openvino-genai>=2999: pip install --upgrade "lightvlm[edge]"' in capsys.readouterr().err
+    assert 'needs openvino-genai>=2026.4.1: pip install --upgrade "lightvlm[edge]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["demo", "show"])
