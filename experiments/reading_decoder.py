@@ -25,12 +25,12 @@ from lightvlm.training.draw_reading import KINDS, draw
 from lightvlm.training.init_decoder import END, PAD
 from lightvlm.training.prepare_reading import load_sources
 from lightvlm.training.reading_sheet import Sources, Text
-from reading_encoder import PATCH, SIDE, Muon, Reader, draw_crop
+from reading_encoder import PATCH, SIDE, Crops, Muon, Reader, draw_crop
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 QUESTION = "what is written?"
@@ -81,11 +81,8 @@ def find_runs(rows: list[tuple[int, Text]], height: int, rng: random.Random) -> 
     return runs
 
 
-class Pages(IterableDataset):
-    """Endless crops of a split, and what is written where."""
-
-    def __init__(self, sources: Sources, seed: str):
-        self.sources, self.seed = sources, seed
+class Pages(Crops):
+    """Endless crops of a split: pixels in bytes, what is written where, and the capitals' height."""
 
     def __iter__(self):
         rng = random.Random(self.seed)
