@@ -31,7 +31,7 @@ from lightvlm.benchmark.speed import (
     watched,
 )
 from lightvlm.evaluation.markdown import markdown_table
-from lightvlm.inference.openvino_model import ABOUT
+from lightvlm.inference.openvino_model import ABOUT, BACKEND
 from lightvlm.pruning.any_model import count_kept
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -124,7 +124,9 @@ class OpenVINOPass:
         import openvino
         import openvino_genai
 
-        self.pipeline = openvino_genai.VLMPipeline(folder, "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads())
+        self.pipeline = openvino_genai.VLMPipeline(
+            folder, "CPU", **BACKEND, INFERENCE_NUM_THREADS=torch.get_num_threads()
+        )
         self.tensor, self.random, self.shape = openvino.Tensor, np.random.default_rng(0), (1, side, side, 3)
         self.prompt = " ".join("a" * (prompt_tokens - 1))  # and the line break that GenAI puts behind the picture
         self.settings = self.pipeline.get_generation_config()

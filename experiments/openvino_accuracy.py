@@ -23,6 +23,7 @@ from lightvlm.evaluation.accuracy import wilson_interval
 from lightvlm.inference.any_model import load_any
 from lightvlm.inference.checkpoint import SHIPPED
 from lightvlm.inference.fingerprint import fingerprint
+from lightvlm.inference.openvino_model import BACKEND
 from lightvlm.inference.own_model import Options
 from PIL import Image
 
@@ -32,7 +33,7 @@ PACKAGES = ("nncf", "onnxruntime", "openvino", "openvino-genai", "openvino-token
 
 def open_folder(folder: Path) -> tuple[Callable[[Image.Image, str], str], dict]:
     """Return what answers a question about a picture by GenAI's own pipeline, and what the folder says of itself."""
-    pipeline = openvino_genai.VLMPipeline(str(folder), "CPU", INFERENCE_PRECISION_HINT="f32")
+    pipeline = openvino_genai.VLMPipeline(str(folder), "CPU", **BACKEND, INFERENCE_PRECISION_HINT="f32")
     options = openvino_genai.GenerationConfig(max_new_tokens=16)
 
     def ask(image: Image.Image, question: str) -> str:

@@ -21,6 +21,9 @@ from transformers.utils.versions import require_version
 
 # The extra `edge`: what is tested. Before 2026.1 GenAI resizes pictures otherwise than Pillow.
 VERSIONS = {"nncf": "3.4", "openvino": "2026.4.1", "openvino-genai": "2026.4.1", "openvino-tokenizers": "2026.4.1"}
+# GenAI's default, paged attention, reads or writes memory that is not its own: with glibc's MALLOC_CHECK_=3 it ends in
+# `ModelRunner::forward` (2026.4.1), and without, the process may die later, of something else.
+BACKEND = {"ATTENTION_BACKEND": "SDPA"}
 ABOUT = "lightvlm.json"  # which folders of `lightvlm export --openvino` have
 FORMAT = 1  # of that file and its folder
 PARTS = ("vision_embeddings_model", "text_embeddings_model", "language_model", "tokenizer", "detokenizer")
@@ -87,7 +90,7 @@ def open_pipeline(folder: Path, device: str, dtype: str):
     check_versions(folder, "openvino-genai")
     import openvino_genai
 
-    options = {"INFERENCE_PRECISION_HINT": HINTS[dtype]}
+    options = {"INFERENCE_PRECISION_HINT": HINTS[dtype], **BACKEND}
     if device == "CPU":
         options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
     try:

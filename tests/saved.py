@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 
 import torch
 from lightvlm_cli.main import main
@@ -165,3 +167,14 @@ def pretend_installed(monkeypatch, package, found):
         return found if name == package else real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def run_apart(*command: object) -> str:
+    """Run `lightvlm` in a process of its own, as users do, and return what it prints.
+
+    What compresses by NNCF: glibc's checks (MALLOC_CHECK_=3) found a damaged heap after it, and later tests would die.
+    """
+    words = [sys.executable, "-m", "lightvlm_cli.main", *map(str, command)]
+    found = subprocess.run(words, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from lightvlm import LightVLMConfig, LightVLMProcessor
 from lightvlm.inference.fingerprint import fingerprint
-from lightvlm.inference.openvino_model import VERSIONS
+from lightvlm.inference.openvino_model import BACKEND, VERSIONS
 from lightvlm_cli.main import main
 from PIL import Image
-from saved import pretend_installed
+from saved import pretend_installed, run_apart
 from tiny import GRIDS, NUM_PATCHES, make_dynamic, make_image, make_model, make_processor, text_config
 from transformers import MistralConfig
 
@@ -98,7 +98,7 @@ def test_nothing_is_reported_to_the_makers_of_the_tools(checkpoint, tmp_path, mo
     sender, reports = pytest.importorskip("openvino_telemetry.utils.sender"), []
     monkeypatch.setattr(sender.TelemetrySender, "send", lambda *report: reports.append(report))
     monkeypatch.setenv("CI", "false")  # there they are quiet by themselves
-    assert export(checkpoint, tmp_path / "folder", "--num-image-tokens", "9", "--weights", "int8") == 0
+    assert export(checkpoint, tmp_path / "folder", "--num-image-tokens", "9") == 0
     graph = ["--num-image-tokens", "9", "--output", str(tmp_path / "graph.xml")]
     assert main(["export", "--model-path", checkpoint, *graph]) == 0
     assert not reports
@@ -111,8 +111,9 @@ def test_with_pictures_the_encoder_is_of_int8_too(checkpoint, tmp_path, weights)
         make_image(seed, (100, 84)).save(tmp_path / "pictures" / f"{seed}.png")
     options = ("--num-image-tokens", "9", "--weights", weights)
     pictures = ("--calibration-images", str(tmp_path / "pictures"))
-    assert export(checkpoint, tmp_path / "without", *options) == 0
-    assert export(checkpoint, tmp_path / "with", *options, *pictures) == 0
+    for name, more in (("without", ()), ("with", pictures)):
+        folder = ("--model-path", checkpoint, "--output-dir", tmp_path / name)
+        run_apart("export", "--openvino", *folder, *options, *more)
     about = [json.loads((tmp_path / name / "lightvlm.json").read_text()) for name in ("without", "with")]
     assert [each["encoder"] for each in about] == ["float32", "int8"]
     assert [each["calibration_images"] for each in about] == [0, 4] and "nncf" in about[0]["made_with"]
@@ -127,7 +128,7 @@ def test_with_pictures_the_encoder_is_of_int8_too(checkpoint, tmp_path, weights)
     assert compiled(np.zeros((1, 3, 84, 84), np.float32))[0].shape == (1, 9, 32)
     config = openvino_genai.GenerationConfig(max_new_tokens=2)
     pipeline, picture = (
-        openvino_genai.VLMPipeline(str(tmp_path / "with"), "CPU"),
+        openvino_genai.VLMPipeline(str(tmp_path / "with"), "CPU", **BACKEND),
         openvino.Tensor(np.array(make_image())),
     )
     assert pipeline.generate("what?", images=[picture], generation_config=config).texts
