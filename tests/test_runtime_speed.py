@@ -8,7 +8,7 @@ from lightvlm.inference.openvino_graphs import LOWEST
 from saved import pretend_installed
 from tiny import NUM_PATCHES, make_image, make_model, make_processor
 
-pytest.importorskip("openvino")
+pytest.importorskip("openvino_genai")
 
 
 @pytest.mark.slow
