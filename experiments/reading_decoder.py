@@ -25,7 +25,7 @@ from lightvlm.training.draw_reading import KINDS, draw
 from lightvlm.training.init_decoder import END, PAD
 from lightvlm.training.prepare_reading import load_sources
 from lightvlm.training.reading_sheet import Sources, Text
-from reading_encoder import PATCH, SIDE, Crops, Muon, Reader, draw_crop
+from reading_encoder import PATCH, SIDE, Crops, Reader, draw_crop, make_optimizers, set_rate
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -185,19 +185,15 @@ def main() -> None:
         writer.model.load_state_dict(state["learned"], strict=False)
         step = state["step"]
     learning = writer.learning()
-    matrices = [each for name, each in learning if each.ndim == 2 and "layers" in name]
-    others = [each for name, each in learning if not (each.ndim == 2 and "layers" in name)]
-    optimizers = [Muon(matrices, args.learning_rate), torch.optim.AdamW(others, args.learning_rate, (0.9, 0.98))]
+    optimizers = make_optimizers(learning)
     examples = list(islice(Pages(load_sources("validation", args.data_dir, args.wallpapers), "validation"), 48))
     batches = DataLoader(Pages(sources, f"train-{step}"), args.crops, num_workers=1, collate_fn=list)
     began, rng, seen = time.monotonic(), random.Random(step), []
     for pages in batches:
         if (share := (time.monotonic() - began) / 60 / args.minutes) >= 1:
             break
-        rate = args.learning_rate * min(1, (len(seen) + step + 1) / 50) * max(0.02, 1 - share)
-        for optimizer, scale in zip(optimizers, (2, 1), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = scale * rate
+        rate = args.learning_rate * min(1, (step + 1) / 50) * max(0.02, 1 - share)
+        set_rate(optimizers, rate)
         lessons, free = to_lessons(pages), 24 - SIDE // PATCH
         lessons = rng.sample(lessons, min(len(lessons), args.lessons))
         pixels = torch.stack([page[0] for page in pages])

@@ -223,17 +223,18 @@ class Muon(torch.optim.Optimizer):
                 matrix.mul_(1 - 0.05 * group["lr"]).add_(update, alpha=-0.2 * group["lr"] * max(update.shape) ** 0.5)
 
 
-def make_optimizers(reader: Reader, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Return one for matrices of layers, and one for all else that learns."""
-    last = f"layers.{len(reader.tower.encoder.layers) - 1}."  # is not read
-    names = {name for name, _ in reader.named_parameters() if last not in name and "post_layernorm" not in name}
-    learning = {name: each.requires_grad_(name in names) for name, each in reader.named_parameters()}
-    matrices = [each for name, each in learning.items() if name in names and each.ndim == 2 and "layers" in name]
-    others = [each for name, each in learning.items() if name in names and not (each.ndim == 2 and "layers" in name)]
-    return [
-        Muon(matrices, 2 * learning_rate),
-        torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+def make_optimizers(learning: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    """Return one for the matrices of layers among what learns, and one for all else; `set_rate` gives them a rate."""
+    matrices = [each for name, each in learning if each.ndim == 2 and "layers" in name]
+    others = [each for name, each in learning if not (each.ndim == 2 and "layers" in name)]
+    return [Muon(matrices, 0.0), torch.optim.AdamW(others, 0.0, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Set the learning rate, which is twice as high for matrices."""
+    for optimizer, scale in zip(optimizers, (2, 1), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = scale * rate
 
 
 @torch.no_grad()
@@ -267,7 +268,11 @@ def main() -> None:
 
     torch.manual_seed(0)
     reader = Reader(LightVLM.from_pretrained(SHIPPED, dtype=torch.float32).model.vision_tower)
-    optimizers, step = make_optimizers(reader, args.learning_rate), 0
+    last = f"layers.{len(reader.tower.encoder.layers) - 1}."  # is not read
+    for name, each in reader.named_parameters():
+        each.requires_grad_(last not in name and "post_layernorm" not in name)
+    optimizers = make_optimizers([(name, each) for name, each in reader.named_parameters() if each.requires_grad])
+    step = 0
     if file.exists():
         state = torch.load(file)
         reader.load_state_dict(state["reader"])
@@ -282,9 +287,7 @@ def main() -> None:
     began, rng, seen = time.monotonic(), random.Random(step), []
     while (share := (time.monotonic() - began) / 60 / args.minutes) < 1:
         rate = args.learning_rate * min(1, (step + 1) / 50) * (1 - share if args.anneal else 1)
-        for optimizer, scale in zip(optimizers, (2, 1), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = scale * rate
+        set_rate(optimizers, rate)
         (pixels, labels, _), shown = next(pages), next(shapes)
         free = 24 - SIDE // PATCH
         features = reader(torch.cat((pixels, shown["pixels"])), rng.randint(0, free), rng.randint(0, free))
