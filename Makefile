@@ -8,7 +8,7 @@ TEST_IMAGES := $(foreach number,0 1 2,$(DATA)/images/test/$(number).png)
 
 EVALS := eval-flat_2x2 eval-photo_2x2 eval-flat_3x3 eval-photo_3x3
 
-.PHONY: run test test-fast sync test-install test-lowest test-newest test-lmms test-openvino test-vllm test-zero3 lint checkpoint
+.PHONY: run test test-fast sync test-install test-lowest test-newest test-lmms test-vllm test-zero3 lint checkpoint
 .PHONY: notebooks eval eval-easy_vqa eval-budgets $(EVALS) bench bench-gpu bench-choice tables
 
 run: $(DATA)/test.json
@@ -125,12 +125,6 @@ bench-choice: .venv/ready
 	$(CHOICE) --preset qwen3-vl-2b --megapixels 1 --repetitions 2
 	$(CHOICE) --preset qwen3-vl-2b --megapixels 4 --repetitions 1
 	$(CHOICE) --preset fastvlm-0.5b --megapixels 1,4 --repetitions 3
-
-# Apart from `test`, a process for each file: GenAI and NNCF leave damaged memory behind, of which later tests died.
-test-openvino: .venv/ready build/transformers/tests
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[edge]"
-	for file in tests/test_openvino*.py tests/test_choice.py tests/test_cli_bench.py tests/test_runtime_speed.py; do \
-		$(BIN)/pytest $$file || exit 1; done
 
 # The lmms-eval adapter, in an environment of its own; the same questions must have the same answers in both.
 # Only what lmms-eval imports for it is installed, not all that it requires; its errors about the rest are expected.

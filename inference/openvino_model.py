@@ -21,8 +21,8 @@ from transformers.utils.versions import require_version
 
 # The extra `edge`: what is tested. Before 2026.1 GenAI resizes pictures otherwise than Pillow.
 VERSIONS = {"nncf": "3.4", "openvino": "2026.4.1", "openvino-genai": "2026.4.1", "openvino-tokenizers": "2026.4.1"}
-# GenAI's default, paged attention, reads or writes memory that is not its own: with glibc's MALLOC_CHECK_=3 it ends in
-# `ModelRunner::forward` (2026.4.1), and without, the process may die later, of something else.
+# GenAI's default, paged attention, reads strides beyond their end in `ModelRunner::forward` (valgrind, 2026.4.1), and
+# copies to wherever these lead.
 BACKEND = {"ATTENTION_BACKEND": "SDPA"}
 ABOUT = "lightvlm.json"  # which folders of `lightvlm export --openvino` have
 FORMAT = 1  # of that file and its folder

@@ -170,10 +170,7 @@ def pretend_installed(monkeypatch, package, found):
 
 
 def run_apart(*command: object) -> str:
-    """Run `lightvlm` in a process of its own, as users do, and return what it prints.
-
-    What compresses by NNCF: glibc's checks (MALLOC_CHECK_=3) found a damaged heap after it, and later tests would die.
-    """
+    """Run `lightvlm` in a process of its own, as users do, and return what it prints."""
     words = [sys.executable, "-m", "lightvlm_cli.main", *map(str, command)]
     found = subprocess.run(words, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
