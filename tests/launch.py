@@ -1,6 +1,7 @@
 """Several processes, as `accelerate launch` starts them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ def launch(setup: str, script: Path | str, options: list[str], processes: int = 
     """Run a script, or "-m" and a module, in processes on the CPU, by the accelerate file of `setup`.
 
     Gloo's processes were seen to hang after their work was done, once in a hundred runs or so and for no known reason.
-    So they get a second chance; those of the first print where they stood.
+    So they get a second chance, without what the first wrote; those of the first print where they stood.
     """
+    written = Path(options[options.index("--output_dir") + 1]) if "--output_dir" in options else None
+    is_new = written is not None and not written.exists()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ACCELERATE / f"{setup}.yaml"]
     command += ["--mixed_precision", "no", "--num_processes", processes, "--main_process_port", 0, script, *options]
     for is_last in (False, True):
@@ -31,3 +34,5 @@ def launch(setup: str, script: Path | str, options: list[str], processes: int = 
             process.wait()
             if is_last:
                 raise
+            if is_new:
+                shutil.rmtree(written, ignore_errors=True)

@@ -50,3 +50,11 @@ def test_a_gpu_without_bf16_is_not_asked_for_it(monkeypatch):
     assert parse().bf16 is False
     with pytest.raises(ValueError, match="--bf16 false --fp16 true"):
         parse("--bf16", "true")
+
+
+def test_processes_that_trained_together_part_at_the_end(tmp_path):
+    def main():
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+
+    machine.run(main)
+    assert not torch.distributed.is_initialized()
