@@ -98,7 +98,7 @@ def test_nothing_is_reported_to_the_makers_of_the_tools(checkpoint, tmp_path, mo
     sender, reports = pytest.importorskip("openvino_telemetry.utils.sender"), []
     monkeypatch.setattr(sender.TelemetrySender, "send", lambda *report: reports.append(report))
     monkeypatch.setenv("CI", "false")  # there they are quiet by themselves
-    assert export(checkpoint, tmp_path / "folder", "--num-image-tokens", "9") == 0
+    assert export(checkpoint, tmp_path / "folder", "--num-image-tokens", "9", "--weights", "int8") == 0
     graph = ["--num-image-tokens", "9", "--output", str(tmp_path / "graph.xml")]
     assert main(["export", "--model-path", checkpoint, *graph]) == 0
     assert not reports
